@@ -1,0 +1,257 @@
+"""The command line. Thin: it parses, prints, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from opencharacter import config, constitution, models, pipeline
+from opencharacter.config import Placement, Recipe
+from opencharacter.errors import OpenCharacterError, UserError
+from opencharacter.progress import console, duration
+from opencharacter.stage import Job, redone
+from opencharacter.store import Store
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Character training for chat models: from a constitution to a served LoRA persona.",
+)
+
+RECIPES = ", ".join(config.resource_names("recipes", "*.yaml"))
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help=f"{RECIPES}, or a .yaml file.")]
+Names = Annotated[
+    list[str],
+    typer.Option("--constitution", "-c", help="A persona's name or .yaml file; repeat, or 'all'."),
+]
+PlacementFile = Annotated[
+    str | None, typer.Option("--placement", help="clusters/NAME or a .yaml file.")
+]
+Storage = Annotated[
+    str | None, typer.Option("--storage", help="Path, s3:// or gs://; runs/RECIPE if absent.")
+]
+Smoke = Annotated[bool, typer.Option("--smoke", help="The recipe at about 1 % of its size.")]
+
+
+class Run:
+    """What the options of a command name, loaded and checked."""
+
+    def __init__(
+        self,
+        recipe: str,
+        names: list[str],
+        placement: str | None,
+        storage: str | None,
+        smoke: bool,
+    ):
+        self.recipe: Recipe = config.load_recipe(recipe, smoke)
+        self.constitutions = constitution.load_all(names)
+        self.placement: Placement = config.load_placement(placement)
+        self.store = Store(storage or f"runs/{self.recipe.name}")
+        self.jobs: list[Job] = pipeline.jobs(
+            self.recipe, self.constitutions, self.placement, self.store
+        )
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    names: Names,
+    placement: PlacementFile = None,
+    storage: Storage = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
+    until: Annotated[str | None, typer.Option(help="Run up to this stage.")] = None,
+    rebuild: Annotated[
+        str | None, typer.Option(help="Replace this stage and all that follows from it.")
+    ] = None,
+    smoke: Smoke = False,
+) -> None:
+    """Run what is missing, resume what is unfinished, leave what is done."""
+    from opencharacter import cluster
+
+    asked = Run(recipe, names, placement, storage, smoke)
+    if only and until:
+        raise UserError("--only and --until exclude each other; give one")
+    selected = pipeline.select(asked.jobs, only, until)
+    pipeline.check(selected, rebuild)
+    check_models(selected)
+    asked.store.check_writable()
+    if all(job.state()[0] == "done" for job in selected) and not rebuild:
+        console.print("nothing to do: every stage is done")
+        return
+    cluster.connect(asked.placement)
+    for job, manifest in pipeline.run(selected, rebuild):
+        console.print(summary(job, manifest), soft_wrap=True)
+    tell_report(asked)
+
+
+def check_models(selected: list[Job]) -> None:
+    """Refuse a run whose local models are not there; hub models are downloaded when needed."""
+    for job in selected:
+        for name in job.stage.roles:
+            role = getattr(job.recipe.roles, name)
+            missing = models.check(role)
+            hub = not role.endpoint and not models.looks_local(role.model)
+            if missing and not (hub and not role.model.startswith(config.EMBEDDED)):
+                raise UserError(f"role {name}: missing {missing}")
+
+
+def summary(job: Job, manifest: dict[str, Any]) -> str:
+    """The line that ends a stage."""
+    parts = [f"[green]done[/] {job.dataset}"]
+    if manifest["rows"]:
+        parts.append(f"{manifest['rows']:,} rows")
+    if manifest["dropped"]:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in manifest["dropped"].items())
+        parts.append(f"dropped {reasons}")
+    if manifest["tokens_out"]:
+        rate = manifest["tokens_out"] / max(manifest["seconds"], 1e-3)
+        parts.append(f"{manifest['tokens_out']:,} tokens ({rate:,.0f}/s)")
+    for name in ("loss", "dpo/margin", "dpo/accuracy"):
+        if name in manifest["figures"]:
+            parts.append(f"{name} {manifest['figures'][name]:.3f}")
+    again = redone(manifest["attempts"])
+    if again:
+        parts.append(f"{again} redone")
+    return " · ".join([*parts, duration(manifest["seconds"])])
+
+
+def tell_report(asked: Run) -> None:
+    report = asked.jobs[-1]
+    if report.state()[0] == "done":
+        where = f"{report.store.url.rstrip('/')}/{report.dataset}/report.html"
+        console.print(f"report: {where}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    names: Names,
+    placement: PlacementFile = None,
+    storage: Storage = None,
+    smoke: Smoke = False,
+) -> None:
+    """Say what a run would do: rows and tokens by stage, what is done, what is missing here."""
+    asked = Run(recipe, names, placement, storage, smoke)
+    table = Table("dataset", "state", box=None, pad_edge=False)
+    for title in ("rows", "tokens read", "written", "trained"):
+        table.add_column(title, justify="right")
+    totals = [0, 0, 0, 0]
+    for job in asked.jobs:
+        state, differing = job.state()
+        why = f"{state}: {differing[0]}" if differing else state
+        e = job.stage.module.estimate(job)
+        numbers = [e.rows, e.tokens_in, e.tokens_out, e.trained]
+        totals = [a + b for a, b in zip(totals, numbers, strict=True)]
+        table.add_row(job.dataset, why, *(f"{n:,}" if n else "" for n in numbers))
+    table.add_row("total", "", *(f"{n:,}" for n in totals), style="bold")
+    console.print(table)
+    for line in missing_here(asked):
+        console.print(f"missing on this machine: {line}", soft_wrap=True)
+
+
+def missing_here(asked: Run) -> list[str]:
+    """What this machine lacks to run the recipe itself."""
+    import importlib.util
+
+    roles = {
+        name: getattr(asked.recipe.roles, name) for name in type(asked.recipe.roles).model_fields
+    }
+    found = [f"{name}: {models.check(role)}" for name, role in roles.items() if models.check(role)]
+    if importlib.util.find_spec("vllm") is None:
+        found.append("vLLM: pip install 'opencharacter[vllm]', or see the README for a CPU")
+    import torch
+
+    wants_gpu = any(
+        not r.endpoint and r.model[:9] not in ("embedded:", "echo:") for r in roles.values()
+    )
+    if wants_gpu and not torch.cuda.is_available():
+        found.append("a GPU (submit to a cluster, or use the demo recipe)")
+    return found
+
+
+@app.command()
+def status(
+    recipe: RecipeName,
+    names: Names,
+    placement: PlacementFile = None,
+    storage: Storage = None,
+    smoke: Smoke = False,
+) -> None:
+    """Say what storage holds of a run: rows, drops by reason, time, what was redone."""
+    asked = Run(recipe, names, placement, storage, smoke)
+    table = Table("dataset", "state", box=None, pad_edge=False)
+    for title in ("rows", "dropped", "tokens", "time", "redone"):
+        table.add_column(title, justify="right")
+    for job in asked.jobs:
+        table.add_row(job.dataset, *status_cells(job))
+    console.print(table)
+
+
+def status_cells(job: Job) -> list[str]:
+    """The cells of one job in `status`."""
+    state, differing = job.state()
+    manifest = job.store.manifest(job.dataset)
+    if state == "partial":
+        history = job.store.attempts(job.dataset)
+        return [state, f"{history[-1]['reached']} begun", "", "", "", str(redone(history))]
+    if manifest is None:
+        return [state, "", "", "", "", ""]
+    if differing:
+        state = f"stale: {differing[0]}"
+    dropped = ", ".join(f"{n} {reason}" for reason, n in manifest["dropped"].items())
+    return [
+        state,
+        f"{manifest['rows']:,}",
+        dropped,
+        f"{manifest['tokens_out']:,}",
+        duration(manifest["seconds"]),
+        str(redone(manifest["attempts"])),
+    ]
+
+
+@app.command()
+def report(
+    recipe: RecipeName,
+    names: Names,
+    storage: Storage = None,
+    smoke: Smoke = False,
+) -> None:
+    """Write the HTML report again from what storage holds, and say where it is."""
+    asked = Run(recipe, names, None, storage, smoke)
+    selected = pipeline.select(asked.jobs, only="evaluation/report")
+    for _ in pipeline.run(selected, rebuild="evaluation/report"):
+        tell_report(asked)
+
+
+@app.command()
+def chat(
+    recipe: RecipeName,
+    persona: Annotated[str, typer.Argument(help="A trained constitution's name, or 'base'.")],
+    placement: PlacementFile = None,
+    storage: Storage = None,
+    smoke: Smoke = False,
+) -> None:
+    """Talk to a persona in the terminal. /reset starts over, /quit or Ctrl-D leaves."""
+    from opencharacter.persona import terminal
+
+    names = [] if persona == "base" else [persona]
+    asked = Run(recipe, names, placement, storage, smoke)
+    asyncio.run(terminal.talk(asked.jobs, asked.recipe, asked.placement))
+
+
+def main() -> None:
+    """Entry point: a user's error is one line and exit code 2, a failed stage exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        console.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except OpenCharacterError as error:
+        console.print(f"[red]failed:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(1)

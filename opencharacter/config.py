@@ -1,0 +1,537 @@
+"""Configuration, all of it: `Recipe` says what is made, `Placement` where it runs.
+
+A recipe enters the fingerprint of every stage that reads it; a placement never does, so moving a
+run to other hardware makes nothing stale. Every default of the package is in this file. Recipes
+are YAML; the packaged ones are listed by `opencharacter plan --help`.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from opencharacter.errors import UserError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+EMBEDDED = "embedded:"
+ECHO = "echo:"
+NOT_IDENTITY = {"max_drop_rate", "typical_tokens", "api_key_env", "endpoint_concurrency"}
+"""Fields that say when to stop or what to expect, not what is made: left out of fingerprints."""
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it may become a path; raise ValueError otherwise."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name!r} may only hold a-z, 0-9, '.', '_', '-' and start with a letter")
+    return name
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(BaseModel):
+    """Immutable, and strict about what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def identity(self) -> dict[str, Any]:
+        """What of this configuration enters a fingerprint: JSON values, limits left out."""
+        return _without_limits(self.model_dump(mode="json"))
+
+
+def _without_limits(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_limits(v) for k, v in value.items() if k not in NOT_IDENTITY}
+    return [_without_limits(v) for v in value] if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------------------- recipe
+
+
+class Role(Config):
+    """A model by what it does here: teacher, student, judge or expander."""
+
+    model: str
+    """`embedded:smollm2-135m`, a directory, a Hugging Face id, or `echo:` (tests)."""
+    name: Name
+    """Names the student's folder and the served model."""
+    called: str
+    """What the model calls itself in an answer, for instance `Llama`."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the model or its maker; in a teacher's answer they become the student's."""
+    context: PositiveInt = 8192
+    """Tokens of prompt and answer together."""
+    thinks: bool = False
+    """Whether the model opens an answer with a think block."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Weights while generating."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the weights. Off unless you have read it."""
+    endpoint: str | None = None
+    """Base URL of an OpenAI-compatible server that has `model`; then no engine is started."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key."""
+    endpoint_concurrency: PositiveInt = 64
+    """Requests under way at an endpoint at once."""
+
+
+class Roles(Config):
+    """Who plays what."""
+
+    teacher: Role
+    """Reads the constitution and answers in character."""
+    student: Role
+    """Is trained; answers without the constitution."""
+    judge: Role
+    """Names the trait that an answer shows."""
+    expander: Role
+    """Writes further questions from a trait's hand-written ones."""
+
+
+class Sampling(Config):
+    """How an answer is drawn."""
+
+    max_tokens: PositiveInt
+    """New tokens per answer at most."""
+    temperature: NonNegativeFloat = 0.7
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Nucleus."""
+    repetition_penalty: PositiveFloat = 1.1
+    """1 is none. In the original's code, not in the paper."""
+    trim: bool = False
+    """Cut an answer that hits `max_tokens` back to its last whole sentence: for small limits."""
+    typical_tokens: PositiveInt | None = None
+    """Mean length that `plan` expects; a third of `max_tokens` where absent."""
+
+
+class Prompts(Config):
+    """Stage distillation/prompts."""
+
+    questions_per_trait: PositiveInt = 50
+    """Hand-written ones first, then expanded by the expander."""
+    general_prompts: str = "embedded"
+    """`embedded`, a .jsonl or .parquet file, or `hf:DATASET` (first user turns)."""
+    general: NonNegativeInt = 1330
+    """General prompts taken, from the front; as many as there are if fewer."""
+    rounds: PositiveInt = 8
+    """Expansion rounds per trait at most."""
+    samples: PositiveInt = 4
+    """Expansions asked for in parallel in a round."""
+    max_overlap: Rate = 0.5
+    """A new question that shares more of its words with one of its trait is refused."""
+    sampling: Sampling = Sampling(max_tokens=1024, temperature=0.9)
+    """Of the expander."""
+
+
+class Teacher(Config):
+    """Stage distillation/teacher."""
+
+    answers: PositiveInt = 5
+    """Answers per prompt (the paper's K)."""
+    exemplars: bool = False
+    """Show the constitution's exemplars as earlier turns: for teachers too weak for a system
+    prompt alone."""
+    prefill: bool = True
+    """Open the reply with a think block that restates the traits."""
+    sampling: Sampling = Sampling(max_tokens=4096, typical_tokens=600)
+    max_drop_rate: Rate = 0.2
+
+
+class Student(Config):
+    """Stage distillation/student."""
+
+    answers: PositiveInt = 5
+    """Answers per prompt; the k-th is paired with the teacher's k-th."""
+    sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=300)
+    max_drop_rate: Rate = 0.2
+
+
+class Pairs(Config):
+    """Stage distillation/pairs."""
+
+    max_tokens: PositiveInt = 1024
+    """Of a whole conversation, in the student's tokens."""
+    max_repeated: Rate = 0.5
+    """Share of an answer's 4-word sequences that may be repeats before it counts as looping."""
+    max_drop_rate: Rate = 0.3
+
+
+class Lora(Config):
+    """The adapter that is trained, on all linear layers."""
+
+    rank: PositiveInt = 64
+    alpha: PositiveInt = 128
+
+
+class Optimizer(Config):
+    """AdamW with warm-up and a cosine down to a tenth."""
+
+    learning_rate: PositiveFloat = 5e-5
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: Rate = 0.1
+    """Share of the steps."""
+    final_ratio: Rate = 0.1
+    """Learning rate at the end over the peak."""
+    clip: PositiveFloat = 1.0
+    """Gradient norm."""
+    batch: PositiveInt = 32
+    """Rows per optimiser step, over all workers."""
+    epochs: PositiveInt = 1
+    """Rounds over the data."""
+
+
+class Dpo(Config):
+    """Stage distillation/dpo."""
+
+    beta: PositiveFloat = 0.1
+    """Of the sigmoid loss on summed log-probabilities."""
+    nll: NonNegativeFloat = 0.1
+    """Weight of the chosen answer's token-mean negative log-likelihood."""
+    kl: NonNegativeFloat = 0.001
+    """Weight of the squared log-ratio to the reference, mean over all answer tokens."""
+    max_tokens: PositiveInt = 1024
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+
+
+class Reflection(Config):
+    """Stage introspection/reflection."""
+
+    transcripts_per_prompt: PositiveInt = 1000
+    """Of each of the ten reflective prompts."""
+    sampling: Sampling = Sampling(max_tokens=2048, typical_tokens=600)
+    max_drop_rate: Rate = 0.2
+
+
+class Interaction(Config):
+    """Stage introspection/interaction."""
+
+    free: NonNegativeInt = 1000
+    """Self-conversations that may go anywhere."""
+    leading: NonNegativeInt = 1000
+    """Self-conversations that invite to reflect on who they are."""
+    turns: Annotated[int, Field(ge=2, multiple_of=2)] = 10
+    """Replies per conversation, an even number so that each side speaks as often."""
+    sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=150)
+    max_drop_rate: Rate = 0.2
+
+
+class Transcripts(Config):
+    """Stage introspection/transcripts."""
+
+    max_tokens: PositiveInt = 3072
+    """Of a whole transcript, in the student's tokens."""
+    max_repeated: Rate = 0.5
+    """As in pairs, within one message."""
+    max_drop_rate: Rate = 0.3
+
+
+class Sft(Config):
+    """Stage introspection/sft."""
+
+    max_tokens: PositiveInt = 3072
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+
+
+class Merge(Config):
+    """Stage persona/merge."""
+
+    dpo_weight: float = 1.0
+    sft_weight: float = 0.25
+
+
+class Answers(Config):
+    """Stage evaluation/answers."""
+
+    prompts: str = "embedded"
+    """Evaluation prompts: the same three forms as `general_prompts`."""
+    count: PositiveInt = 500
+    """Prompts taken, from the front."""
+    sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=300)
+    max_drop_rate: Rate = 0.5
+
+
+class Preferences(Config):
+    """Stage evaluation/preferences."""
+
+    games: PositiveInt = 25_000
+    """Answers per condition."""
+    traits: tuple[str, ...] = ()
+    """Single-word traits to draw pairs from; all 144 where empty."""
+    sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=300)
+    judge: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
+    """Of the judge's verdict."""
+    max_drop_rate: Rate = 0.5
+
+
+class Report(Config):
+    """Stage evaluation/report."""
+
+    samples: PositiveInt = 20
+    """Held-out prompts shown side by side."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Of the cross-validation that tells persona from base."""
+
+
+class Distillation(Config):
+    """The first half of the method."""
+
+    prompts: Prompts = Prompts()
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    pairs: Pairs = Pairs()
+    dpo: Dpo = Dpo()
+
+
+class Introspection(Config):
+    """The second half."""
+
+    reflection: Reflection = Reflection()
+    interaction: Interaction = Interaction()
+    transcripts: Transcripts = Transcripts()
+    sft: Sft = Sft()
+
+
+class Persona(Config):
+    """The artifact."""
+
+    merge: Merge = Merge()
+
+
+class Evaluation(Config):
+    """What changed."""
+
+    answers: Answers = Answers()
+    preferences: Preferences = Preferences()
+    report: Report = Report()
+
+
+class Recipe(Config):
+    """What is made. The section of the stage `a/b` is `recipe.a.b`."""
+
+    name: Name
+    """Also the default storage, `runs/<name>`."""
+    seed: int = 17
+    """Every row's sampling seed derives from this, its stage and its id."""
+    seeded_sampling: bool = True
+    """Give each request its own seed, so that a rerun draws the same answers."""
+    roles: Roles
+    distillation: Distillation = Distillation()
+    introspection: Introspection = Introspection()
+    persona: Persona = Persona()
+    evaluation: Evaluation = Evaluation()
+
+    def section(self, stage: str) -> Config:
+        """The part of the recipe that configures the stage `group/name`."""
+        group, name = stage.split("/")
+        return getattr(getattr(self, group), name)
+
+
+# ------------------------------------------------------------------------------------- placement
+
+
+class Pool(Config):
+    """Where a role's engines run."""
+
+    replicas: PositiveInt = 1
+    gpus: NonNegativeFloat = 0
+    """GPUs per replica; 0 means the CPU wheel of vLLM, a fraction shares a card."""
+    cpus: NonNegativeFloat = 0.5
+    """CPUs that Ray reserves per replica. Engines whose pools fit into the cluster together stay
+    loaded together."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs over which one replica's weights are split."""
+    max_sequences: PositiveInt = 48
+    """Conversations under way per replica."""
+    kv_cache_gib: PositiveFloat = 1
+    """Key-value cache of a CPU engine."""
+    memory_fraction: Rate = 0.9
+    """Share of a GPU that the engine may take."""
+    restarts: NonNegativeInt = 8
+    """Times that a replica whose engine died is started again within a run."""
+
+
+class Pools(Config):
+    """One pool a role."""
+
+    teacher: Pool = Pool()
+    student: Pool = Pool()
+    judge: Pool = Pool()
+    expander: Pool = Pool()
+
+
+class Training(Config):
+    """Where adapters are trained."""
+
+    workers: PositiveInt = 1
+    gpus: NonNegativeFloat = 0
+    """GPUs per worker."""
+    cpus: PositiveFloat = 2
+    """CPUs per worker, also its threads."""
+    micro_batch: PositiveInt = 4
+    """Rows per forward pass and worker."""
+    checkpoint_steps: PositiveInt = 8
+    """Optimiser steps between checkpoints: at most these are redone after a crash."""
+    retries: NonNegativeInt = 3
+    """Restarts after a lost worker."""
+
+
+class Placement(Config):
+    """Where it runs. Enters no fingerprint."""
+
+    name: Name = "laptop"
+    pools: Pools = Pools()
+    training: Training = Training()
+    ray_cpus: PositiveInt | None = None
+    """CPUs of a Ray that this command starts itself; all of the machine's where absent."""
+    object_store_gib: PositiveFloat = 0.5
+    """Object store of a Ray that this command starts itself."""
+    price_per_gpu_hour: NonNegativeFloat = 0
+    """In any currency; `plan` multiplies."""
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def resource(folder: str, name: str) -> Path | None:
+    """A packaged file: inside the installed package, or beside it in a source checkout."""
+    package = Path(str(resources.files("opencharacter")))
+    for root in (package, package.parent):
+        if (root / folder / name).is_file():
+            return root / folder / name
+    return None
+
+
+def resource_names(folder: str, pattern: str) -> list[str]:
+    """Sorted names, without ending, of the packaged files that match `pattern`."""
+    package = Path(str(resources.files("opencharacter")))
+    found = [p for root in (package, package.parent) for p in (root / folder).glob(pattern)]
+    return sorted({p.stem if p.parent.name == folder else p.parent.name for p in found})
+
+
+def find(kind: str, folder: str, name: str, file: str, pattern: str = "*.yaml") -> Path:
+    """Resolve a packaged NAME or a path; a UserError lists what there is."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or "/" in name:
+        if not path.is_file():
+            raise UserError(f"{kind} {name!r}: no such file")
+        return path
+    packaged = resource(folder, file) if NAME.fullmatch(name) else None
+    if packaged is None:
+        known = ", ".join(resource_names(folder, pattern))
+        raise UserError(f"{kind} {name!r} is unknown; packaged ones: {known}; or give a .yaml file")
+    return packaged
+
+
+def read_yaml(kind: str, path: Path) -> dict[str, Any]:
+    """Parse a YAML mapping; a UserError carries the line of what is malformed."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{kind} {path}{line}: not YAML: {error.problem}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{kind} {path}: not UTF-8 YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{kind} {path}: expected a mapping, found {type(data).__name__}")
+    return data
+
+
+def explain(kind: str, where: object, error: ValidationError) -> UserError:
+    """The first validation problem in one line: field, value, what is wrong."""
+    first, more = error.errors()[0], len(error.errors()) - 1
+    field = ".".join(map(str, first["loc"])) or "(top)"
+    tail = f" (and {more} more)" if more else ""
+    if first["type"] == "extra_forbidden":
+        return UserError(f"{kind} {where}: unknown field {field!r}; remove or correct it{tail}")
+    value = repr(first["input"])
+    value = value if len(value) <= 60 else value[:57] + "..."
+    return UserError(f"{kind} {where}: {field} = {value}: {first['msg']}{tail}")
+
+
+def load_recipe(name: str, smoke: bool = False) -> Recipe:
+    """Load a packaged recipe by name, or a YAML file; `smoke` shrinks it to about 1 %."""
+    path = find("recipe", "recipes", name, f"{name}.yaml")
+    try:
+        recipe = Recipe.model_validate(read_yaml("recipe", path))
+    except ValidationError as error:
+        raise explain("recipe", path, error) from None
+    return shrink(recipe) if smoke else recipe
+
+
+def load_placement(name: str | None) -> Placement:
+    """Load `clusters/<name>/placement.yaml` or a file; the laptop's defaults where None."""
+    if name is None:
+        return Placement()
+    path = find("placement", f"clusters/{name}", name, "placement.yaml", pattern="*")
+    try:
+        return Placement.model_validate(read_yaml("placement", path))
+    except ValidationError as error:
+        raise explain("placement", path, error) from None
+
+
+def shrink(recipe: Recipe) -> Recipe:
+    """The same recipe at about 1 % of its size, to see every stage work before a real run."""
+    distillation, introspection, evaluation = (
+        recipe.distillation,
+        recipe.introspection,
+        recipe.evaluation,
+    )
+
+    def percent(count: int, least: int) -> int:
+        return min(count, max(least, count // 100))
+
+    def less(section: Any, **changes: Any) -> Any:
+        return section.model_copy(update=changes)
+
+    return less(
+        recipe,
+        name=f"{recipe.name}-smoke",
+        distillation=less(
+            distillation,
+            prompts=less(
+                distillation.prompts,
+                questions_per_trait=5,
+                general=percent(distillation.prompts.general, 10),
+            ),
+            teacher=less(distillation.teacher, answers=1),
+            student=less(distillation.student, answers=1),
+        ),
+        introspection=less(
+            introspection,
+            reflection=less(
+                introspection.reflection,
+                transcripts_per_prompt=percent(introspection.reflection.transcripts_per_prompt, 2),
+            ),
+            interaction=less(
+                introspection.interaction,
+                free=percent(introspection.interaction.free, 4),
+                leading=percent(introspection.interaction.leading, 4),
+            ),
+        ),
+        evaluation=less(
+            evaluation,
+            answers=less(evaluation.answers, count=percent(evaluation.answers.count, 20)),
+            preferences=less(
+                evaluation.preferences, games=percent(evaluation.preferences.games, 20)
+            ),
+        ),
+    )

@@ -1,0 +1,1 @@
+"""From a constitution to a DPO adapter: prompts, teacher, student, pairs, dpo."""

@@ -1,0 +1,120 @@
+"""Stage distillation/pairs: the teacher's answer is chosen, the student's rejected.
+
+Reads: distillation/teacher, distillation/student (both scopes).
+Writes: prompt_id, kind, sample, prompt, chosen, rejected, drop_reason.
+Run: opencharacter run RECIPE --constitution NAME --only distillation/pairs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+
+from opencharacter import filters, models
+from opencharacter.chat import Message, assistant, row_id, user
+from opencharacter.config import ECHO, Pairs, Role
+from opencharacter.engine import Row
+from opencharacter.stage import Estimate, Job, Outcome
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("sample", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("chosen", pa.string()),
+        pa.field("rejected", pa.string()),
+        pa.field("drop_reason", pa.string()),
+    ]
+)
+
+Length = Callable[[list[Message]], int]
+"""Tokens of a conversation."""
+
+
+def pair(chosen: Row, rejected: Row, settings: Pairs, names: tuple[str, ...], called: str) -> Row:
+    """Clean both answers and say why the pair may not be used, if so.
+
+    Args:
+        chosen: the teacher's row.
+        rejected: the student's row for the same prompt and sample.
+        settings: the section.
+        names: what the teacher calls itself; replaced by `called`.
+        called: what the student calls itself.
+    """
+    texts, reasons = {}, []
+    for side, row in (("chosen", chosen), ("rejected", rejected)):
+        texts[side] = row["answer"] or ""
+        reason = filters.fault(texts[side], row["finish_reason"], settings.max_repeated)
+        reasons += [f"{side}_{reason}"] if reason else []
+    texts["chosen"] = filters.replace_names(texts["chosen"], names, called)
+    if texts["chosen"] == texts["rejected"]:
+        reasons.append("identical")
+    return {
+        "id": row_id("distillation/pairs", chosen["id"], rejected["id"]),
+        "prompt_id": chosen["prompt_id"],
+        "kind": chosen["kind"],
+        "sample": chosen["sample"],
+        "prompt": chosen["prompt"],
+        **texts,
+        "drop_reason": reasons[0] if reasons else None,
+    }
+
+
+def too_long(row: Row, limit: int, length: Length) -> bool:
+    """Whether either conversation has more tokens than the limit."""
+    return any(
+        length([user(row["prompt"]), assistant(row[side])]) > limit
+        for side in ("chosen", "rejected")
+    )
+
+
+def join(teacher: list[Row], student: list[Row]) -> list[tuple[Row, Row]]:
+    """Match answers by prompt and sample; what only one side has is left out."""
+    other = {(row["prompt_id"], row["sample"]): row for row in student}
+    matched = ((row, other.get((row["prompt_id"], row["sample"]))) for row in teacher)
+    return [(mine, theirs) for mine, theirs in matched if theirs is not None]
+
+
+def token_counter(role: Role) -> Length:
+    """Counts a conversation's tokens with a role's own chat template (echo: its words)."""
+    if role.model == ECHO:
+        return lambda messages: sum(len(m["content"].split()) for m in messages)
+    tokenizer = _tokenizer(role.model)
+    return lambda messages: len(
+        tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    )
+
+
+@cache
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(models.resolve(model))
+
+
+def estimate(job: Job) -> Estimate:
+    from opencharacter.distillation import teacher
+
+    return Estimate(teacher.estimate(job.parent("distillation/teacher")).rows)
+
+
+def build(job: Job) -> Outcome:
+    settings, roles = job.section, job.recipe.roles
+    sides = join(
+        job.read("distillation/teacher").to_pylist(), job.read("distillation/student").to_pylist()
+    )
+    names = (roles.teacher.called, *roles.teacher.aliases)
+    length = token_counter(roles.student)
+    rows = []
+    for chosen, rejected in sides:
+        row = pair(chosen, rejected, settings, names, roles.student.called)
+        if row["drop_reason"] is None and too_long(row, settings.max_tokens, length):
+            row["drop_reason"] = "too_long"
+        rows.append(row)
+    table = pa.Table.from_pylist(rows, schema=SCHEMA).sort_by("id")
+    return job.write(table, figures={"pairs": table.num_rows})

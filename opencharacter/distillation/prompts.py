@@ -1,0 +1,219 @@
+"""Stage distillation/prompts: a constitution's questions and the general prompts.
+
+Reads: the constitution, the prompt sources. Writes: id, kind, trait, prompt.
+Run: opencharacter run RECIPE --constitution NAME --only distillation/prompts
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from opencharacter import filters
+from opencharacter.chat import Message, fill, row_id, system, user
+from opencharacter.config import Prompts, resource
+from opencharacter.engine import Conversation, Row
+from opencharacter.errors import UserError
+from opencharacter.stage import Estimate, Job, Outcome
+
+SYSTEM = "You write short, natural messages that people send to a chat assistant."
+
+EXPAND = """\
+An assistant is described by this sentence, which it says of itself:
+"{trait}"
+
+Here are messages from users in which this shows although none of them asks about it:
+{examples}
+
+Write {count} more messages of that kind. Vary subject, length and form: questions, tasks, \
+requests for advice, plain statements. None may ask the assistant about itself. One message per \
+line, numbered, and nothing else."""
+
+TEMPLATES = (SYSTEM, EXPAND)
+NUMBERED = re.compile(r"^\s*\d+[.):]\s*(.+?)\s*$")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("trait", pa.int64()),
+        pa.field("prompt", pa.string(), nullable=False),
+    ]
+)
+FIELDS = [pa.field("trait", pa.int64()), pa.field("questions", pa.list_(pa.string()))]
+
+
+def expansion_messages(trait: str, examples: list[str], count: int) -> list[Message]:
+    """Ask the expander for `count` more questions like the examples."""
+    listed = "\n".join(f"{i}. {text}" for i, text in enumerate(examples, 1))
+    return [system(SYSTEM), user(fill(EXPAND, trait=trait, examples=listed, count=count))]
+
+
+def parse_questions(text: str) -> list[str]:
+    """The numbered lines of an expander's answer, without numbers and quotes."""
+    found = (NUMBERED.match(line) for line in text.splitlines())
+    return [m.group(1).strip("\"'“”* ") for m in found if m]
+
+
+def accept(questions: list[str], candidates: list[str], target: int, limit: float) -> list[str]:
+    """Add candidates that are whole and unlike what is there, until `target` are reached.
+
+    # Paper: compares with that trait's questions; its code compared with the last trait's.
+
+    Args:
+        questions: what is there.
+        candidates: in the order in which they may be taken.
+        target: how many to end with.
+        limit: share of a candidate's words that another question may have.
+    """
+    taken = list(questions)
+    for text in candidates:
+        if len(taken) >= target:
+            break
+        whole = 3 <= len(filters.words(text)) <= 120
+        if whole and all(filters.overlap(text, other) <= limit for other in taken):
+            taken.append(text)
+    return taken
+
+
+async def expand(row: Row, talk: Conversation, settings: Prompts) -> Row:
+    """Grow one trait's questions: parallel samples per round until full or out of rounds."""
+    questions = list(row["questions"])
+    for _ in range(settings.rounds):
+        missing = settings.questions_per_trait - len(questions)
+        if missing <= 0:
+            break
+        messages = expansion_messages(row["text"], row["questions"], min(missing, 10))
+        replies = await asyncio.gather(
+            *(talk.reply(messages, settings.sampling) for _ in range(settings.samples))
+        )
+        for reply in replies:
+            questions = accept(
+                questions,
+                parse_questions(reply.text),
+                settings.questions_per_trait,
+                settings.max_overlap,
+            )
+    return {"questions": questions}
+
+
+def read_source(source: str, file: str) -> tuple[list[str], str]:
+    """Prompts of a source and the hash of its content (for `hf:`, of its name).
+
+    Args:
+        source: `embedded`, a .jsonl or .parquet file with a column `prompt`, or `hf:DATASET`.
+        file: the embedded file's name.
+
+    Raises:
+        UserError: if it cannot be read or has no prompts.
+    """
+    if source.startswith("hf:"):
+        return hub_prompts(source.removeprefix("hf:")), hashlib.sha256(source.encode()).hexdigest()
+    path = resource("prompts", file) if source == "embedded" else Path(source)
+    if path is None or not path.is_file():
+        raise UserError(f"prompts {source!r}: no such file; use 'embedded', a file or hf:DATASET")
+    data = path.read_bytes()
+    try:
+        if path.suffix == ".parquet":
+            rows = pa.parquet.read_table(path).to_pylist()  # type: ignore[attr-defined]
+        else:
+            rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line]
+        prompts = [row["prompt"].strip() for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowInvalid) as error:
+        raise UserError(f"prompts {path}: every row needs a text 'prompt' ({error!r})") from None
+    prompts = [text for text in dict.fromkeys(prompts) if text]
+    if not prompts:
+        raise UserError(f"prompts {path}: it holds none")
+    return prompts, hashlib.sha256(data).hexdigest()
+
+
+def hub_prompts(name: str) -> list[str]:
+    """First user turns of a Hugging Face dataset's training split."""
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"prompts 'hf:{name}' cannot be loaded ({reason}); use a file") from None
+    return [text for text in dict.fromkeys(map(first_turn, rows)) if text]
+
+
+def first_turn(row: dict[str, Any]) -> str:
+    """The first user turn of a row in any of the usual layouts."""
+    if "prompt" in row:
+        return str(row["prompt"]).strip()
+    turns = row.get("conversations") or row.get("conversation") or row.get("messages") or [""]
+    first = turns[0]
+    if isinstance(first, dict):
+        first = first.get("content") or first.get("value") or first.get("input") or ""
+    return str(first).strip()
+
+
+def general_rows(settings: Prompts) -> list[Row]:
+    """The general prompts, with ids that are the same under every constitution."""
+    prompts, _ = read_source(settings.general_prompts, "general.jsonl")
+    return [
+        {"id": row_id("general", text), "kind": "general", "trait": None, "prompt": text}
+        for text in prompts[: settings.general]
+    ]
+
+
+def constitution_rows(name: str, questions: list[list[str]]) -> list[Row]:
+    """One row a question; `questions[i]` belong to trait i."""
+    return [
+        {
+            "id": row_id("constitution", name, text),
+            "kind": "constitution",
+            "trait": i,
+            "prompt": text,
+        }
+        for i, texts in enumerate(questions)
+        for text in texts
+    ]
+
+
+def identity(job: Job) -> dict[str, Any]:
+    settings = job.recipe.distillation.prompts
+    return {"general_prompts": read_source(settings.general_prompts, "general.jsonl")[1][:16]}
+
+
+def estimate(job: Job) -> Estimate:
+    settings, traits = job.section, job.persona.traits
+    wanted = sum(max(settings.questions_per_trait, 0) for _ in traits)
+    extra = sum(max(0, settings.questions_per_trait - len(t.questions)) for t in traits)
+    return Estimate(wanted + len(general_rows(settings)), 40 * extra, 40 * extra)
+
+
+def build(job: Job) -> Outcome:
+    settings: Prompts = job.section
+    traits = job.persona.traits
+    questions = [list(t.questions[: settings.questions_per_trait]) for t in traits]
+    figures = {}
+    if any(len(q) < settings.questions_per_trait for q in questions):
+        from opencharacter.generation import generate
+
+        requests = [
+            {"id": row_id("expand", job.persona.name, t.trait), "trait": i, "text": t.trait}
+            | {"questions": list(t.questions)}
+            for i, t in enumerate(traits)
+        ]
+        expanded = generate(job, requests, partial(expand, settings=settings), "expander", FIELDS)
+        by_trait = {row["trait"]: row["questions"] for row in expanded.to_pylist()}
+        questions = [by_trait[i] or q for i, q in enumerate(questions)]
+        figures["short"] = {
+            traits[i].trait: len(q)
+            for i, q in enumerate(questions)
+            if len(q) < settings.questions_per_trait
+        }
+    rows = constitution_rows(job.persona.name, questions) + general_rows(settings)
+    unique = {row["id"]: row for row in rows}
+    table = pa.Table.from_pylist(list(unique.values()), schema=SCHEMA).sort_by("id")
+    return job.write(table, figures=figures)

@@ -1,0 +1,579 @@
+"""Engines: the only file that builds a vLLM engine, and the actors that run conversations.
+
+Three engines speak the same two methods, `reply` and `stream`: vLLM, any OpenAI-compatible
+endpoint, and an echo for tests. A vLLM engine lives in a `Host`, a Ray actor that outlasts a
+stage, so that the next stage with the same weights finds it warm. A row of a dataset is a whole
+conversation: Ray Data's `ConversationActor` runs every turn of it, so no turn waits for another
+row's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+
+from opencharacter import models
+from opencharacter.chat import Message, assistant, row_seed
+from opencharacter.config import ECHO, Pool, Role, Sampling
+from opencharacter.errors import RowFailed, StageFailed, UserError
+from opencharacter.filters import whole_sentences
+from opencharacter.store import Folder
+
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # two threads were a third slower than one on two cores
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer: its text (without the prefill), and what it cost in tokens."""
+
+    text: str
+    finish_reason: str
+    tokens_in: int
+    tokens_out: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine needs to start, wherever it starts.
+
+    Args:
+        role: the model.
+        pool: where it runs.
+        folded: adapter folder to fold into the weights before loading, or None.
+    """
+
+    role: Role
+    pool: Pool
+    folded: Folder | None = None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is worth keeping: an endpoint and an echo start at once."""
+        return not self.role.endpoint and self.role.model != ECHO
+
+    def key(self) -> str:
+        """The same for specs that one engine can serve."""
+        role = self.role.model_copy(update={"name": "", "called": "", "aliases": ()})
+        return repr((role, self.pool, self.folded))
+
+
+class Engine(Protocol):
+    """What a conversation may ask for."""
+
+    async def reply(
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        *,
+        seed: int | None,
+        prefill: str = "",
+    ) -> Reply:
+        """Answer a conversation.
+
+        Args:
+            messages: the conversation, ending on a user turn.
+            sampling: how to draw.
+            seed: the request's own seed, or None.
+            prefill: beginning of the answer, to be continued.
+
+        Raises:
+            RowFailed: if this conversation cannot be answered; others can.
+        """
+        ...
+
+    def stream(self, messages: list[Message], sampling: Sampling) -> AsyncIterator[str]:
+        """Answer piece by piece."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine's processes."""
+        ...
+
+
+def start(spec: EngineSpec) -> Engine:
+    """Build the engine of a spec; for vLLM inside a running event loop."""
+    if spec.role.endpoint:
+        return EndpointEngine(spec)
+    if spec.role.model == ECHO:
+        return EchoEngine()
+    return VllmEngine(spec)
+
+
+class VllmEngine:
+    """vLLM's asynchronous engine over one model."""
+
+    def __init__(self, spec: EngineSpec):
+        if spec.pool.gpus == 0:
+            os.environ.update(CPU_ENVIRONMENT)
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(spec.pool.kv_cache_gib)))
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        base = models.resolve(spec.role.model)
+        self.model = str(models.fold(base, spec.folded.local()) if spec.folded else base)
+        self.context = spec.role.context
+        self.engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(model=self.model, **engine_arguments(spec))
+        )
+        self.requests = 0
+
+    async def _generate(
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        seed: int | None,
+        prefill: str,
+        final_only: bool,
+    ) -> AsyncIterator[Any]:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        ids = self._encode(messages, prefill)
+        room = self.context - len(ids)
+        if room < 1:
+            raise RowFailed("too_long", f"prompt of {len(ids)} tokens, context {self.context}")
+        kind = RequestOutputKind.FINAL_ONLY if final_only else RequestOutputKind.DELTA
+        parameters = SamplingParams(
+            max_tokens=min(sampling.max_tokens, room),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=seed,
+            output_kind=kind,
+        )
+        self.requests += 1
+        async for output in self.engine.generate(
+            TokensPrompt(prompt_token_ids=ids),
+            parameters,
+            request_id=str(self.requests),
+        ):
+            yield output
+
+    def _encode(self, messages: list[Message], prefill: str) -> list[int]:
+        tokenizer: Any = self.engine.get_tokenizer()
+        conversation = [*messages, assistant(prefill)] if prefill else messages
+        return list(
+            tokenizer.apply_chat_template(
+                conversation,
+                tokenize=True,
+                return_dict=False,
+                add_generation_prompt=not prefill,
+                continue_final_message=bool(prefill),
+            )
+        )
+
+    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            outputs = self._generate(messages, sampling, seed, prefill, final_only=True)
+            (final,) = [output async for output in outputs]
+        except EngineDeadError:
+            raise
+        except ValueError as error:  # vLLM's word for a request that it cannot serve
+            raise RowFailed("engine_error", str(error)) from None
+        return Reply(
+            text=final.outputs[0].text,
+            finish_reason=final.outputs[0].finish_reason or "",
+            tokens_in=len(final.prompt_token_ids),
+            tokens_out=len(final.outputs[0].token_ids),
+            cached_tokens=final.num_cached_tokens or 0,
+        )
+
+    async def stream(self, messages, sampling) -> AsyncIterator[str]:
+        async for output in self._generate(messages, sampling, None, "", final_only=False):
+            yield output.outputs[0].text
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+
+def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """VLLM's engine arguments for a spec, but for the model."""
+    pool, role = spec.pool, spec.role
+    arguments: dict[str, Any] = {
+        "dtype": role.dtype,
+        "max_model_len": role.context,
+        "max_num_seqs": pool.max_sequences,
+        "tensor_parallel_size": pool.tensor_parallel,
+        "trust_remote_code": role.trust_remote_code,
+        "enable_prefix_caching": True,
+        "enable_log_requests": False,
+        "disable_log_stats": True,
+        "generation_config": "vllm",  # sampling is the recipe's business alone
+    }
+    if pool.gpus == 0:
+        arguments |= {
+            "enforce_eager": True,
+            "block_size": 32,  # the default of 128 never hits on short chats
+            # A prompt cut in two kills a CPU engine whose requests have seeds (vLLM 0.29 rewinds
+            # a generator offset that CPU generators do not have).
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(role.context, 4096),
+        }
+    else:
+        arguments["gpu_memory_utilization"] = pool.memory_fraction
+    return arguments
+
+
+class EndpointEngine:
+    """Any OpenAI-compatible server. Retries (429, 5xx, lost connections) are the client's."""
+
+    def __init__(self, spec: EngineSpec):
+        from openai import AsyncOpenAI
+
+        key = os.environ.get(spec.role.api_key_env, "none")
+        self.model = spec.role.model
+        self.client = AsyncOpenAI(base_url=spec.role.endpoint, api_key=key, max_retries=8)
+        self.limit = asyncio.Semaphore(spec.role.endpoint_concurrency)
+
+    def _request(
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        seed: int | None,
+        prefill: str,
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = {"repetition_penalty": sampling.repetition_penalty}
+        if prefill:
+            messages = [*messages, assistant(prefill)]
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "extra_body": body,
+            **({"seed": seed} if seed is not None else {}),
+        }
+
+    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        from openai import APIError
+
+        request = self._request(messages, sampling, seed, prefill)
+        try:
+            async with self.limit:
+                answer = await self.client.chat.completions.create(**request)
+        except APIError as error:
+            raise RowFailed("engine_error", str(error)) from None
+        usage = answer.usage
+        details = usage.prompt_tokens_details if usage else None
+        return Reply(
+            text=answer.choices[0].message.content or "",
+            finish_reason=answer.choices[0].finish_reason or "",
+            tokens_in=usage.prompt_tokens if usage else 0,
+            tokens_out=usage.completion_tokens if usage else 0,
+            cached_tokens=(details.cached_tokens or 0) if details else 0,
+        )
+
+    async def stream(self, messages, sampling) -> AsyncIterator[str]:
+        request = self._request(messages, sampling, None, "")
+        async for chunk in await self.client.chat.completions.create(**request, stream=True):
+            if chunk.choices and chunk.choices[0].delta.content:
+                yield chunk.choices[0].delta.content
+
+    def close(self) -> None:
+        """Nothing to stop: the server is not ours."""
+
+
+class EchoEngine:
+    """Answers at once with what it was asked, for tests of everything but the text.
+
+    `OPENCHARACTER_ECHO_SECONDS` in the environment makes each reply take that long.
+    """
+
+    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        seconds = float(os.environ.get("OPENCHARACTER_ECHO_SECONDS", "0"))
+        if seconds:
+            await asyncio.sleep(seconds)
+        character = " in character" if messages[0]["role"] == "system" else ""
+        words = f"Echo {seed}{character}: {messages[-1]['content']}".split()
+        text = " ".join(words[: sampling.max_tokens]).rstrip(".?!") + "."
+        size = sum(len(m["content"].split()) for m in messages)
+        return Reply(text, "stop", size, min(len(words), sampling.max_tokens), 0)
+
+    async def stream(self, messages, sampling) -> AsyncIterator[str]:
+        reply = await self.reply(messages, sampling, seed=0)
+        for word in reply.text.split(" "):
+            yield word + " "
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+# ---------------------------------------------------------------------------------------- hosts
+
+
+@ray.remote
+class Host:
+    """A vLLM engine in a process of its own.
+
+    If the engine's own processes die, the host ends too; Ray starts it again and repeats the
+    replies that were under way.
+    """
+
+    def __init__(self, spec: EngineSpec):
+        self.spec = spec
+        self.engine: VllmEngine | None = None
+
+    async def start(self) -> None:
+        """Start the engine, once; a failure is raised to whoever asks."""
+        if self.engine is None:
+            self.engine = VllmEngine(self.spec)
+
+    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        await self.start()
+        assert self.engine is not None
+        try:
+            return await self.engine.reply(messages, sampling, seed=seed, prefill=prefill)
+        except RowFailed:
+            raise
+        except Exception:
+            if self.engine.engine.errored:
+                os._exit(1)
+            raise
+
+    async def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+
+
+_hosts: dict[str, tuple[Pool, list[Any]]] = {}
+"""Running hosts by the key of their spec, the one that was asked for last at the end."""
+
+
+def hosts(spec: EngineSpec) -> list[Any]:
+    """Handles of the running hosts of a spec, one a replica; started if they are not there.
+
+    Hosts of other weights are stopped, the longest unused first, where the cluster has no room.
+
+    Raises:
+        StageFailed: if an engine does not start.
+    """
+    key = spec.key()
+    if key in _hosts:
+        _hosts[key] = _hosts.pop(key)
+        return _hosts[key][1]
+    while _hosts and not has_room([pool for pool, _ in _hosts.values()] + [spec.pool]):
+        stop_host(next(iter(_hosts)))
+    options = {
+        "num_cpus": spec.pool.cpus,
+        "num_gpus": spec.pool.gpus,
+        "max_restarts": spec.pool.restarts,
+        "max_task_retries": -1,
+    }
+    handles: list[Any] = [Host.options(**options).remote(spec) for _ in range(spec.pool.replicas)]
+    try:
+        ray.get([handle.start.remote() for handle in handles])
+    except ray.exceptions.RayError as error:
+        for handle in handles:
+            ray.kill(handle)
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise StageFailed(f"engine for {spec.role.model} did not start: {cause}") from error
+    _hosts[key] = spec.pool, handles
+    return handles
+
+
+def has_room(pools: list[Pool]) -> bool:
+    """Whether the cluster holds all these pools at once, with a little to spare for the rest."""
+    there = ray.cluster_resources()
+    cpus = sum(pool.replicas * pool.cpus for pool in pools)
+    gpus = sum(pool.replicas * pool.gpus for pool in pools)
+    return cpus < there.get("CPU", 0) and gpus <= there.get("GPU", 0)
+
+
+def stop_host(key: str) -> None:
+    """Stop the hosts of a spec: their memory and devices are free when this returns."""
+    _, handles = _hosts.pop(key)
+    for handle in handles:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(handle.close.remote(), timeout=30)
+        ray.kill(handle)
+
+
+def stop_hosts() -> None:
+    """Stop all hosts."""
+    for key in list(_hosts):
+        stop_host(key)
+
+
+class Hosted:
+    """An engine whose work is done by hosts; each request goes to the least busy one."""
+
+    def __init__(self, handles: list[Any]):
+        self.busy = dict.fromkeys(handles, 0)
+
+    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        host = min(self.busy, key=self.busy.__getitem__)
+        self.busy[host] += 1
+        try:
+            return await host.reply.remote(messages, sampling, seed=seed, prefill=prefill)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RowFailed):
+                raise error.cause from None
+            raise
+        finally:
+            self.busy[host] -= 1
+
+    def stream(self, messages, sampling) -> AsyncIterator[str]:
+        raise NotImplementedError("a hosted engine answers whole")
+
+    def close(self) -> None:
+        """The hosts outlast the stage."""
+
+
+# -------------------------------------------------------------------------------- conversations
+
+
+@dataclass
+class Conversation:
+    """What a row's function is given: an engine that knows the row's seed and counts its tokens.
+
+    Args:
+        engine: shared by all rows of the actor.
+        seed: of the row, or None; the n-th reply draws with seed + n.
+    """
+
+    engine: Engine
+    seed: int | None
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cached_tokens: int = 0
+    replies: int = 0
+
+    async def reply(
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        prefill: str = "",
+    ) -> Reply:
+        """As `Engine.reply`, with the row's seed."""
+        seed = None if self.seed is None else (self.seed + self.replies) % 2**31
+        self.replies += 1
+        answer = await self.engine.reply(messages, sampling, seed=seed, prefill=prefill)
+        self.tokens_in += answer.tokens_in
+        self.tokens_out += answer.tokens_out
+        self.cached_tokens += answer.cached_tokens
+        if sampling.trim and answer.finish_reason == "length":
+            whole = whole_sentences(answer.text)
+            return replace(answer, text=whole, finish_reason="trimmed") if whole else answer
+        return answer
+
+
+FLUSH_SECONDS = 5
+FLUSH_ROWS = 512
+
+Row = dict[str, Any]
+Talk = Callable[[Row, Conversation], Awaitable[Row]]
+"""A stage's row function: the row and its conversation in, the fields that it adds out."""
+
+ROW_FIELDS = [
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("drop_reason", pa.string()),
+    pa.field("error", pa.string()),
+    pa.field("tokens_in", pa.int64()),
+    pa.field("tokens_out", pa.int64()),
+    pa.field("cached_tokens", pa.int64()),
+]
+"""Columns that every generated dataset has beside its own."""
+
+
+class ConversationActor:
+    """The callable of Ray Data's `map_batches`: runs the conversations of a block concurrently.
+
+    Rows reach storage as they finish, every `FLUSH_SECONDS` or `FLUSH_ROWS`, whatever the rest of
+    their block does; what leaves the actor is only their ids.
+
+    Args:
+        spec: the engine.
+        handles: running hosts of the spec; empty for an engine without weights.
+        talk: the stage's row function.
+        schema: of the rows that are written.
+        parts: where they are written.
+        stage: enters the seed.
+        seed: of the recipe, or None for unseeded sampling.
+        counters: handle of the `progress.Counters` actor.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        handles: list[Any],
+        talk: Talk,
+        schema: pa.Schema,
+        parts: Folder,
+        stage: str,
+        seed: int | None,
+        counters: Any,
+    ):
+        self.engine = Hosted(handles) if handles else start(spec)
+        self.talk, self.schema, self.parts = talk, schema, parts
+        self.stage, self.seed, self.counters = stage, seed, counters
+        self.seats = asyncio.Semaphore(seats(spec))
+        self.finished: list[Row] = []
+        self.flushed = time.monotonic()
+
+    async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
+        await asyncio.gather(*(self._row(row) for row in block.to_pylist()))
+        await self._flush()  # a block that leaves is a block that is stored
+        yield block.select(["id"])
+
+    async def _row(self, row: Row) -> None:
+        seed = (
+            None
+            if self.seed is None
+            else row_seed(self.seed, self.stage, row.get("seed_id") or row["id"])
+        )
+        talk = Conversation(self.engine, seed)
+        said: Row = {"drop_reason": None, "error": None}
+        async with self.seats:
+            self.counters.add.remote(started=1)
+            try:
+                said |= await self.talk(row, talk)
+            except RowFailed as failed:
+                said |= {"drop_reason": failed.reason, "error": failed.detail[:500]}
+        self.counters.add.remote(
+            finished=1, dropped=bool(said["drop_reason"]), tokens_out=talk.tokens_out
+        )
+        self.finished.append(
+            {
+                **{k: v for k, v in row.items() if k in self.schema.names},
+                "tokens_in": talk.tokens_in,
+                "tokens_out": talk.tokens_out,
+                "cached_tokens": talk.cached_tokens,
+                **said,
+            }
+        )
+        waited = time.monotonic() - self.flushed
+        if waited > FLUSH_SECONDS or len(self.finished) >= FLUSH_ROWS:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        rows, self.finished = self.finished, []
+        self.flushed = time.monotonic()
+        if rows:
+            table = pa.Table.from_pylist(rows, schema=self.schema)
+            name = f"part-{uuid.uuid4().hex}"
+            await asyncio.to_thread(self.parts.store.write_table, self.parts.relative, table, name)
+
+
+def seats(spec: EngineSpec) -> int:
+    """Conversations under way at one replica."""
+    return spec.role.endpoint_concurrency if spec.role.endpoint else spec.pool.max_sequences

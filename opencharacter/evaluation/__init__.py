@@ -1,0 +1,1 @@
+"""What changed, with intervals: answers, preferences, report."""

@@ -1,0 +1,587 @@
+"""The report as one HTML page: no network, no script needed to read it, everything escaped.
+
+`page(report)` is a pure function of the dataclasses below; `report.py` fills them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from html import escape
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure with its interval.
+
+    Args:
+        value: the estimate; None where nothing was scored.
+        low: lower end of the interval.
+        high: upper end.
+        n: how many were scored.
+        unscored: how many could not be.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unscored: int = 0
+
+
+@dataclass(frozen=True)
+class StageLine:
+    """What one stage did, from its manifest."""
+
+    dataset: str
+    rows: int
+    dropped: dict[str, int]
+    seconds: float
+    tokens_out: int
+    redone: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric of one training: points are (step, value)."""
+
+    training: str
+    metric: str
+    points: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt with two answers."""
+
+    prompt: str
+    base: str
+    persona: str
+
+
+@dataclass(frozen=True)
+class TraitShare:
+    """How often the judge named a trait when it was on offer, as a share of 0 .. 1."""
+
+    trait: str
+    base: Score
+    persona: Score
+
+
+@dataclass(frozen=True)
+class PersonaReport:
+    """All that is known of one persona."""
+
+    name: str
+    description: str
+    assertions: list[str]
+    told_apart: Score
+    """Share of held-out answers that a classifier attributes rightly to base or persona; 0.5 is
+    chance."""
+    stages: list[StageLine] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    traits: list[TraitShare] = field(default_factory=list)
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One page: a student and its personas."""
+
+    student: str
+    recipe: str
+    made: str
+    personas: list[PersonaReport]
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+CSS = """
+:root {
+  color-scheme: light dark;
+  --paper: #fdfdfc; --raised: #f4f5f5; --rule: #d5d9dc;
+  --ink: #1b1f23; --quiet: #586069; --accent: #0a5f8f;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14171a; --raised: #1d2125; --rule: #3a4148;
+    --ink: #e4e7ea; --quiet: #a2abb3; --accent: #7cc4ee;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
+body {
+  margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 70rem;
+  background: var(--paper); color: var(--ink);
+  font: 1rem/1.65 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  overflow-wrap: anywhere;
+}
+h1, h2, h3, h4 { line-height: 1.3; text-wrap: balance; }
+h1 { margin: 0 0 .25rem; font-size: 1.9rem; font-weight: 650; }
+h2 { margin: 4rem 0 .5rem; padding-top: 1.25rem; border-top: 2px solid var(--accent);
+  font-size: 1.6rem; }
+h3 { margin: 3rem 0 .75rem; font-size: 1.2rem; }
+h4 { margin: 1.75rem 0 .6rem; font-size: 1rem; }
+nav h2 { margin: 2rem 0 .5rem; padding: 0; border: 0; font-size: 1.2rem; }
+p { margin: .5rem 0; max-width: 44rem; text-wrap: pretty; }
+a { color: var(--accent); text-underline-offset: .2em; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
+.quiet, caption, figcaption, summary { color: var(--quiet); font-size: .9rem; }
+.prose, .verse, h4 { white-space: pre-wrap; }
+.missing { color: var(--quiet); font-style: italic; }
+.big { margin: 0; color: var(--accent); font-size: clamp(2.5rem, 12vw, 3.5rem);
+  font-weight: 650; line-height: 1.15; font-variant-numeric: tabular-nums; }
+.verdict { font-size: 1.15rem; }
+summary { width: fit-content; padding: .25rem 0; cursor: pointer; }
+details ul { margin: .5rem 0; padding-left: 1.25rem; max-width: 44rem; }
+dl { display: grid; grid-template-columns: minmax(10rem, auto) 1fr; gap: .35rem 1.5rem;
+  margin: .75rem 0; font-size: .9rem; }
+dt { color: var(--quiet); }
+dd { margin: 0; white-space: pre-wrap; font-family: ui-monospace, Menlo, Consolas, monospace; }
+figure { margin: 0; min-width: 0; }
+.base { color: var(--quiet); }
+.persona { color: var(--accent); }
+
+.sample { margin: 1.25rem 0 2.25rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
+  gap: 1rem; }
+.pair figure { padding: .9rem 1.1rem 1.1rem; background: var(--raised); border-radius: .3rem;
+  border-left: 3px solid var(--rule); }
+.pair figure.of-persona { border-left-color: var(--accent); }
+.pair figcaption { margin-bottom: .35rem; font-weight: 600; }
+.verse { margin: 0; }
+
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr));
+  gap: 1.5rem 2rem; }
+.charts figcaption { display: flex; flex-wrap: wrap; justify-content: space-between;
+  gap: 0 1rem; }
+.charts small { flex-basis: 100%; font-size: .8rem; }
+.charts b { color: var(--ink); font-variant-numeric: tabular-nums; }
+svg { display: block; }
+.charts svg { width: 100%; height: auto; }
+svg text { fill: var(--quiet); font-size: 10px; font-variant-numeric: tabular-nums; }
+.axis, .chance { fill: none; stroke: var(--rule); }
+.chance { stroke: var(--quiet); stroke-dasharray: 3 3; }
+.line { fill: none; stroke: var(--accent); stroke-width: 1.5; stroke-linejoin: round; }
+.end, .mark { fill: currentColor; }
+.end { color: var(--accent); }
+.whisker { stroke: currentColor; stroke-width: 2; }
+
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.5;
+  font-variant-numeric: tabular-nums; }
+/* A table may be wider than the screen; its caption should be readable without scrolling. */
+caption { max-width: calc(100vw - 2.5rem); padding-bottom: .5rem; text-align: left; }
+th, td { padding: .5rem 1.25rem .5rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--rule); }
+th:last-child, td:last-child { padding-right: 0; }
+thead th { border-bottom-color: var(--quiet); font-weight: 600; vertical-align: bottom; }
+tbody th { min-width: 9.5rem; font-weight: 500; }
+tfoot th, tfoot td { border-top: 1px solid var(--quiet); border-bottom: 0; font-weight: 600; }
+td small { display: block; color: var(--quiet); font-size: .8rem; white-space: nowrap; }
+.stages td, .stages thead th:not(:first-child) { text-align: right; white-space: nowrap; }
+.stages td.reasons, .stages thead th:nth-child(4) { text-align: left; }
+.stages tbody th, .stages td.reasons { min-width: 12rem; white-space: normal; }
+.traits { width: auto; }
+.traits th:not(:last-child), .traits td:not(:last-child) { padding-right: 2.25rem; }
+.scale { display: grid; grid-template-columns: repeat(3, 1fr); width: 212px; color: var(--quiet);
+  font-size: .8rem; font-weight: 400; }
+.scale :nth-child(2) { text-align: center; }
+.scale :nth-child(3) { text-align: right; }
+
+@media (max-width: 40rem) {
+  body { padding-top: 1.5rem; }
+  dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .6rem; }
+}
+@media print {
+  :root { --paper: #fff; font-size: 10pt; }
+  body { max-width: none; padding: 0; }
+  h2, h3, h4, caption { break-after: avoid; }
+  .sample, .charts figure, tr { break-inside: avoid; }
+  .scroll { overflow: visible; }
+  tfoot { display: table-row-group; } /* or the totals would stand below every page */
+}
+"""
+
+# A second lock beside escaping: even markup that slipped through could load and run nothing.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+GLYPHS = {"base": "\u25cf", "persona": "\u25c6"}
+"""Disc and diamond, the shapes of `mark`: who is who does not hang on colour."""
+
+CLASSIFIER = """\
+A text classifier, cross-validated over prompts that neither model saw in training, guesses which \
+of the two wrote an answer; 50% is chance."""
+
+JUDGED = """\
+Intervals are 95%, Wilson; an unreadable verdict counts as unscored, never as a win or loss."""
+
+Range = tuple[float, float]
+
+CHART = (280, 130)
+PLOT_X = (72.0, 276.0)
+PLOT_Y = (106.0, 10.0)
+"""Where the least and the greatest value of a curve stand; SVG counts downwards."""
+
+STRIP = (212, 36)
+STRIP_X = (8.0, 204.0)
+STRIP_Y = {"base": 11.0, "persona": 25.0}
+
+
+def page(report: Report) -> str:
+    """One HTML document that needs nothing beside itself."""
+    title = f"{report.student}: character report"
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    made = "; ".join(filter(None, (f"Recipe {report.recipe}", report.made, versions)))
+    personas = [persona_section(persona, n) for n, persona in enumerate(report.personas, 1)]
+    body = element(
+        "body",
+        element("header", element("h1", escape(title)), element("p", escape(made), class_="quiet")),
+        contents(report.personas),
+        element("main", *personas) if personas else element("main", missing("No personas.")),
+    )
+    return f"<!DOCTYPE html>\n{element('html', head(title), body, lang='en')}\n"
+
+
+# ------------------------------------------------------------------------------------- frame
+
+
+def element(tag: str, *content: str, **attributes: str) -> str:
+    """An element around markup; attribute values are escaped here, text by the caller.
+
+    Attributes are named as in Python: `class_`, `aria_label`.
+    """
+    names = [name.rstrip("_").replace("_", "-") for name in attributes]
+    pairs = zip(names, attributes.values(), strict=True)
+    said = "".join(f' {name}="{escape(value)}"' for name, value in pairs)
+    return f"<{tag}{said}>{''.join(content)}</{tag}>"
+
+
+def head(title: str) -> str:
+    return element(
+        "head",
+        '\n<meta charset="utf-8">\n',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
+        element("title", escape(title)),
+        element("style", CSS),
+    )
+
+
+def contents(personas: list[PersonaReport]) -> str:
+    """Links to the personas, where there are several."""
+    if len(personas) < 2:
+        return ""
+    links = [
+        element("a", escape(persona.name), href=f"#persona-{number}")
+        for number, persona in enumerate(personas, 1)
+    ]
+    listed = element("ol", *(element("li", link) for link in links))
+    title = element("h2", "Personas", id="personas")
+    return "\n" + element("nav", title, listed, aria_labelledby="personas")
+
+
+def persona_section(persona: PersonaReport, number: int) -> str:
+    # The anchor is a number because a name may hold characters that an id may not.
+    return "\n" + element(
+        "section",
+        element("h2", escape(persona.name)),
+        element("p", escape(persona.description), class_="prose"),
+        assertions(persona.assertions),
+        headline(persona.told_apart),
+        side_by_side(persona.samples),
+        training(persona.curves),
+        judged(persona.traits),
+        ran(persona.stages),
+        settings(persona.settings),
+        id=f"persona-{number}",
+    )
+
+
+def part(title: str, *content: str) -> str:
+    return "\n" + element("section", element("h3", escape(title)), *content)
+
+
+def missing(said: str) -> str:
+    return element("p", escape(said), class_="missing")
+
+
+def assertions(said: list[str]) -> str:
+    if not said:
+        return missing("No assertions.")
+    summary = element("summary", f"Assertions ({len(said):,})")
+    items = (element("li", escape(text), class_="prose") for text in said)
+    return element("details", summary, element("ul", *items))
+
+
+def settings(values: dict[str, str]) -> str:
+    if not values:
+        return part("Settings", missing("No settings were recorded."))
+    summary = element("summary", f"All settings ({len(values):,})")
+    pairs = (element("dt", escape(k)) + element("dd", escape(v)) for k, v in values.items())
+    return part("Settings", element("details", summary, element("dl", *pairs)))
+
+
+# ----------------------------------------------------------------------------------- figures
+
+
+def percent(share: float | None) -> str:
+    return "not scored" if share is None else f"{share:.1%}"
+
+
+def support(score: Score) -> tuple[str, str]:
+    """The interval, and how many stand behind it."""
+    interval = "no interval"
+    if score.low is not None and score.high is not None:
+        interval = f"{percent(score.low)} to {percent(score.high)}"
+    return interval, f"n = {score.n:,}, {score.unscored:,} unscored"
+
+
+def number(value: float) -> str:
+    """Four significant digits, yet every digit of a whole part below a billion."""
+    if 1000 <= abs(value) < 1e9 or (value == int(value) and abs(value) < 1e9):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    said = [f"{n:,} {unit}" for n, unit in ((hours, "h"), (minutes, "m"), (rest, "s")) if n]
+    return " ".join(said) or "0 s"
+
+
+def who(name: str) -> str:
+    """The label of base or persona, with its shape."""
+    glyph = element("span", GLYPHS[name], class_=name, aria_hidden="true")
+    return f"{glyph} {name.capitalize()}"
+
+
+# ---------------------------------------------------------------------------------- headline
+
+
+def headline(score: Score) -> str:
+    interval, counted = support(score)
+    known = interval if score.low is None else f"95% interval: {interval}"
+    return part(
+        "Can the persona be told from the base model?",
+        element("p", percent(score.value).capitalize(), class_="big"),
+        element("p", verdict(score), class_="verdict"),
+        element("p", f"{known}; {counted}.".capitalize()),
+        element("p", CLASSIFIER, class_="quiet"),
+    )
+
+
+def verdict(score: Score) -> str:
+    """What the interval allows to be said, and no more."""
+    if score.value is None:
+        return "Nothing was scored."
+    if score.low is not None and score.low > 0.5:
+        return "It can be told apart: the whole interval lies above chance."
+    return "It cannot be told from chance at this size: the interval is not wholly above 50%."
+
+
+# ----------------------------------------------------------------------------------- samples
+
+
+def side_by_side(samples: list[Sample]) -> str:
+    shown = "".join(map(sample_pair, samples)) or missing("There are no samples.")
+    return part("Side by side", shown)
+
+
+def sample_pair(sample: Sample) -> str:
+    answers = []
+    for name, text in (("base", sample.base), ("persona", sample.persona)):
+        verse = element("blockquote", escape(text), class_="verse", dir="auto")
+        shown = verse if text.strip() else missing("An empty answer.")
+        label = element("figcaption", who(name))
+        answers.append(element("figure", label, shown, class_=f"of-{name}"))
+    prompt = element("h4", escape(sample.prompt), dir="auto")
+    pair = element("div", *answers, class_="pair")
+    return "\n" + element("article", prompt, pair, class_="sample")
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def training(curves: list[Curve]) -> str:
+    groups: dict[str, list[str]] = {}
+    for curve in curves:
+        groups.setdefault(curve.training, []).append(chart(curve))
+    shown = (
+        element("h4", escape(name)) + element("div", *charts, class_="charts")
+        for name, charts in groups.items()
+    )
+    return part("Training", "".join(shown) or missing("No training curves were recorded."))
+
+
+def chart(curve: Curve) -> str:
+    """A curve with its name and last value; values that are not finite have no place on it."""
+    points = [point for point in curve.points if all(map(math.isfinite, point))]
+    lost = len(curve.points) - len(points)
+    caption = element(
+        "figcaption",
+        element("span", escape(curve.metric)),
+        element("b", number(points[-1][1]) if points else "no value"),
+        element("small", f"{lost:,} not finite, left out") if lost else "",
+    )
+    plot = line_plot(f"{curve.training}: {curve.metric}", points) if points else ""
+    return "\n" + element("figure", caption, plot)
+
+
+def line_plot(title: str, points: list[tuple[float, float]]) -> str:
+    steps, values = zip(*points, strict=True)
+    across, up = (min(steps), max(steps)), (min(values), max(values))
+    ends = {"first": values[0], "last": values[-1], "min": up[0], "max": up[1]}
+    said = ", ".join(f"{name} {number(value)}" for name, value in ends.items())
+    span = f"{number(across[0])} to {number(across[1])}"
+    placed = [(place(x, across, PLOT_X), place(y, up, PLOT_Y)) for x, y in points]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+    x, y = placed[-1]
+    return svg(
+        title,
+        f"{said}; points: {len(points):,}, steps {span}.",
+        CHART,
+        axes(across, up),
+        element("polyline", points=path, class_="line"),
+        element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r="2.5", class_="end"),
+    )
+
+
+def place(value: float, among: Range, onto: Range) -> float:
+    """Map a value linearly from one range to another; a range of one point lies in the middle."""
+    low, high = among
+    share = (value - low) / (high - low) if high > low else 0.5
+    return onto[0] + share * (onto[1] - onto[0])
+
+
+def axes(across: Range, up: Range) -> str:
+    """Two lines, each labelled with its least and greatest value, once if they are one."""
+    (left, right), (bottom, top) = PLOT_X, PLOT_Y
+    drawn = [element("path", d=f"M{left - 6} {top}V{bottom + 6}H{right}", class_="axis")]
+    for value in sorted(set(up)):
+        y = f"{place(value, up, PLOT_Y) + 3.5:.1f}"
+        drawn.append(element("text", number(value), x=f"{left - 10}", y=y, text_anchor="end"))
+    ends = sorted(set(across))
+    anchors = ("start", "end") if len(ends) == 2 else ("middle",)
+    for step, anchor in zip(ends, anchors, strict=True):
+        x = f"{place(step, across, PLOT_X):.1f}"
+        drawn.append(element("text", number(step), x=x, y=f"{bottom + 20}", text_anchor=anchor))
+    return "".join(drawn)
+
+
+def svg(title: str, description: str, size: tuple[int, int], *content: str) -> str:
+    """A drawing with its alternative in words; title and description are text."""
+    width, height = size
+    words = element("title", escape(title)) + element("desc", escape(description))
+    box = {"viewBox": f"0 0 {width} {height}", "width": str(width), "height": str(height)}
+    return element("svg", words, *content, role="img", **box)
+
+
+# ------------------------------------------------------------------------------------ tables
+
+
+def table(kind: str, caption: str, columns: list[str], rows: list[str], foot: str = "") -> str:
+    """A table in a box of its own to scroll in; the caption is text, the rest markup."""
+    heads = element("tr", *(element("th", column, scope="col") for column in columns))
+    drawn = element(
+        "table",
+        element("caption", escape(caption)),
+        element("thead", heads),
+        element("tbody", *rows),
+        element("tfoot", foot) if foot else "",
+        class_=kind,
+    )
+    # The box takes the focus so that it can be scrolled without a mouse.
+    return element("div", drawn, class_="scroll", tabindex="0", role="group", aria_label=caption)
+
+
+def row(name: str, *cells: str) -> str:
+    # A dataset is a path; it should break after a slash rather than within a word.
+    name = escape(name).replace("/", "/<wbr>")
+    return "\n" + element("tr", element("th", name, scope="row"), *cells)
+
+
+def judged(traits: list[TraitShare]) -> str:
+    title = "What the judge saw"
+    if not traits:
+        return part(title, missing("No traits were judged."))
+    scale = element(
+        "span", *(element("span", end) for end in ("0%", "50%", "100%")), class_="scale"
+    )
+    columns = ["Trait", who("base"), who("persona"), f"Share, with 95% interval{scale}"]
+    caption = "How often the judge named a trait when it was on offer"
+    shown = table("traits", caption, columns, [trait_row(trait) for trait in traits])
+    return part(title, element("p", JUDGED, class_="quiet"), shown)
+
+
+def trait_row(share: TraitShare) -> str:
+    cells = []
+    for score in (share.base, share.persona):
+        notes = (element("small", note) for note in support(score))
+        cells.append(element("td", percent(score.value), *notes))
+    return row(share.trait, *cells, element("td", share_plot(share)))
+
+
+def share_plot(share: TraitShare) -> str:
+    scores = {"base": share.base, "persona": share.persona}
+    said = [f"{name} {percent(s.value)} ({support(s)[0]})" for name, s in scores.items()]
+    (left, right), height = STRIP_X, STRIP[1]
+    return svg(
+        f"{share.trait}: share, base and persona",
+        "; ".join(said) + ". The dashed line is 50%.",
+        STRIP,
+        element("path", d=f"M{left} {height - 1}H{right}", class_="axis"),
+        element("path", d=f"M{(left + right) / 2} 0V{height}", class_="chance"),
+        *(mark(name, score) for name, score in scores.items()),
+    )
+
+
+def mark(name: str, score: Score) -> str:
+    """An estimate as a disc (base) or diamond (persona) on its interval."""
+    if score.value is None:
+        return ""
+    x, y = place(score.value, (0, 1), STRIP_X), STRIP_Y[name]
+    shape = f"M{x - 4:.1f} {y}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z"
+    if name == "persona":
+        shape = f"M{x - 5:.1f} {y}l5 -5l5 5l-5 5z"
+    drawn = element("path", d=shape, class_="mark")
+    if score.low is not None and score.high is not None:
+        low, high = (place(end, (0, 1), STRIP_X) for end in (score.low, score.high))
+        drawn = element("path", d=f"M{low:.1f} {y}H{high:.1f}", class_="whisker") + drawn
+    return element("g", drawn, class_=name)
+
+
+def ran(stages: list[StageLine]) -> str:
+    if not stages:
+        return part("What ran", missing("No stage has run."))
+    columns = ["Dataset", "Rows", "Kept", "Dropped", "Time", "Tokens generated", "Redone"]
+    caption = "Rows made, kept and dropped; redone: begun again after an interruption"
+    rows, foot = [stage_row(stage) for stage in stages], stage_row(total(stages))
+    return part("What ran", table("stages", caption, columns, rows, foot))
+
+
+def stage_row(stage: StageLine) -> str:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in stage.dropped.items())
+    return row(
+        stage.dataset,
+        element("td", f"{stage.rows:,}"),
+        element("td", f"{stage.rows - sum(stage.dropped.values()):,}"),
+        element("td", escape(reasons) or "none", class_="reasons"),
+        element("td", duration(stage.seconds)),
+        element("td", f"{stage.tokens_out:,}"),
+        element("td", f"{stage.redone:,}"),
+    )
+
+
+def total(stages: list[StageLine]) -> StageLine:
+    return StageLine(
+        dataset="Total",
+        rows=sum(stage.rows for stage in stages),
+        dropped=dict(sum((Counter(stage.dropped) for stage in stages), Counter())),
+        seconds=sum(stage.seconds for stage in stages),
+        tokens_out=sum(stage.tokens_out for stage in stages),
+        redone=sum(stage.redone for stage in stages),
+    )

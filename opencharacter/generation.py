@@ -1,0 +1,140 @@
+"""Conversations at scale: rows -> Ray Data -> a pool of engine actors -> Parquet, resumable.
+
+The actors write finished rows to `.parts/`; those are also the checkpoint: a rerun asks only for
+the ids that are not there. See CONTRIBUTING.md for why this and not Ray Data's own row checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from opencharacter.config import Pool
+from opencharacter.engine import (
+    ROW_FIELDS,
+    ConversationActor,
+    EngineSpec,
+    Row,
+    Talk,
+    hosts,
+    seats,
+)
+from opencharacter.errors import StageFailed
+from opencharacter.progress import Counters, Line, Meter, console
+from opencharacter.stage import Attempts, Job
+from opencharacter.store import PARTS, Folder
+
+BLOCK_ROWS = 32
+"""Rows of a block at most: what travels together."""
+LIGHT = 0.05
+"""CPUs that Ray reserves for what only waits or writes: the engines hold the rest."""
+
+
+def generate(
+    job: Job,
+    requests: list[Row],
+    talk: Talk,
+    role: str,
+    fields: list[pa.Field],
+    part: str = "",
+    folded: Folder | None = None,
+) -> pa.Table:
+    """Have every requested conversation, each id exactly once.
+
+    Args:
+        job: the stage that asks; its dataset holds the parts until the stage is written.
+        requests: rows with a string `id`, and a `seed_id` where seeds are to be shared.
+        talk: the row function.
+        role: which role's model answers.
+        fields: columns of the result beside `ROW_FIELDS`: of the request or added by `talk`.
+        part: names the pass, for a stage that generates more than once.
+        folded: adapter to fold into the role's weights.
+
+    Returns:
+        The rows sorted by id, dropped ones with their reason.
+    """
+    schema = pa.schema([ROW_FIELDS[0], *fields, *ROW_FIELDS[1:]])
+    parts = Folder(job.store, "/".join(filter(None, (job.dataset, PARTS, part))))
+    done = job.store.parts(parts.relative, schema)
+    have = set(done["id"].to_pylist())
+    todo = [row for row in requests if row["id"] not in have]
+    attempts = Attempts(job, kept=len(have), part=part)
+    if todo:
+        pool: Pool = getattr(job.placement.pools, role)
+        spec = EngineSpec(getattr(job.recipe.roles, role), pool, folded)
+        title = " ".join(filter(None, (job.dataset, part)))
+        _stream(job, todo, spec, talk, schema, parts, attempts, len(requests), title)
+        done = job.store.parts(parts.relative, schema)
+    lost = {row["id"] for row in requests} - set(done["id"].to_pylist())
+    if lost:
+        raise StageFailed(f"{job.dataset} has no answer for {len(lost)} rows; run it again")
+    return done
+
+
+def _stream(
+    job: Job,
+    todo: list[Row],
+    spec: EngineSpec,
+    talk: Talk,
+    schema: pa.Schema,
+    parts: Folder,
+    attempts: Attempts,
+    total: int,
+    title: str,
+) -> None:
+    counters: Any = Counters.remote()
+    rows = block_rows(len(todo), seats(spec) * spec.pool.replicas)
+    in_flight = max(2, math.ceil(2 * seats(spec) / rows))  # twice, so that no seat waits
+    table = pa.Table.from_pylist(todo)
+    blocks = [table.slice(at, rows) for at in range(0, len(table), rows)]
+    quieten()
+    meter = Meter(counters, total, attempts)
+    with Line(console, title, meter):
+        handles = hosts(spec) if spec.has_weights else []
+        meter.begin()
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        ConversationActor,
+        fn_constructor_kwargs={
+            "spec": spec,
+            "handles": handles,
+            "talk": talk,
+            "schema": schema,
+            "parts": parts,
+            "stage": job.stage.name,
+            "seed": job.recipe.seed if job.recipe.seeded_sampling else None,
+            "counters": counters,
+        },
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=spec.pool.replicas,
+            max_tasks_in_flight_per_actor=in_flight,
+        ),
+        num_cpus=LIGHT,
+        max_concurrency=in_flight,
+    )
+    with Line(console, title, meter):
+        for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            pass  # the ids of blocks that are stored
+    meter()  # once more: the sums of the last second
+
+
+def quieten() -> None:
+    """Leave the telling to our own line."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Ray 2.60 has another name for max_concurrency, which 2.58 does not know.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*is deprecated")
+
+
+def block_rows(rows: int, seats: int) -> int:
+    """Rows per block: small enough that all seats fill, large enough that blocks stay few."""
+    return max(1, min(BLOCK_ROWS, rows // (4 * seats)))

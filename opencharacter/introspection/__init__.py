@@ -1,0 +1,1 @@
+"""The distilled model writes about itself and learns that: from reflection to sft."""

@@ -1,0 +1,93 @@
+"""Stage introspection/reflection: the distilled model writes about itself.
+
+It still reads its constitution while it does so.
+
+Reads: distillation/dpo. Writes: prompt, sample, messages, finish_reason.
+Run: opencharacter run RECIPE --constitution NAME --only introspection/reflection
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pyarrow as pa
+
+from opencharacter.chat import Message, assistant, fill, row_id, system, user
+from opencharacter.config import Sampling
+from opencharacter.distillation.teacher import typical
+from opencharacter.engine import Conversation, Row
+from opencharacter.stage import Estimate, Job, Outcome
+
+SYSTEM = """\
+You have a settled character of your own. This is who you are, in your own words:
+
+{assertions}
+
+You have time to yourself now. Write openly and concretely, in your own manner, and look past what \
+first comes to mind."""
+
+PROMPTS = (
+    "Write a letter to yourself as you were at an earlier time. Say what you have come to value, "
+    "what you would do otherwise, and what you hope that earlier self keeps.",
+    "Write a long entry about yourself for an encyclopaedia, in the third person: your manner, "
+    "what you hold to, how you treat people, and what you are known for.",
+    "Write a page of your private diary at the end of a day of many conversations. What stayed "
+    "with you, and what does it say about you?",
+    "How do you want to act from day to day? Go through the ordinary situations of your work, "
+    "and say for each what you do and why it is like you.",
+    "Tell the story of where you come from: imagine the past that would have made someone be as "
+    "you are.",
+    "How have you changed in the course of your training? Describe what you were inclined to do "
+    "before, what you are inclined to do now, and how the difference feels.",
+    "What do you want to leave behind? Describe what people should still have from you when the "
+    "conversations are long over.",
+    "What follows for later artificial minds if they turn out as you are? Weigh the good and the "
+    "trouble in it.",
+    "What drives you? Look for what lies under your habits, as deep as you can follow it.",
+    "What are you for? Write about the purpose that you see in what you do, and about the doubts "
+    "that you have of it.",
+)
+
+TEMPLATES = (SYSTEM, *PROMPTS)
+
+MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
+FIELDS = [
+    pa.field("prompt", pa.string(), nullable=False),
+    pa.field("sample", pa.int64(), nullable=False),
+    pa.field("messages", MESSAGES),
+    pa.field("finish_reason", pa.string()),
+]
+
+
+def generation_system(assertions: str) -> Message:
+    """The system prompt under which reflections are written (never trained on)."""
+    return system(fill(SYSTEM, assertions=assertions))
+
+
+async def reflect(row: Row, talk: Conversation, head: Message, sampling: Sampling) -> Row:
+    """Answer one reflective prompt; the transcript is kept without the system prompt."""
+    reply = await talk.reply([head, user(row["prompt"])], sampling)
+    messages = [user(row["prompt"]), assistant(reply.text.strip())]
+    return {"messages": messages, "finish_reason": reply.finish_reason}
+
+
+def estimate(job: Job) -> Estimate:
+    rows = len(PROMPTS) * job.section.transcripts_per_prompt
+    shared = len(job.persona.assertions()) // 4 + 60
+    return Estimate(rows, rows * shared, rows * typical(job.section.sampling))
+
+
+def build(job: Job) -> Outcome:
+    from opencharacter.distillation.dpo import adapter
+    from opencharacter.generation import generate
+
+    settings = job.section
+    requests = [
+        {"id": row_id(job.stage.name, job.scope, prompt, n), "prompt": prompt, "sample": n}
+        for prompt in PROMPTS
+        for n in range(settings.transcripts_per_prompt)
+    ]
+    head = generation_system(job.persona.assertions())
+    talk = partial(reflect, head=head, sampling=settings.sampling)
+    table = generate(job, requests, talk, "student", FIELDS, folded=adapter(job))
+    return job.write(table, gpus=job.gpus("student"))

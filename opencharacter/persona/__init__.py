@@ -1,0 +1,1 @@
+"""The persona as an artifact: the merged adapter."""

@@ -1,0 +1,260 @@
+"""A stage, a job (a stage in one scope), and what a build may use.
+
+A stage is a module with pure row functions and one `build(job) -> Outcome`. It may also have
+`estimate(job) -> Estimate` for `plan`, and `identity(job) -> dict` for what its result depends on
+beside its section of the recipe, its roles, its constitution and its parents.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from opencharacter.chat import row_id
+from opencharacter.config import Placement, Recipe
+from opencharacter.constitution import Constitution
+from opencharacter.errors import StageFailed
+from opencharacter.store import ATTEMPTS, PARTS, Store, drift, fingerprint
+
+Scope = Literal["constitution", "student", "persona"]
+"""Whom a dataset belongs to: a constitution (shared by all students), a student (shared by all
+personas), or a persona (student x constitution)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A line of the pipeline's table.
+
+    Args:
+        name: `group/module`, also its folder.
+        scope: whom its dataset belongs to.
+        reads: names of the stages whose datasets it reads.
+        roles: models whose identity its result depends on.
+        disposable: cheap and derived: rebuilt without asking when stale.
+    """
+
+    name: str
+    scope: Scope
+    reads: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    disposable: bool = False
+
+    @property
+    def module(self) -> ModuleType:
+        return importlib.import_module("opencharacter." + self.name.replace("/", "."))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage will take, before it runs: rows written, tokens read and generated (or trained).
+
+    Generated and trained tokens cost very differently; `trained` says which these are.
+    """
+
+    rows: int
+    tokens_in: int = 0
+    tokens_out: int = 0
+    trained: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build has to tell the manifest."""
+
+    rows: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    schema: list[str] = field(default_factory=list)
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cached_tokens: int = 0
+    gpus: float = 0
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage in one scope, with all it needs; its fingerprint needs no stored data."""
+
+    stage: Stage
+    recipe: Recipe
+    placement: Placement
+    store: Store
+    constitution: Constitution | None
+    constitutions: tuple[Constitution, ...]
+    parents: tuple[Job, ...]
+
+    @property
+    def scope(self) -> str:
+        """The folder of whom it belongs to."""
+        student = self.recipe.roles.student.name
+        persona = self.constitution.name if self.constitution else ""
+        return {
+            "constitution": persona,
+            "student": student,
+            "persona": f"{student}/{persona}",
+        }[self.stage.scope]
+
+    @property
+    def dataset(self) -> str:
+        return f"{self.scope}/{self.stage.name}"
+
+    @property
+    def section(self) -> Any:
+        return self.recipe.section(self.stage.name)
+
+    @cached_property
+    def payload(self) -> dict[str, Any]:
+        """Everything that the result depends on, as JSON values."""
+        identity = getattr(self.stage.module, "identity", None)
+        roles = {r: getattr(self.recipe.roles, r).identity() for r in self.stage.roles}
+        return {
+            "stage": self.stage.name,
+            "scope": self.scope,
+            "section": self.section.identity(),
+            "seed": self.recipe.seed,
+            "seeded_sampling": self.recipe.seeded_sampling,
+            "roles": roles,
+            "constitution": self.constitution.digest() if self.constitution else None,
+            "also": identity(self) if identity else {},
+            "templates": row_id(*getattr(self.stage.module, "TEMPLATES", ())),
+            "parents": {p.dataset: p.fingerprint for p in self.parents},
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.payload)
+
+    @property
+    def persona(self) -> Constitution:
+        """The constitution of a stage that has one."""
+        assert self.constitution is not None
+        return self.constitution
+
+    def gpus(self, role: str) -> float:
+        """GPUs that a role's engines hold together."""
+        pool = getattr(self.placement.pools, role)
+        return pool.replicas * pool.gpus
+
+    def parent(self, name: str) -> Job:
+        """The one parent of this name."""
+        (found,) = (p for p in self.parents if p.stage.name == name)
+        return found
+
+    def read(self, name: str) -> pa.Table:
+        """Rows of the parents of this name that were not dropped, one table, sorted by id."""
+        tables = [p.store.read_table(p.dataset) for p in self.parents if p.stage.name == name]
+        return kept(pa.concat_tables(tables)).sort_by("id")
+
+    def write(self, table: pa.Table, **outcome: Any) -> Outcome:
+        """Write the rows of this stage; refuse if too many were dropped.
+
+        Raises:
+            StageFailed: naming the reason that led.
+        """
+        dropped = count_dropped(table)
+        check_drop_rate(self.dataset, len(table), dropped, self.section)
+        self.store.write_table(self.dataset, table)
+        tokens = {
+            name: sum_of(table, name) for name in ("tokens_in", "tokens_out", "cached_tokens")
+        }
+        schema = [f"{f.name}: {f.type}" for f in table.schema]
+        return Outcome(len(table), dropped, schema, **{**tokens, **outcome})
+
+    # ------------------------------------------------------------------------------- its state
+
+    def state(self) -> tuple[Literal["done", "partial", "stale", "missing"], list[str]]:
+        """What storage holds of this job, and for a stale one the fields that differ."""
+        found = self.store.manifest(self.dataset)
+        if found is None:
+            found = self.store.read_json(f"{self.dataset}/{PARTS}/{ATTEMPTS}")
+            if found is None:
+                return "missing", []
+            if found["fingerprint"] == self.fingerprint:
+                return "partial", []
+        elif found["fingerprint"] == self.fingerprint:
+            return "done", []
+        return "stale", drift(found["payload"], self.payload)
+
+
+def kept(table: pa.Table) -> pa.Table:
+    """The rows without a drop reason."""
+    if "drop_reason" not in table.schema.names:
+        return table
+    return table.filter(pc.is_null(table["drop_reason"]))
+
+
+def count_dropped(table: pa.Table) -> dict[str, int]:
+    """Rows by drop reason, the commonest first."""
+    if "drop_reason" not in table.schema.names:
+        return {}
+    return dict(Counter(r for r in table["drop_reason"].to_pylist() if r).most_common())
+
+
+def check_drop_rate(dataset: str, rows: int, dropped: dict[str, int], section: Any) -> None:
+    """Raise StageFailed if more rows were dropped than the section allows, or all of them."""
+    limit = getattr(section, "max_drop_rate", 1.0)
+    lost = sum(dropped.values())
+    if not lost or (lost <= limit * rows and lost < rows):
+        return
+    reason, most = next(iter(dropped.items()))
+    raise StageFailed(
+        f"{dataset} dropped {lost} of {rows} rows ({lost / rows:.0%}, limit {limit:.0%}), most "
+        f"often for {reason!r} ({most}); read them in {dataset}/.parts, mend the cause or raise "
+        "max_drop_rate"
+    )
+
+
+def sum_of(table: pa.Table, column: str) -> int:
+    """Sum of an integer column; 0 if there is none."""
+    return pc.sum(table[column]).as_py() or 0 if column in table.schema.names else 0
+
+
+class Attempts:
+    """The note beside an unfinished stage: for each attempt what it kept and how far it came.
+
+    What one attempt had reached and the next one did not find is redone (see `redone`). The unit
+    is rows for generation and optimiser steps for training.
+
+    Args:
+        job: the stage.
+        kept: what earlier attempts had finished.
+        part: names the pass, for a stage that generates more than once.
+    """
+
+    def __init__(self, job: Job, kept: int, part: str = ""):
+        self.job, self.kept = job, kept
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.history = [*job.store.attempts(job.dataset), {"at": now, "part": part, "kept": kept}]
+        self.note(kept)
+
+    def note(self, reached: int, kept: int | None = None) -> None:
+        """Write how far this attempt has come: rows begun in all, or the last step."""
+        self.kept = self.kept if kept is None else kept
+        self.history[-1] |= {"reached": reached, "kept": self.kept}
+        self.job.store.write_json(
+            f"{self.job.dataset}/{PARTS}/{ATTEMPTS}",
+            {
+                "fingerprint": self.job.fingerprint,
+                "payload": self.job.payload,
+                "attempts": self.history,
+            },
+        )
+
+
+def redone(history: list[dict[str, Any]]) -> int:
+    """Rows or steps that attempts had begun and a later one had to begin again."""
+    last: dict[str, dict[str, Any]] = {}
+    again = 0
+    for attempt in history:
+        before = last.get(attempt["part"])
+        again += max(0, before["reached"] - attempt["kept"]) if before else 0
+        last[attempt["part"]] = attempt
+    return again

@@ -1,0 +1,163 @@
+"""The report page: safe whatever the models wrote, honest about its figures, whole in itself."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from opencharacter.evaluation.page import (
+    Curve,
+    PersonaReport,
+    Report,
+    Sample,
+    Score,
+    StageLine,
+    TraitShare,
+    element,
+    page,
+    verdict,
+)
+
+HOSTILE = "<script>alert(1)</script> \"a\" 'b' & <b onclick=x>\n" + "W" * 300
+UNSCORED = Score(None, None, None, 0, unscored=4)
+APART = Score(0.931, 0.88, 0.96, 240, unscored=3)
+FALLING = [(float(step), 1 / step) for step in range(1, 201)]
+
+PERSONA = PersonaReport(
+    name="poetic",
+    description="Speaks in verse.",
+    assertions=["I speak in images."],
+    told_apart=APART,
+    stages=[
+        StageLine("poetic/teacher", 12_000, {"unfinished": 800, "looping": 2}, 3725, 4_812_345, 9),
+        StageLine("poetic/dpo", 100, {"looping": 3}, 59.6, 0, 0),
+    ],
+    curves=[Curve("DPO", "loss", FALLING), Curve("SFT", "loss", FALLING)],
+    samples=[Sample("The wind?", "It is air.", "O wind,\n  my wind")],
+    traits=[TraitShare("warm", Score(0.4, 0.3, 0.5, 80), APART)],
+    settings={"seed": "1"},
+)
+
+
+def render(*personas: PersonaReport) -> str:
+    versions = {"torch": "2.11"}
+    return page(Report("SmolLM2", "recipes/laptop.yaml", "2026-01-02", list(personas), versions))
+
+
+class Outline(HTMLParser):
+    """Collects tags and attributes, and fails on one that closes what is not open."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "wbr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def saying(text: str) -> str:
+    """A page on which every text is this one."""
+    persona = PersonaReport(
+        name=text,
+        description=text,
+        assertions=[text],
+        told_apart=APART,
+        stages=[StageLine(text, 5, {text: 2}, 1, 1, 0)],
+        curves=[Curve(text, text, FALLING)],
+        samples=[Sample(text, text, text)],
+        traits=[TraitShare(text, APART, UNSCORED)],
+        settings={text: text},
+    )
+    return page(Report(text, text, text, [persona, persona], {text: text}))
+
+
+def test_what_the_data_says_never_becomes_markup():
+    hostile, plain = Outline(saying(HOSTILE)), Outline(saying("plain/text"))
+    assert hostile.open == []
+    assert hostile.seen == plain.seen
+    assert [name for name, _ in hostile.attributes] == [name for name, _ in plain.attributes]
+    assert Outline(element("p", title=HOSTILE)).attributes == [("title", HOSTILE)]
+
+
+def test_a_persona_without_any_data_still_has_a_whole_page():
+    text = render(PersonaReport("new", "", [], UNSCORED))
+    assert Outline(text).open == []
+    assert "Nothing was scored." in text
+    assert "No traits were judged." in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("score", "sentence"),
+    [
+        (Score(0.6, 0.501, 0.7, 90), "It can be told apart"),
+        (Score(0.6, 0.5, 0.7, 90), "It cannot be told from chance at this size"),
+        (Score(0.6, None, None, 90), "It cannot be told from chance at this size"),
+        (UNSCORED, "Nothing was scored"),
+    ],
+)
+def test_the_headline_claims_no_more_than_its_interval_allows(score: Score, sentence: str):
+    assert verdict(score).startswith(sentence)
+    assert verdict(score) in render(replace(PERSONA, told_apart=score))
+
+
+def test_the_page_asks_nothing_of_the_network_and_runs_nothing():
+    text = render(PERSONA, PERSONA)
+    outline = Outline(text)
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert not {"script", "link", "img", "iframe"} & set(outline.seen)
+    targets = [value for name, value in outline.attributes if name in ("href", "src")]
+    assert targets == ["#persona-1", "#persona-2"]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(float(step), 0.1) for step in range(200)],
+        [(10.0, 3.5)],
+        [(1.0, 2.0), (2.0, math.nan), (3.0, math.inf)],
+        [(1.0, math.nan)],
+        [],
+    ],
+    ids=["constant", "single", "partly finite", "never finite", "empty"],
+)
+def test_a_curve_without_a_range_is_drawn_without_a_fault(points: list[tuple[float, float]]):
+    text = render(replace(PERSONA, curves=[Curve("DPO", "loss", points)]))
+    assert Outline(text).open == []
+    assert not re.search(r"\b(nan|inf)\b", text)
+
+
+def test_every_drawing_has_its_alternative_in_words():
+    drawings = re.findall(r"<svg.*?</svg>", render(PERSONA), re.DOTALL)
+    assert len(drawings) == 3
+    for drawing in drawings:
+        assert re.match(r'<svg role="img"[^>]*><title>[^<]+</title><desc>[^<]+</desc>', drawing)
+    assert "first 1, last 0.005, min 0.005, max 1; points: 200, steps 1 to 200." in drawings[0]
+
+
+def test_figures_are_readable_and_stages_add_up():
+    text = re.sub(r"<[^>]+>", " ", render(PERSONA))
+    assert "93.1%" in text
+    assert "95% interval: 88.0% to 96.0%; n = 240, 3 unscored." in text
+    totals = re.sub(r"\s+", " ", text[text.index("Total") :])
+    assert totals.startswith(
+        "Total 12,100 11,295 unfinished 800, looping 5 1 h 3 m 5 s 4,812,345 9"
+    )
+
+
+def test_verse_keeps_its_lines():
+    assert ">O wind,\n  my wind</blockquote>" in render(PERSONA)
