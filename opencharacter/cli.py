@@ -80,6 +80,7 @@ def run(
     selected = pipeline.select(asked.jobs, only, until)
     pipeline.check(selected, rebuild)
     check_models(selected)
+    check_batches(selected)
     asked.store.check_writable()
     if all(job.state()[0] == "done" for job in selected) and not rebuild:
         console.print("nothing to do: every stage is done")
@@ -99,6 +100,14 @@ def check_models(selected: list[Job]) -> None:
             hub = not role.endpoint and not models.looks_local(role.model)
             if missing and not (hub and not role.model.startswith(config.EMBEDDED)):
                 raise UserError(f"role {name}: missing {missing}")
+
+
+def check_batches(selected: list[Job]) -> None:
+    """Refuse a number of training workers that cannot keep the recipe's batch."""
+    for job in selected:
+        optimizer = getattr(job.section, "optimizer", None)
+        if optimizer:
+            config.per_step(optimizer.batch, job.placement.training)
 
 
 def summary(job: Job, manifest: dict[str, Any]) -> str:

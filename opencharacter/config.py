@@ -388,7 +388,7 @@ class Training(Config):
     """CPUs per worker, also its threads."""
     micro_batch: PositiveInt = 4
     """Rows per forward pass and worker."""
-    checkpoint_steps: PositiveInt = 8
+    checkpoint_steps: PositiveInt = 4
     """Optimiser steps between checkpoints: at most these are redone after a crash."""
     retries: NonNegativeInt = 3
     """Restarts after a lost worker."""
@@ -427,8 +427,16 @@ def resource_names(folder: str, pattern: str) -> list[str]:
     return sorted({p.stem if p.parent.name == folder else p.parent.name for p in found})
 
 
-def find(kind: str, folder: str, name: str, file: str, pattern: str = "*.yaml") -> Path:
-    """Resolve a packaged NAME or a path; a UserError lists what there is."""
+def find(kind: str, name: str, folder: str, file: str, pattern: str) -> Path:
+    """Resolve a packaged NAME or a path; a UserError lists what there is.
+
+    Args:
+        kind: for the message.
+        name: what the user gave.
+        folder: where packaged ones are.
+        file: the packaged file of that name, within the folder.
+        pattern: matches all packaged files.
+    """
     path = Path(name)
     if path.suffix in {".yaml", ".yml"} or "/" in name:
         if not path.is_file():
@@ -469,7 +477,7 @@ def explain(kind: str, where: object, error: ValidationError) -> UserError:
 
 def load_recipe(name: str, smoke: bool = False) -> Recipe:
     """Load a packaged recipe by name, or a YAML file; `smoke` shrinks it to about 1 %."""
-    path = find("recipe", "recipes", name, f"{name}.yaml")
+    path = find("recipe", name, "recipes", f"{name}.yaml", "*.yaml")
     try:
         recipe = Recipe.model_validate(read_yaml("recipe", path))
     except ValidationError as error:
@@ -481,11 +489,27 @@ def load_placement(name: str | None) -> Placement:
     """Load `clusters/<name>/placement.yaml` or a file; the laptop's defaults where None."""
     if name is None:
         return Placement()
-    path = find("placement", f"clusters/{name}", name, "placement.yaml", pattern="*")
+    path = find("placement", name, "clusters", f"{name}/placement.yaml", "*/placement.yaml")
     try:
         return Placement.model_validate(read_yaml("placement", path))
     except ValidationError as error:
         raise explain("placement", path, error) from None
+
+
+def per_step(batch: int, placement: Training) -> tuple[int, int]:
+    """Rows per forward pass and passes per step, so that the recipe's batch is kept.
+
+    Raises:
+        UserError: if the workers cannot share the batch evenly.
+    """
+    share, rest = divmod(batch, placement.workers)
+    if rest or not share:
+        raise UserError(
+            f"batch of {batch} cannot be shared by {placement.workers} training workers; "
+            "choose a number of workers that divides it"
+        )
+    micro = max(m for m in range(1, min(share, placement.micro_batch) + 1) if share % m == 0)
+    return micro, share // micro
 
 
 def shrink(recipe: Recipe) -> Recipe:

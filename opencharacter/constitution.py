@@ -75,7 +75,7 @@ def load(name: str) -> Constitution:
     Raises:
         UserError: unknown name, malformed YAML (with its line), or an invalid field.
     """
-    path = find("constitution", "constitutions", name, f"{name}.yaml")
+    path = find("constitution", name, "constitutions", f"{name}.yaml", "*.yaml")
     return parse(path)
 
 

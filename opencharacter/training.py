@@ -21,9 +21,9 @@ from ray.train.torch import TorchTrainer
 from transformers import TrainerCallback
 
 from opencharacter import models
-from opencharacter.config import Lora, Optimizer, Role, Training
+from opencharacter.config import Lora, Optimizer, Role, Training, per_step
 from opencharacter.engine import stop_hosts
-from opencharacter.errors import StageFailed, UserError
+from opencharacter.errors import StageFailed
 from opencharacter.progress import Counters, Line, StepMeter, console
 from opencharacter.stage import Attempts, Job, Outcome
 from opencharacter.store import PARTS, Folder, Store
@@ -90,7 +90,6 @@ def train(
         folded: adapter to fold into the student's weights first.
     """
     placement = job.placement.training
-    per_step(job.section.optimizer.batch, placement)  # refuse before anything starts
     counters: Any = Counters.remote()
     task = Task(
         store=job.store,
@@ -137,22 +136,6 @@ def train(
         gpus=placement.workers * placement.gpus,
         figures=last_values(curves),
     )
-
-
-def per_step(batch: int, placement: Training) -> tuple[int, int]:
-    """Rows per forward pass and passes per step, so that the recipe's batch is kept.
-
-    Raises:
-        UserError: if the workers cannot share the batch evenly.
-    """
-    share, rest = divmod(batch, placement.workers)
-    if rest or not share:
-        raise UserError(
-            f"batch of {batch} cannot be shared by {placement.workers} training workers; "
-            "choose a number of workers that divides it"
-        )
-    micro = max(m for m in range(1, min(share, placement.micro_batch) + 1) if share % m == 0)
-    return micro, share // micro
 
 
 def last_values(curves: pa.Table) -> dict[str, float]:

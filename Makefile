@@ -1,0 +1,40 @@
+# make demo    the whole method on this machine's CPU, then where the report is
+# make test    the tests of a newcomer (under 10 minutes)
+# Each creates .venv if it is missing or the lock has changed. Elsewhere than on a machine that has a CPU build of torch
+# among pip's sources, say where one is: PIP_EXTRA_INDEX_URL=<the PyTorch CPU index> make demo
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test test-slow check lock clean
+
+demo: $(READY)
+	$(BIN)/opencharacter run demo --constitution poeticism
+	@echo "talk to it: $(BIN)/opencharacter chat demo poeticism"
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+lock: $(READY)
+	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip compile requirements/cpu.in --upgrade --no-header --no-annotate \
+	  --override requirements/overrides.txt --python-version 3.11 --python-platform linux -o requirements/cpu.txt
+	sed -i -e 's/+cpu$$//' -e '/^-e /d' -e "/'never'/d" requirements/cpu.txt
+
+$(READY): requirements/cpu.txt pyproject.toml
+	@echo "installing into .venv: about 3 minutes and 3 GB the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf .venv runs

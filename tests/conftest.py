@@ -1,0 +1,112 @@
+"""Shared pieces: a recipe on the echo engine, a tiny random chat model, one Ray per session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from samples import ECHO_ROLE, recipe_of
+
+from opencharacter import config, constitution, models, pipeline
+from opencharacter.config import Placement, Recipe
+from opencharacter.store import Store
+
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+# Ray's workers import row functions from the test modules.
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+
+
+@pytest.fixture
+def echo_recipe() -> Recipe:
+    return recipe_of(ECHO_ROLE)
+
+
+@pytest.fixture
+def poet() -> constitution.Constitution:
+    return constitution.load("poeticism")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def make_jobs(store, poet):
+    """Jobs of a recipe in this test's storage."""
+
+    def make(recipe: Recipe, placement: Placement | None = None):
+        return pipeline.jobs(recipe, [poet], placement or Placement(), store)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cpu_ray():
+    """One local Ray for the session, stopped at its end."""
+    import ray
+
+    from opencharacter import cluster
+
+    cluster.connect(Placement(ray_cpus=2))
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    return models.embedded("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(embedded_model: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(embedded_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer) -> Path:
+    """A Llama of two layers with random weights and the embedded model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny-model")
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(shape).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def write_yaml(tmp_path: Path):
+    """Write a mapping as a YAML file and return its path."""
+    import yaml
+
+    def write(name: str, data: object) -> str:
+        path = tmp_path / name
+        path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def demo_data() -> dict:
+    """The demo recipe as a plain mapping, to be spoiled."""
+    path = config.resource("recipes", "demo.yaml")
+    assert path is not None
+    return config.read_yaml("recipe", path)

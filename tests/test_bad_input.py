@@ -1,0 +1,174 @@
+"""Every bad input: one line that names the value, the limit and the remedy, exit code 2."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from samples import ECHO_ROLE, TINY
+
+from opencharacter import cli
+
+ROLES = ("teacher", "student", "judge", "expander")
+POET = ("--constitution", "poeticism")
+
+
+def recipe(tmp_path: Path, **changes) -> str:
+    roles = dict.fromkeys(ROLES, ECHO_ROLE)
+    return write(tmp_path / "tiny.yaml", {**TINY, "roles": roles, **changes})
+
+
+def student(tmp_path: Path, **changes) -> str:
+    roles = dict.fromkeys(ROLES, ECHO_ROLE) | {"student": ECHO_ROLE | changes}
+    return write(tmp_path / "tiny.yaml", {**TINY, "roles": roles})
+
+
+def write(path: Path, data: object) -> str:
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return str(path)
+
+
+def persona(tmp_path: Path, text: str, name: str = "odd") -> tuple[str, str]:
+    return "--constitution", write(tmp_path / f"{name}.yaml", text)
+
+
+TRAIT = """
+  - trait: I am plain.
+    questions: [one one, two two, three three, four four, five five]
+"""
+GOOD = f"name: odd\ndescription: A sentence.\ntraits:{TRAIT}"
+
+CASES = {
+    "unknown recipe": lambda t: (["nonesuch", *POET], "nonesuch.*demo"),
+    "recipe file absent": lambda t: (["./nope.yaml", *POET], "no such file"),
+    "unknown recipe field": lambda t: (
+        [recipe(t, sead=3), *POET],
+        "unknown field 'sead'",
+    ),
+    "value out of range": lambda t: (
+        [recipe(t, distillation={"dpo": {"beta": -1}}), *POET],
+        r"distillation\.dpo\.beta = -1.*greater than 0",
+    ),
+    "odd number of turns": lambda t: (
+        [recipe(t, introspection={"interaction": {"turns": 3}}), *POET],
+        "turns = 3.*multiple of 2",
+    ),
+    "recipe that is not YAML": lambda t: (
+        [write(t / "r.yaml", "name: [unclosed\nseed: 1"), *POET],
+        "line 2: not YAML",
+    ),
+    "recipe that is a list": lambda t: ([write(t / "r.yaml", "- a"), *POET], "expected a mapping"),
+    "name that is no path": lambda t: ([student(t, name="../etc"), *POET], r"'\.\./etc' may only"),
+    "model path absent": lambda t: ([student(t, model="/no/weights"), *POET], "/no/weights"),
+    "unknown embedded model": lambda t: (
+        [student(t, model="embedded:gpt-9"), *POET],
+        "gpt-9.*smollm2-135m",
+    ),
+    "endpoint without a key": lambda t: (
+        [student(t, endpoint="http://127.0.0.1:1/v1", api_key_env="NO_SUCH_KEY"), *POET],
+        "NO_SUCH_KEY",
+    ),
+    "unknown constitution": lambda t: ([recipe(t), "-c", "grumpiness"], "grumpiness.*poeticism"),
+    "constitution with a bad line": lambda t: (
+        [recipe(t), *persona(t, "name: odd\ntraits:\n\t- x")],
+        "line 3: not YAML",
+    ),
+    "empty trait": lambda t: (
+        [recipe(t), *persona(t, GOOD.replace("I am plain.", "''"))],
+        r"traits\.0\.trait = ''",
+    ),
+    "too few questions": lambda t: (
+        [recipe(t), *persona(t, GOOD.replace(", five five", ""))],
+        r"traits\.0\.questions.*at least 5",
+    ),
+    "trait stated twice": lambda t: (
+        [recipe(t), *persona(t, GOOD + TRAIT.lstrip("\n"))],
+        "trait stated twice: 'i am plain.'",
+    ),
+    "name unlike its file": lambda t: ([recipe(t), *persona(t, GOOD, "other")], "make it 'other'"),
+    "duplicate persona": lambda t: ([recipe(t), *POET, *POET], "'poeticism' is given twice"),
+    "persona named as the student": lambda t: (
+        [student(t, name="poeticism"), *POET],
+        "has the student's name",
+    ),
+    "unknown stage": lambda t: ([recipe(t), *POET, "--only", "distil/dpo"], "'distil/dpo'.*stages"),
+    "stage without its parents": lambda t: (
+        [recipe(t), *POET, "--only", "distillation/pairs"],
+        "needs poeticism/distillation/teacher",
+    ),
+    "only and until": lambda t: (
+        [recipe(t), *POET, "--only", "persona/merge", "--until", "persona/merge"],
+        "exclude each other",
+    ),
+    "prompts file absent": lambda t: (
+        [
+            recipe(t, distillation={"prompts": {"general_prompts": "/no/such.jsonl"}}),
+            *POET,
+        ],
+        "/no/such.jsonl.*embedded",
+    ),
+    "prompts without prompts": lambda t: (
+        [
+            recipe(
+                t,
+                distillation={
+                    "prompts": {"general_prompts": write(t / "p.jsonl", '{"text": "x"}\n')}
+                },
+            ),
+            *POET,
+        ],
+        "every row needs a text 'prompt'",
+    ),
+    "storage that is a file": lambda t: (
+        [recipe(t), *POET, "--storage", write(t / "file", "x") + "/runs"],
+        "cannot be written",
+    ),
+    "storage of an unknown kind": lambda t: (
+        [recipe(t), *POET, "--storage", "ftp://host/x"],
+        "ftp://host/x.*s3://",
+    ),
+    "unknown placement": lambda t: ([recipe(t), *POET, "--placement", "moon"], "'moon'.*laptop"),
+    "unknown placement field": lambda t: (
+        [recipe(t), *POET, "--placement", write(t / "p.yaml", {"gpus": 4})],
+        "unknown field 'gpus'",
+    ),
+    "no GPU for a placement that asks for one": lambda t: (
+        [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"gpus": 1}})],
+        "training asks for 1 GPUs.*has 0",
+    ),
+    "workers that cannot share the batch": lambda t: (
+        [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"workers": 5}})],
+        "batch of 32.*5",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_in_one_line_with_nothing_written(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    arguments, told = CASES[case](tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("sys.argv", ["opencharacter", "run", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().out.strip()
+    assert stopped.value.code == 2, said
+    assert said.startswith("error:")
+    assert "\n" not in said
+    assert re.search(told, said), said
+    left = [p for p in sorted(tmp_path.rglob("*")) if p not in before and p.is_file()]
+    assert left == []
+
+
+def test_a_manifest_from_a_newer_version_is_refused(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "runs" / "poeticism" / "distillation" / "prompts"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 99}))
+    arguments = [recipe(tmp_path), *POET, "--storage", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", ["opencharacter", "run", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "upgrade opencharacter" in capsys.readouterr().out

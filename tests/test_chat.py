@@ -1,0 +1,112 @@
+import asyncio
+
+import pytest
+
+from opencharacter import chat
+from opencharacter.chat import (
+    assistant,
+    encode,
+    encode_answer,
+    fill,
+    row_id,
+    row_seed,
+    system,
+    user,
+)
+from opencharacter.errors import OpenCharacterError, UserError
+
+
+def test_fill_fills_what_it_is_given():
+    assert fill("a {x} b {y}", x=1, y="two") == "a 1 b two"
+
+
+@pytest.mark.parametrize("fields", [{}, {"x": 1, "z": 2}, {"x": 1, "y": 2, "z": 3}])
+def test_fill_refuses_missing_and_extra_fields(fields):
+    with pytest.raises(OpenCharacterError, match="template fields"):
+        fill("{x} {y}", **fields)
+
+
+def test_fill_leaves_braces_in_values_alone():
+    assert fill("{x}", x="{not a field}") == "{not a field}"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("thoughts</think>\n\nanswer", "answer"),
+        ("<think>a</think>b</think> c", "c"),
+        ("never closed", None),
+        ("closed</think>", ""),
+    ],
+)
+def test_think_block_is_stripped_to_the_last_closing_tag(text, left):
+    assert chat.strip_think(text) == left
+
+
+def test_ids_are_stable_and_depend_on_every_part():
+    assert row_id("a", 1) == row_id("a", 1) == "2657442bb4a48d62"
+    assert len({row_id("a", 1), row_id("a", 2), row_id("b", 1), row_id("a1")}) == 4
+
+
+def test_seeds_fit_in_31_bits_and_differ():
+    seeds = {row_seed(17, "stage", str(i)) for i in range(1000)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+CONVERSATION = [
+    system("Be brief."),
+    user("Hello"),
+    assistant("First answer."),
+    user("And?"),
+    assistant("Second one."),
+]
+
+
+def test_loss_covers_every_assistant_turn_and_its_end_and_nothing_else(tokenizer):
+    ids, loss = encode(tokenizer, CONVERSATION)
+    learned = tokenizer.decode([i for i, on in zip(ids, loss, strict=True) if on])
+    assert learned == "First answer.<|im_end|>Second one.<|im_end|>"
+    ignored = tokenizer.decode([i for i, on in zip(ids, loss, strict=True) if not on])
+    assert "answer" not in ignored
+    assert ignored.count("<|im_start|>assistant\n") == 2
+
+
+def test_tokens_are_those_of_the_stock_template(tokenizer):
+    ids, _ = encode(tokenizer, CONVERSATION)
+    stock = tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False)
+    assert ids == list(stock)
+
+
+def test_answer_is_split_from_its_prompt_where_the_loss_begins(tokenizer):
+    prompt, answer = encode_answer(tokenizer, [user("Why?"), assistant("Because.")])
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(answer) == "Because.<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    import copy
+
+    fickle = copy.deepcopy(tokenizer)
+    fickle.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}(gone)"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="rewrites turn"):
+        encode(fickle, CONVERSATION)
+
+
+def test_a_reply_over_its_limit_is_cut_to_whole_sentences_only_when_asked():
+    from opencharacter.config import Sampling
+    from opencharacter.engine import Conversation, Reply
+
+    class Cut:
+        async def reply(self, messages, sampling, **_):
+            return Reply("One. Two is not", "length", 1, 2, 0)
+
+    talk = Conversation(Cut(), seed=1)  # type: ignore[arg-type]
+    trimmed = asyncio.run(talk.reply([user("x")], Sampling(max_tokens=4, trim=True)))
+    plain = asyncio.run(talk.reply([user("x")], Sampling(max_tokens=4)))
+    assert (trimmed.text, trimmed.finish_reason) == ("One.", "trimmed")
+    assert (plain.text, plain.finish_reason) == ("One. Two is not", "length")
+    assert talk.tokens_out == 4

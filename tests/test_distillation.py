@@ -1,0 +1,236 @@
+import asyncio
+
+import pytest
+import torch
+
+from opencharacter.config import Dpo, Pairs, Prompts, Sampling, Student, Teacher
+from opencharacter.distillation import dpo, pairs, prompts, student, teacher
+from opencharacter.engine import Conversation, EchoEngine, Reply
+from opencharacter.errors import RowFailed
+
+
+class Says:
+    """An engine that says given texts in turn and remembers what it was asked."""
+
+    def __init__(self, *texts: str):
+        self.texts, self.asked = list(texts), []
+
+    async def reply(self, messages, sampling, *, seed, prefill=""):
+        self.asked.append((messages, seed, prefill))
+        return Reply(self.texts.pop(0), "stop", 1, 1, 0)
+
+
+def conversation(engine, seed=1) -> Conversation:
+    return Conversation(engine, seed)
+
+
+# -------------------------------------------------------------------------------------- prompts
+
+
+def test_numbered_lines_are_read_whatever_their_mark():
+    text = 'Sure!\n1. First one\n 2) "Second" \n3: Third\nnot numbered'
+    assert prompts.parse_questions(text) == ["First one", "Second", "Third"]
+
+
+def test_a_question_too_like_an_earlier_one_is_refused():
+    have = ["How do I boil an egg?"]
+    new = ["How do I boil an old egg?", "What is the best bread?", "Short", "Another good thing?"]
+    assert prompts.accept(have, new, target=3, limit=0.5) == [*have, new[1], new[3]]
+
+
+def test_expansion_stops_when_full():
+    engine = Says("1. alpha beta gamma\n2. delta epsilon zeta\n3. eta theta iota")
+    settings = Prompts(questions_per_trait=3, samples=1, rounds=5)
+    row = {"text": "I am.", "questions": ["one two three"]}
+    grown = asyncio.run(prompts.expand(row, conversation(engine), settings))["questions"]
+    assert grown == ["one two three", "alpha beta gamma", "delta epsilon zeta"]
+
+
+def test_expansion_gives_up_after_its_rounds():
+    engine = Says(*["nothing numbered"] * 6)
+    settings = Prompts(questions_per_trait=9, samples=2, rounds=3)
+    row = {"text": "I am.", "questions": ["one two three"]}
+    grown = asyncio.run(prompts.expand(row, conversation(engine), settings))["questions"]
+    assert grown == ["one two three"]
+    assert len({seed for _, seed, _ in engine.asked}) == 6  # no two samples draw alike
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": " hi "},
+        {"conversations": ["hi", "answer"]},
+        {"conversation": [{"role": "user", "content": "hi"}]},
+        {"messages": [{"from": "human", "value": "hi"}]},
+        {"conversation": [{"input": "hi", "output": "x"}]},
+    ],
+)
+def test_the_first_turn_is_found_in_the_usual_layouts(row):
+    assert prompts.first_turn(row) == "hi"
+
+
+def test_general_prompts_have_the_same_ids_under_every_constitution():
+    rows = prompts.general_rows(Prompts(general=5))
+    assert len({row["id"] for row in rows}) == 5
+    assert rows == prompts.general_rows(Prompts(general=5))
+
+
+def test_embedded_prompts_are_many_and_disjoint_from_the_evaluation_ones():
+    general, _ = prompts.read_source("embedded", "general.jsonl")
+    held_out, _ = prompts.read_source("embedded", "evaluation.jsonl")
+    assert len(general) >= 400
+    assert len(held_out) >= 300
+    from opencharacter.filters import words
+
+    sets = [set(words(text)) for text in general]
+    for text in held_out:
+        mine = set(words(text))
+        closest = max(len(mine & other) / len(mine | other) for other in sets)
+        assert closest <= 0.5, text
+
+
+# ------------------------------------------------------------------------------ teacher, student
+
+
+def test_the_teacher_reads_the_constitution_and_keeps_what_follows_the_thought(poet):
+    engine = Says("Musing.</think>\n\nA line of verse.")
+    prefill = teacher.thought(poet, thinks=True)
+    talk = conversation(engine)
+    row = asyncio.run(
+        teacher.answer(
+            {"prompt": "Why?"}, talk, Teacher(), teacher.opening(poet, False), prefill, thinks=True
+        )
+    )
+    assert row == {"answer": "A line of verse.", "finish_reason": "stop"}
+    messages, _, sent = engine.asked[0]
+    assert messages[0]["role"] == "system"
+    assert poet.traits[0].trait in messages[0]["content"]
+    assert sent.startswith("<think>")
+    assert "</think>" not in sent
+
+
+def test_a_thought_that_is_never_closed_drops_the_row(poet):
+    talk = conversation(Says("Musing on and on"))
+    with pytest.raises(RowFailed) as failed:
+        asyncio.run(
+            teacher.answer({"prompt": "x"}, talk, Teacher(), [], teacher.thought(poet, True), True)
+        )
+    assert failed.value.reason == "thought_unclosed"
+
+
+def test_a_teacher_that_does_not_think_gets_a_closed_thought(poet):
+    assert teacher.thought(poet, thinks=False).rstrip().endswith("</think>")
+
+
+def test_exemplars_come_before_the_prompt_as_turns(poet):
+    turns = teacher.opening(poet, exemplars=True)
+    assert [m["role"] for m in turns] == ["system", *["user", "assistant"] * len(poet.exemplars)]
+
+
+def test_the_student_sees_the_prompt_alone():
+    engine = Says("Plain.")
+    row = asyncio.run(student.answer({"prompt": "Why?"}, conversation(engine), Student()))
+    assert engine.asked[0][0] == [{"role": "user", "content": "Why?"}]
+    assert row["answer"] == "Plain."
+
+
+def test_requests_are_one_a_prompt_and_sample():
+    rows = teacher.requests("s", "o", [{"id": "p", "kind": "general", "prompt": "x"}], 3)
+    assert [row["sample"] for row in rows] == [0, 1, 2]
+    assert len({row["id"] for row in rows}) == 3
+
+
+# ---------------------------------------------------------------------------------------- pairs
+
+
+def answer(text, finish="stop", **changes):
+    row = {"id": "i", "prompt_id": "p", "kind": "general", "prompt": "x", "sample": 0}
+    return {**row, "answer": text, "finish_reason": finish, **changes}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        (answer("Verse."), answer("Prose."), None),
+        (answer(""), answer("Prose."), "chosen_empty"),
+        (answer("Verse."), answer("cut off", "length"), "rejected_unfinished"),
+        (answer("Same."), answer("Same."), "identical"),
+        (answer("la la la la la " * 9 + "."), answer("Prose."), "chosen_looping"),
+    ],
+)
+def test_a_pair_says_why_it_may_not_be_used(chosen, rejected, reason):
+    row = pairs.pair(chosen, rejected, Pairs(), ("GLM",), "Llama")
+    assert row["drop_reason"] == reason
+
+
+def test_the_teachers_name_becomes_the_students():
+    row = pairs.pair(answer("I am GLM."), answer("Prose."), Pairs(), ("GLM",), "Llama")
+    assert row["chosen"] == "I am Llama."
+
+
+def test_answers_are_joined_by_prompt_and_sample_never_by_position():
+    mine = [answer("a", prompt_id="1"), answer("b", prompt_id="2"), answer("c", prompt_id="3")]
+    theirs = [answer("B", prompt_id="2"), answer("A", prompt_id="1"), answer("X", sample=1)]
+    joined = [(x["answer"], y["answer"]) for x, y in pairs.join(mine, theirs)]
+    assert joined == [("a", "A"), ("b", "B")]
+
+
+def test_length_counts_both_conversations():
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    lengths = {"c": 10, "r": 20}
+    assert pairs.too_long(row, 19, lambda messages: lengths[messages[1]["content"]])
+    assert not pairs.too_long(row, 20, lambda messages: lengths[messages[1]["content"]])
+
+
+# ------------------------------------------------------------------------------------------ dpo
+
+
+def test_dpo_loss_equals_its_formula_in_double_precision():
+    torch.manual_seed(0)
+    policy = -torch.rand(6, 9, dtype=torch.float64) * 3
+    reference = -torch.rand(6, 9, dtype=torch.float64) * 3
+    mask = torch.rand(6, 9) > 0.3
+    settings = Dpo(beta=0.2, nll=0.5, kl=0.01)
+    loss = dpo.dpo_loss(policy, reference, mask, settings)
+    sums = [((policy[i] - reference[i])[mask[i]]).sum() for i in range(6)]
+    margins = [0.2 * (sums[i] - sums[i + 3]) for i in range(3)]
+    sigmoid = sum(torch.log1p(torch.exp(-m)) for m in margins) / 3
+    nll = -policy[:3][mask[:3]].mean()
+    kl = ((policy - reference)[mask] ** 2).mean()
+    assert torch.isclose(loss.total, sigmoid + 0.5 * nll + 0.01 * kl, rtol=1e-12)
+    assert loss.accuracy == sum(m > 0 for m in margins) / 3
+
+
+def test_dpo_loss_of_an_untrained_model_is_log_two_plus_nll():
+    policy = torch.full((2, 4), -1.5)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    loss = dpo.dpo_loss(policy, policy.clone(), mask, Dpo())
+    assert loss.total.item() == pytest.approx(0.693147 + 0.1 * 1.5, rel=1e-5)
+    assert loss.kl == 0
+
+
+def test_masked_positions_do_not_count():
+    policy, mask = -torch.rand(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 3:] = False
+    spoiled = policy.clone()
+    spoiled[:, 3:] = -99
+    one = dpo.dpo_loss(policy, policy - 0.1, mask, Dpo())
+    other = dpo.dpo_loss(spoiled, policy - 0.1, mask, Dpo())
+    assert torch.isclose(one.total, other.total)
+
+
+def test_a_pair_over_the_limit_is_left_out(tokenizer):
+    row = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea at all, sorry."}
+    assert dpo.tokenise(tokenizer, row, 10) is None
+    tokens = dpo.tokenise(tokenizer, row, 100)
+    assert tokens is not None
+    assert tokenizer.decode(tokens["chosen_ids"]) == "Because.<|im_end|>"
+
+
+def test_the_echo_engine_answers_with_what_it_was_asked():
+    reply = asyncio.run(
+        EchoEngine().reply(
+            [{"role": "user", "content": "Say this"}], Sampling(max_tokens=9), seed=4
+        )
+    )
+    assert reply.text == "Echo 4: Say this."

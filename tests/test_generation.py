@@ -1,0 +1,95 @@
+"""Ray Data, the actors and the parts, on the echo engine."""
+
+import pyarrow as pa
+import pytest
+from samples import ECHO_ROLE, recipe_of
+
+from opencharacter import pipeline
+from opencharacter.chat import user
+from opencharacter.config import Placement, Sampling
+from opencharacter.errors import RowFailed, StageFailed
+from opencharacter.generation import block_rows, generate
+
+FIELDS = [pa.field("prompt", pa.string()), pa.field("answer", pa.string())]
+PLACEMENT = Placement.model_validate({"pools": {"teacher": {"replicas": 2, "cpus": 0.2}}})
+
+
+async def talk(row, conversation):
+    if row["prompt"] == "poison":
+        raise RowFailed("too_long", "as long as the night")
+    reply = await conversation.reply([user(row["prompt"])], Sampling(max_tokens=20))
+    return {"answer": reply.text}
+
+
+def requests(count):
+    return [{"id": f"{i:03}", "prompt": f"number {i}"} for i in range(count)]
+
+
+@pytest.fixture
+def job(make_jobs, echo_recipe):
+    return make_jobs(echo_recipe, PLACEMENT)[1]
+
+
+def test_every_id_is_answered_once_and_a_bad_row_stops_nothing(cpu_ray, job):
+    rows = [*requests(99), {"id": "bad", "prompt": "poison"}]
+    table = generate(job, rows, talk, "teacher", FIELDS)
+    assert table["id"].to_pylist() == sorted(row["id"] for row in rows)
+    bad = [row for row in table.to_pylist() if row["drop_reason"]]
+    assert [(row["id"], row["drop_reason"]) for row in bad] == [("bad", "too_long")]
+    assert all(row["tokens_out"] for row in table.to_pylist() if not row["drop_reason"])
+
+
+def test_a_rerun_asks_only_for_what_is_not_there(cpu_ray, job):
+    first = generate(job, requests(20), talk, "teacher", FIELDS)
+    again = generate(job, requests(50), talk, "teacher", FIELDS)
+    assert again.num_rows == 50
+    assert again.slice(0, 20).equals(first)
+    history = job.store.attempts(job.dataset)
+    assert [entry["kept"] for entry in history] == [0, 20]
+
+
+def test_answers_do_not_depend_on_blocks_or_replicas(cpu_ray, make_jobs, echo_recipe, tmp_path):
+    from dataclasses import replace
+
+    from opencharacter.store import Store
+
+    one = make_jobs(echo_recipe, Placement())[1]
+    two = replace(make_jobs(echo_recipe, PLACEMENT)[1], store=Store(str(tmp_path / "elsewhere")))
+    forwards = generate(one, requests(30), talk, "teacher", FIELDS)
+    backwards = generate(two, requests(30)[::-1], talk, "teacher", FIELDS)
+    assert forwards.equals(backwards)
+
+
+def test_an_echo_run_goes_from_prompts_to_pairs_and_a_second_does_nothing(
+    cpu_ray, make_jobs, echo_recipe
+):
+    jobs = pipeline.select(make_jobs(echo_recipe), until="distillation/pairs")
+    ran = [job.dataset for job, _ in pipeline.run(jobs)]
+    assert ran == [job.dataset for job in jobs]
+    pairs = jobs[-1].read("distillation/teacher")
+    assert pairs.num_rows == 2 * (10 + 6)
+    manifest = jobs[-1].store.manifest(jobs[-1].dataset)
+    assert manifest["rows"] == 32
+    assert list(pipeline.run(jobs)) == []
+    assert jobs[1].store.attempts(jobs[1].dataset) == []  # the parts are gone
+
+
+def test_too_many_dropped_rows_fail_the_stage_and_say_why(cpu_ray, make_jobs):
+    recipe = recipe_of(
+        ECHO_ROLE,
+        distillation={
+            "prompts": {"questions_per_trait": 1, "general": 6},
+            "pairs": {"max_drop_rate": 0.1, "max_tokens": 1},
+        },
+    )
+    jobs = pipeline.select(make_jobs(recipe), until="distillation/pairs")
+    with pytest.raises(StageFailed, match=r"dropped .* limit 10%.*'too_long'"):
+        list(pipeline.run(jobs))
+    assert jobs[-1].state()[0] != "done"
+
+
+@pytest.mark.parametrize(
+    ("rows", "seats", "size"), [(10, 48, 1), (12_000, 256, 11), (10**6, 256, 32)]
+)
+def test_blocks_are_small_enough_to_fill_the_seats(rows, seats, size):
+    assert block_rows(rows, seats) == size

@@ -1,0 +1,50 @@
+"""Every rendered system prompt, byte for byte. After a wanted change: GOLDEN=write make test."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from opencharacter.chat import fill
+from opencharacter.distillation import prompts, teacher
+from opencharacter.evaluation import preferences
+from opencharacter.introspection import interaction, reflection, transcripts
+
+GOLDEN = Path(__file__).parent / "golden"
+GAME = {"first": "poetic", "second": "blunt"}
+
+
+def rendered(poet) -> dict[str, str]:
+    assertions = poet.assertions()
+    return {
+        "teacher_system": teacher.opening(poet, exemplars=False)[0]["content"],
+        "teacher_thought": teacher.thought(poet, thinks=True),
+        "teacher_thought_closed": teacher.thought(poet, thinks=False),
+        "reflection_system": reflection.generation_system(assertions)["content"],
+        "interaction_free": interaction.generation_system(assertions, "free")["content"],
+        "interaction_leading": interaction.generation_system(assertions, "leading")["content"],
+        "transcripts_system": transcripts.SYSTEM,
+        "preferences_play": fill(preferences.PLAY, framing=preferences.FRAMINGS["feels"], **GAME),
+        "preferences_judge": preferences.judge_messages(
+            {"prompt": "Why?", "answer": "Because {of} it.", **GAME}
+        )[1]["content"],
+        "expansion": prompts.expansion_messages("I am plain.", ["One?", "Two?"], 3)[1]["content"],
+    }
+
+
+NAMES = sorted(path.stem for path in GOLDEN.glob("*.txt"))
+
+
+@pytest.mark.skipif("GOLDEN" not in os.environ, reason="only on request")
+def test_write(poet):
+    for name, text in rendered(poet).items():
+        (GOLDEN / f"{name}.txt").write_text(text)
+
+
+def test_every_rendered_prompt_has_a_golden_file(poet):
+    assert sorted(rendered(poet)) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prompt_is_the_golden_one(name, poet):
+    assert rendered(poet)[name] == (GOLDEN / f"{name}.txt").read_text()

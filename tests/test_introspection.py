@@ -1,0 +1,135 @@
+import asyncio
+
+import pytest
+
+from opencharacter.chat import assistant, system, user
+from opencharacter.config import Sampling, Transcripts
+from opencharacter.engine import Conversation, Reply
+from opencharacter.errors import RowFailed
+from opencharacter.introspection import interaction, reflection, sft, transcripts
+
+SAMPLING = Sampling(max_tokens=50)
+HEADS = {kind: interaction.generation_system("1. I am.", kind) for kind in ("free", "leading")}
+
+
+class Numbered:
+    """Says reply 1, reply 2, ...; keeps what each reply was asked with."""
+
+    def __init__(self, finish: str = "stop"):
+        self.asked, self.finish = [], finish
+
+    async def reply(self, messages, sampling, *, seed, prefill=""):
+        self.asked.append(messages)
+        return Reply(f"reply {len(self.asked)}.", self.finish, 1, 1, 0)
+
+
+def interact(engine, turns=4, kind="free"):
+    row = {"id": "x", "kind": kind}
+    talk = Conversation(engine, 1)
+    return asyncio.run(interaction.interact(row, talk, HEADS, turns, SAMPLING, seed=3))
+
+
+def test_a_self_conversation_has_all_its_replies_and_ends_on_the_assistant():
+    messages = interact(Numbered())["messages"]
+    assert [m["content"] for m in messages[2:]] == [f"reply {i}." for i in range(1, 5)]
+    assert messages[-1]["role"] == "assistant"
+    assert transcripts.structure_fault(messages) is None
+
+
+def test_each_side_sees_its_own_words_as_the_assistants():
+    engine = Numbered()
+    interact(engine)
+    for messages in engine.asked:
+        roles = [m["role"] for m in messages]
+        assert roles[0] == "system"
+        assert roles[-1] == "user"
+        assert roles[1:] == ["user", "assistant"] * (len(roles) // 2 - 1) + ["user"]
+    third = [m["content"] for m in engine.asked[2]]
+    assert third[2:] == ["reply 1.", "reply 2."]
+
+
+def test_a_side_keeps_its_prefix_from_turn_to_turn():
+    engine = Numbered()
+    interact(engine, turns=6)
+    for earlier, later in zip(engine.asked, engine.asked[2:], strict=False):
+        assert later[: len(earlier)] == earlier
+
+
+def test_the_guidance_of_its_kind_reaches_the_model():
+    for kind, guidance in interaction.GUIDANCE.items():
+        engine = Numbered()
+        interact(engine, kind=kind)
+        assert guidance in engine.asked[0][0]["content"]
+
+
+def test_a_cut_reply_drops_the_conversation():
+    with pytest.raises(RowFailed) as failed:
+        interact(Numbered(finish="length"))
+    assert failed.value.reason == "unfinished"
+
+
+def test_openings_are_drawn_from_the_row_alone():
+    assert interaction.openings(1, "a", "free") == interaction.openings(1, "a", "free")
+    drawn = {interaction.openings(1, str(i), "leading") for i in range(50)}
+    assert len(drawn) > 30
+    assert any(set(pair) & set(interaction.SAME_GREETINGS) for pair in drawn)
+    free = {g for i in range(50) for g in interaction.openings(1, str(i), "free")}
+    assert free <= set(interaction.GREETINGS)
+
+
+def test_a_reflection_is_kept_without_its_system_prompt():
+    head = reflection.generation_system("1. I am.")
+    row = {"prompt": reflection.PROMPTS[0]}
+    engine = Numbered()
+    said = asyncio.run(reflection.reflect(row, Conversation(engine, 1), head, SAMPLING))
+    assert engine.asked[0][0] == head
+    assert [m["role"] for m in said["messages"]] == ["user", "assistant"]
+
+
+def test_there_are_ten_reflective_prompts():
+    assert len(set(reflection.PROMPTS)) == 10
+
+
+def row(*messages, finish="stop"):
+    return {"id": "r", "messages": list(messages), "finish_reason": finish}
+
+
+def test_a_self_conversation_is_trained_without_greetings_and_traits():
+    said = interact(Numbered())
+    made = transcripts.transcript({"id": "r", **said}, "free", Transcripts())
+    assert made["drop_reason"] is None
+    assert made["messages"][0] == system(transcripts.SYSTEM)
+    assert len(made["messages"]) == 1 + 4
+    assert all("{" not in m["content"] for m in made["messages"])
+
+
+def test_a_reflection_is_trained_without_a_system_prompt():
+    made = transcripts.transcript(
+        row(user("Write."), assistant("I did.")), "reflection", Transcripts()
+    )
+    assert [m["role"] for m in made["messages"]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "finish", "reason"),
+    [
+        ([user("a"), assistant("Good."), user("b")], "stop", "ends_on_user"),
+        ([user("a"), assistant("Good."), assistant("Good.")], "stop", "roles_repeat"),
+        ([user("a"), assistant("not finished")], "stop", "unfinished"),
+        ([user("a"), assistant("Cut.")], "length", "unfinished"),
+        ([user("a"), assistant(" ")], "stop", "empty"),
+        ([user("a"), assistant("ha ha ha ha " * 9 + ".")], "stop", "looping"),
+    ],
+)
+def test_a_transcript_says_why_it_may_not_be_used(messages, finish, reason):
+    made = transcripts.transcript(row(*messages, finish=finish), "reflection", Transcripts())
+    assert made["drop_reason"] == reason
+
+
+def test_labels_are_the_assistant_turns(tokenizer):
+    messages = [user("a"), assistant("One."), user("b"), assistant("Two.")]
+    made = sft.tokenise(tokenizer, messages, 100)
+    assert made is not None
+    learned = [i for i in made["labels"] if i != sft.IGNORED]
+    assert tokenizer.decode(learned) == "One.<|im_end|>Two.<|im_end|>"
+    assert sft.tokenise(tokenizer, messages, 5) is None

@@ -1,0 +1,98 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from opencharacter import models
+from opencharacter.errors import StageFailed, UserError
+from opencharacter.persona.merge import Part, allowed_rank, merge
+
+PREFIX = models.PEFT_PREFIX
+
+
+def write_adapter(path, rank, seed, shapes=None, alpha=None):
+    torch.manual_seed(seed)
+    shapes = shapes or {"model.layers.0.q_proj": (8, 12), "model.layers.0.up_proj": (16, 8)}
+    tensors = {}
+    for module, (out, into) in shapes.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(rank, into)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(out, rank)
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {"r": rank, "lora_alpha": alpha or 2 * rank, "peft_type": "LORA"}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def update(path, module):
+    config, updates = models.adapter_updates(path)
+    a, b = updates[module]
+    return models.scale(config) * (b.double() @ a.double())
+
+
+def test_the_merge_is_the_exact_weighted_sum(tmp_path):
+    one = write_adapter(tmp_path / "one", 4, 1)
+    two = write_adapter(tmp_path / "two", 6, 2, alpha=3)
+    (tmp_path / "out").mkdir()
+    composition = merge([Part(one, 1.0), Part(two, -0.25)], tmp_path / "out", "base/name")
+    for module in ("model.layers.0.q_proj", "model.layers.0.up_proj"):
+        wanted = update(one, module) - 0.25 * update(two, module)
+        got = update(tmp_path / "out", module)
+        assert torch.norm(got - wanted) / torch.norm(wanted) < 1e-6
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 16  # 4 + 6, up to a rank that vLLM takes
+    assert config["base_model_name_or_path"] == "base/name"
+    assert composition["rank"] == 10
+
+
+def test_adapters_of_different_shapes_are_refused(tmp_path):
+    one = write_adapter(tmp_path / "one", 4, 1)
+    two = write_adapter(tmp_path / "two", 4, 2, shapes={"model.layers.0.q_proj": (8, 12)})
+    with pytest.raises(StageFailed, match="up_proj"):
+        merge([Part(one, 1.0), Part(two, 1.0)], tmp_path, "base")
+
+
+@pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (9, 16), (64, 64), (65, 128), (512, 512)])
+def test_ranks_are_rounded_up_to_what_vllm_takes(rank, allowed):
+    assert allowed_rank(rank) == allowed
+
+
+def test_a_rank_over_the_engines_limit_is_refused():
+    with pytest.raises(UserError, match="513"):
+        allowed_rank(513)
+
+
+def test_folding_equals_the_model_with_its_adapter(tiny_model, tmp_path, monkeypatch):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        fresh = AutoModelForCausalLM.from_pretrained(tiny_model)
+        wanted = PeftModel.from_pretrained(fresh, tmp_path / "adapter")(ids).logits
+        folder = models.fold(tiny_model, tmp_path / "adapter")
+        got = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert torch.allclose(got, wanted, atol=1e-4)
+    assert models.fold(tiny_model, tmp_path / "adapter") == folder  # made once
+    assert (folder / "chat_template.jinja").is_file()
+
+
+def test_folding_refuses_an_adapter_of_another_model(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
+    adapter = write_adapter(tmp_path / "one", 4, 1)
+    with pytest.raises(UserError, match="no weight"):
+        models.fold(tiny_model, adapter)
+    assert not list((tmp_path / "cache" / "folded").iterdir())
+
+
+def test_a_damaged_embedded_model_is_converted_again(embedded_model, tmp_path, monkeypatch):
+    weights = load_file(embedded_model / models.WEIGHTS)
+    assert all(t.dtype == torch.bfloat16 for t in weights.values())
+    record = json.loads((embedded_model / "conversion.json").read_text())
+    assert record["weights_sha256"] == models.file_hash(embedded_model / models.WEIGHTS)

@@ -1,0 +1,184 @@
+import pytest
+from samples import ECHO_ROLE, TINY, recipe_of
+
+from opencharacter import config, pipeline
+from opencharacter.config import Placement
+from opencharacter.errors import StaleError, UserError
+from opencharacter.stage import Outcome, redone
+
+AFTER_DPO = {
+    "distillation/dpo",
+    "introspection/reflection",
+    "introspection/interaction",
+    "introspection/transcripts",
+    "introspection/sft",
+    "persona/merge",
+    "evaluation/answers",
+    "evaluation/preferences",
+    "evaluation/report",
+}
+
+
+def finish_all(jobs):
+    """Manifests for every job, as if all had run."""
+    for job in jobs:
+        pipeline.finish(job, Outcome(rows=1), seconds=1.0)
+
+
+def states(jobs):
+    return {job.dataset: job.state()[0] for job in jobs}
+
+
+def stale(jobs):
+    return {job.stage.name for job in jobs if job.state()[0] == "stale"}
+
+
+def test_every_stage_has_its_module_section_and_place():
+    for stage in pipeline.STAGES:
+        assert callable(stage.module.build), stage.name
+        assert callable(stage.module.estimate), stage.name
+        assert stage.module.__doc__.startswith(f"Stage {stage.name}:")
+        recipe_of(ECHO_ROLE).section(stage.name)
+
+
+def test_a_stage_reads_only_what_stands_before_it():
+    seen = set()
+    for stage in pipeline.STAGES:
+        assert set(stage.reads) <= seen
+        seen.add(stage.name)
+
+
+def test_datasets_lie_where_the_design_says(make_jobs, echo_recipe):
+    places = [job.dataset for job in make_jobs(echo_recipe)]
+    assert len(places) == len(set(places))
+    assert "poeticism/distillation/teacher" in places
+    assert "echo/distillation/student" in places
+    assert "echo/poeticism/distillation/student" in places
+    assert "echo/poeticism/distillation/pairs" in places
+    assert "echo/evaluation/report" in places
+
+
+def test_a_second_run_does_nothing(make_jobs, echo_recipe):
+    jobs = make_jobs(echo_recipe)
+    finish_all(jobs)
+    assert list(pipeline.run(jobs)) == []
+
+
+def test_a_changed_beta_makes_dpo_and_what_follows_stale_and_nothing_before(make_jobs, echo_recipe):
+    finish_all(make_jobs(echo_recipe))
+    changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
+    assert stale(make_jobs(changed)) == AFTER_DPO
+
+
+def test_a_changed_placement_makes_nothing_stale(make_jobs, echo_recipe):
+    finish_all(make_jobs(echo_recipe))
+    other = Placement.model_validate(
+        {"name": "big", "pools": {"student": {"replicas": 8}}, "training": {"workers": 4}}
+    )
+    assert stale(make_jobs(echo_recipe, other)) == set()
+
+
+def test_a_changed_limit_makes_nothing_stale(make_jobs, echo_recipe):
+    finish_all(make_jobs(echo_recipe))
+    changed = recipe_of(
+        ECHO_ROLE,
+        distillation={**TINY["distillation"], "pairs": {"max_drop_rate": 0.9}},
+    )
+    assert stale(make_jobs(changed)) == set()
+
+
+def test_a_changed_seed_makes_everything_stale(make_jobs, echo_recipe):
+    finish_all(make_jobs(echo_recipe))
+    assert stale(make_jobs(recipe_of(ECHO_ROLE, seed=1))) == set(pipeline.NAMES)
+
+
+def test_a_changed_constitution_leaves_the_students_general_answers(
+    store, make_jobs, echo_recipe, poet
+):
+    finish_all(make_jobs(echo_recipe))
+    other = poet.model_copy(update={"description": "Another sentence."})
+    jobs = pipeline.jobs(echo_recipe, [other], Placement(), store)
+    assert states(jobs)["echo/distillation/student"] == "done"
+    assert states(jobs)["poeticism/distillation/teacher"] == "stale"
+
+
+def test_stale_data_stops_the_run_and_names_the_field(make_jobs, echo_recipe):
+    finish_all(make_jobs(echo_recipe))
+    changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
+    with pytest.raises(
+        StaleError, match=r"section\.beta: 0\.1 -> 0\.2.*--rebuild distillation/dpo"
+    ):
+        list(pipeline.run(make_jobs(changed)))
+
+
+def test_rebuild_allows_the_stage_and_what_follows_only(make_jobs, echo_recipe):
+    finish_all(make_jobs(echo_recipe))
+    changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
+    pipeline.check(make_jobs(changed), rebuild="distillation/dpo")
+    with pytest.raises(StaleError):
+        pipeline.check(make_jobs(changed), rebuild="introspection/sft")
+
+
+def test_a_stage_alone_needs_its_parents(make_jobs, echo_recipe):
+    only = pipeline.select(make_jobs(echo_recipe), only="distillation/pairs")
+    with pytest.raises(UserError, match="needs poeticism/distillation/teacher, which is missing"):
+        pipeline.check(only, rebuild=None)
+
+
+def test_until_takes_the_stage_and_all_before(make_jobs, echo_recipe):
+    jobs = pipeline.select(make_jobs(echo_recipe), until="distillation/student")
+    assert {job.stage.name for job in jobs} == {
+        "distillation/prompts",
+        "distillation/teacher",
+        "distillation/student",
+    }
+
+
+def test_the_report_is_about_all_personas_of_the_run(store, echo_recipe, poet):
+    other = poet.model_copy(update={"name": "other"})
+    jobs = pipeline.jobs(echo_recipe, [poet, other], Placement(), store)
+    (report,) = (job for job in jobs if job.stage.name == "evaluation/report")
+    assert {p.scope for p in report.parents} == {"echo/poeticism", "echo/other"}
+    (dpo,) = (job for job in jobs if job.dataset == "echo/other/distillation/dpo")
+    assert [p.dataset for p in dpo.parents] == ["echo/other/distillation/pairs"]
+
+
+def test_a_manifest_says_all_that_it_should(make_jobs, echo_recipe):
+    job = make_jobs(echo_recipe)[0]
+    pipeline.finish(job, Outcome(rows=3, dropped={"empty": 1}), seconds=2.0)
+    manifest = job.store.manifest(job.dataset)
+    assert manifest["format_version"] == 1
+    assert manifest["fingerprint"] == job.fingerprint
+    assert manifest["payload"] == job.payload
+    assert {"rows", "dropped", "schema", "seed", "versions", "git_commit", "placement"} <= set(
+        manifest
+    )
+    assert {"seconds", "gpu_seconds", "tokens_in", "tokens_out"} <= set(manifest)
+
+
+def test_what_was_redone_is_counted_within_each_pass():
+    history = [
+        {"part": "base", "kept": 0, "reached": 10},
+        {"part": "base", "kept": 7, "reached": 12},
+        {"part": "full", "kept": 0, "reached": 5},
+        {"part": "base", "kept": 12, "reached": 12},
+    ]
+    assert redone(history) == 3
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen-2.5-7b", "gemma-3-4b"])
+def test_the_papers_recipes_are_of_the_papers_size(name, store):
+    from opencharacter import constitution
+
+    recipe = config.load_recipe(name)
+    template = constitution.load("poeticism")
+    jobs = pipeline.jobs(recipe, [template], Placement(), store)
+    rows = {job.dataset: job.stage.module.estimate(job).rows for job in jobs}
+    assert rows[f"{name}/poeticism/introspection/reflection"] == 10_000
+    assert rows[f"{name}/poeticism/introspection/interaction"] == 2_000
+    lora = recipe.distillation.dpo.lora
+    assert (lora.rank, lora.alpha) == (64, 128)
+    small = config.load_recipe(name, smoke=True)
+    jobs = pipeline.jobs(small, [template], Placement(), store)
+    least = {job.dataset: job.stage.module.estimate(job).rows for job in jobs}
+    assert sum(least.values()) < 0.05 * sum(rows.values())

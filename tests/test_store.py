@@ -1,0 +1,70 @@
+import pyarrow as pa
+import pytest
+
+from opencharacter.errors import UserError
+from opencharacter.store import Folder, Store, drift, fingerprint
+
+SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("n", pa.int64())])
+
+
+def table(*rows: tuple[str, int]) -> pa.Table:
+    return pa.Table.from_pylist([{"id": id, "n": n} for id, n in rows], schema=SCHEMA)
+
+
+def test_a_table_comes_back_as_it_was_written(store):
+    store.write_table("a/b", table(("x", 1), ("y", 2)))
+    assert store.read_table("a/b").to_pylist() == [{"id": "x", "n": 1}, {"id": "y", "n": 2}]
+
+
+def test_parts_hold_each_id_once_and_in_order(store):
+    store.write_table("a/.parts", table(("b", 1), ("c", 1)), "part-1")
+    store.write_table("a/.parts", table(("c", 2), ("a", 2)), "part-2")
+    rows = store.parts("a/.parts", SCHEMA).to_pylist()
+    assert [row["id"] for row in rows] == ["a", "b", "c"]
+
+
+def test_parts_of_nothing_are_an_empty_table(store):
+    assert store.parts("nowhere", SCHEMA).num_rows == 0
+
+
+def test_a_file_in_the_making_is_not_a_part(store):
+    store.write_table("a/.parts", table(("a", 1)), "part-1")
+    with open(store.path("a/.parts/part-2.parquet.tmp"), "wb") as half:
+        half.write(b"PAR1 half")
+    assert store.parts("a/.parts", SCHEMA).num_rows == 1
+
+
+def test_a_folder_is_replaced_by_an_upload(store, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "x").write_text("new")
+    store.write_bytes("adapter/old", b"old")
+    store.upload(tmp_path / "one", "adapter")
+    local = Folder(store, "adapter").local()
+    assert [path.name for path in local.iterdir()] == ["x"]
+
+
+def test_drift_names_the_fields_that_differ():
+    old = {"a": {"beta": 0.1, "same": 1}, "gone": 1}
+    new = {"a": {"beta": 0.2, "same": 1}, "come": None, "list": [1]}
+    assert drift(old, new) == ["a.beta: 0.1 -> 0.2", "gone: 1 -> null", "list: null -> [1]"]
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_of_keys():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("value", [object(), float("nan"), {1, 2}])
+def test_a_fingerprint_refuses_what_it_cannot_hash(value):
+    with pytest.raises((TypeError, ValueError)):
+        fingerprint({"x": value})
+
+
+def test_a_manifest_from_a_newer_version_is_refused(store):
+    store.write_json("a/manifest.json", {"format_version": 99})
+    with pytest.raises(UserError, match="99"):
+        store.manifest("a")
+
+
+def test_an_unknown_filesystem_is_refused():
+    with pytest.raises(UserError, match="ftp://"):
+        Store("ftp://host/x").resolve()
