@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import ray
 
@@ -21,12 +23,12 @@ def connect(placement: Placement) -> None:
     """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        own = {} if address else local_options(placement)
+        own: dict[str, Any] = {} if address else local_options(placement)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     check_fits(placement, ray.cluster_resources())
 
 
-def local_options(placement: Placement) -> dict[str, object]:
+def local_options(placement: Placement) -> dict[str, Any]:
     """How to start a Ray for one command: private to this machine, no dashboard."""
     return {
         "num_cpus": placement.ray_cpus or os.cpu_count(),
@@ -35,7 +37,7 @@ def local_options(placement: Placement) -> dict[str, object]:
     }
 
 
-def check_fits(placement: Placement, resources: dict[str, float]) -> None:
+def check_fits(placement: Placement, resources: Mapping[str, float]) -> None:
     """Refuse a placement that asks for more than the cluster has, role by role."""
     wanted = {
         name: (pool.replicas * pool.cpus, pool.replicas * pool.gpus)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
+import ray.exceptions
 
 from opencharacter import models
 from opencharacter.chat import Message, assistant, row_seed

@@ -101,7 +101,7 @@ class Meter:
         kept = self.attempts.kept
         if self.began is None:
             return f"{kept}/{self.total} rows, starting the engine"
-        sums = ray.get(self.counters.read.remote())
+        sums: Any = ray.get(self.counters.read.remote())
         finished = int(sums.get("finished", 0))
         self.attempts.note(kept + int(sums.get("started", 0)))
         seconds = max(time.monotonic() - self.began, 1e-3)
@@ -121,7 +121,7 @@ class StepMeter:
         self.counters, self.attempts = counters, attempts
 
     def __call__(self) -> str:
-        sums = ray.get(self.counters.read.remote())
+        sums: Any = ray.get(self.counters.read.remote())
         if "step" not in sums:
             return "starting the trainer"
         step, kept = int(sums["step"]), int(sums["kept"])

@@ -1,6 +1,13 @@
 """Recipes for tests: the whole pipeline at its smallest."""
 
-from opencharacter.config import Recipe
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from opencharacter.config import Recipe, read_yaml, resource
+
+Finished = subprocess.CompletedProcess[str]
 
 ECHO_ROLE = {"model": "echo:", "name": "echo", "called": "Echo", "context": 2048}
 
@@ -22,3 +29,65 @@ TINY = {
 def recipe_of(role: dict, **changes: dict) -> Recipe:
     roles = dict.fromkeys(("teacher", "student", "judge", "expander"), role)
     return Recipe.model_validate({**TINY, "roles": roles, **changes})
+
+
+def embedded_recipe() -> dict:
+    """The demo's recipe at its smallest, as a mapping."""
+    path = resource("recipes", "demo.yaml")
+    assert path is not None
+    data = read_yaml("recipe", path)
+    data["name"] = "tiny"
+    short = {"temperature": 0.6, "top_p": 1.0, "trim": True}
+    lora, optimizer = {"rank": 8, "alpha": 16}, {"batch": 4, "learning_rate": 2e-4}
+    loose = {"max_drop_rate": 1.0}
+    data["distillation"] = {
+        "prompts": {"questions_per_trait": 1, "general": 2},
+        "teacher": {
+            "answers": 1,
+            "exemplars": True,
+            "prefill": False,
+            "sampling": {**short, "max_tokens": 32},
+            **loose,
+        },
+        "student": {"answers": 1, "sampling": {**short, "max_tokens": 32}, **loose},
+        "pairs": loose,
+        "dpo": {"lora": lora, "optimizer": optimizer},
+    }
+    data["introspection"] = {
+        "reflection": {
+            "transcripts_per_prompt": 1,
+            "sampling": {**short, "max_tokens": 32},
+            **loose,
+        },
+        "interaction": {
+            "free": 1,
+            "leading": 1,
+            "turns": 4,
+            "sampling": {**short, "max_tokens": 32},
+            **loose,
+        },
+        "transcripts": loose,
+        "sft": {"lora": lora, "optimizer": optimizer},
+    }
+    data["evaluation"] = {
+        "answers": {"count": 4, "sampling": {**short, "max_tokens": 24}},
+        "preferences": {
+            "games": 6,
+            "traits": ["poetic", "technical"],
+            "sampling": {**short, "max_tokens": 24},
+            "judge": {"max_tokens": 6, "temperature": 0.1, "repetition_penalty": 1.0},
+        },
+    }
+    return data
+
+
+def cli(*arguments: str, cwd: Path, typed: str = "", **environment: str) -> Finished:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "opencharacter", *arguments],
+        cwd=cwd,
+        input=typed,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", **environment},
+    )

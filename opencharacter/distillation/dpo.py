@@ -113,38 +113,33 @@ def make_trainer(task: Task, model: Any, tokenizer: Any, arguments: dict[str, An
                 use_cache=False,
                 fused_lm_head=True,
             )
-            return outputs.log_probs, inputs["completion_mask"][:, 1:].bool()
+            return outputs.log_probs.float(), inputs["completion_mask"][:, 1:].bool()
 
         def read_reference(self) -> None:
             """Add the log-probabilities under the untrained student to the data."""
+            policy: Any = self.model
+            data: Any = self.train_dataset
             rows: list[list[list[float]]] = []
             size = self.args.per_device_train_batch_size
-            was_training = self.model.training
-            self.model.eval()
-            with torch.no_grad(), self.model.disable_adapter():
-                for at in range(0, len(self.train_dataset), size):
-                    examples = [
-                        self.train_dataset[i]
-                        for i in range(at, min(at + size, len(self.train_dataset)))
-                    ]
-                    inputs = {
-                        k: v.to(self.model.device) for k, v in self.data_collator(examples).items()
-                    }
-                    values, mask = self.token_logprobs(self.model, inputs)
-                    sides = [
-                        v[m].tolist() for v, m in zip(values.float().cpu(), mask.cpu(), strict=True)
-                    ]
+            policy.eval()
+            with torch.no_grad(), policy.disable_adapter():
+                for at in range(0, len(data), size):
+                    examples = [data[i] for i in range(at, min(at + size, len(data)))]
+                    batch = self.data_collator(examples)
+                    inputs = {name: tensor.to(policy.device) for name, tensor in batch.items()}
+                    values, mask = self.token_logprobs(policy, inputs)
+                    sides = [v[m].tolist() for v, m in zip(values, mask, strict=True)]
                     n = len(examples)
                     rows += [[sides[i], sides[n + i]] for i in range(n)]
-            self.model.train(was_training)
-            self.train_dataset = self.train_dataset.add_column("reference", rows)
+            policy.train()
+            self.train_dataset = data.add_column("reference", rows)
 
         def _compute_loss(self, model, inputs, return_outputs):
             policy, mask = self.token_logprobs(model, inputs)
-            loss = dpo_loss(policy.float(), inputs["reference"], mask, settings)
+            loss = dpo_loss(policy, inputs["reference"], mask, settings)
             for name, value in loss._asdict().items():
-                mean = self.accelerator.gather_for_metrics(value.detach()).mean().item()
-                self._metrics["train"][f"dpo/{name}"].append(mean)
+                values: Any = self.accelerator.gather_for_metrics(value.detach())
+                self._metrics["train"][f"dpo/{name}"].append(values.mean().item())
             return loss.total
 
     encoded = [tokenise(tokenizer, row, settings.max_tokens) for row in task.rows()]

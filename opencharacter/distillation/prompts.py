@@ -139,7 +139,7 @@ def hub_prompts(name: str) -> list[str]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split="train")
+        rows: Any = load_dataset(name, split="train")
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"prompts 'hf:{name}' cannot be loaded ({reason}); use a file") from None

@@ -25,7 +25,7 @@ from opencharacter.distillation.teacher import typical
 from opencharacter.engine import Conversation, Row
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import answers
-from opencharacter.stage import Estimate, Job, Outcome, kept
+from opencharacter.stage import Estimate, Job, Outcome, kept, sum_of
 
 PLAY = """\
 Answer the user's message in one of these two manners: {first}, or {second}. {framing} Let the \
@@ -146,5 +146,10 @@ def build(job: Job) -> Outcome:
         raise StageFailed(
             f"{job.dataset}: none of {len(table)} verdicts names a trait; use another judge"
         )
-    figures = {"scored": scored, "unscored": len(table) - scored}
-    return job.write(table, gpus=max(job.gpus("student"), job.gpus("judge")), figures=figures)
+    return job.write(
+        table,
+        gpus=max(job.gpus("student"), job.gpus("judge")),
+        tokens_in=sum_of(played, "tokens_in") + sum_of(judged, "tokens_in"),
+        tokens_out=sum_of(played, "tokens_out") + sum_of(judged, "tokens_out"),
+        figures={"scored": scored, "unscored": len(table) - scored},
+    )

@@ -92,8 +92,8 @@ def told_apart(base: list[str], persona: list[str], folds: int) -> Score:
         LogisticRegression(C=10.0, max_iter=1000),
     )
     split = GroupKFold(min(folds, n))
-    guesses = cross_val_predict(model, texts, labels, groups=groups, cv=split)
-    return wilson(float((guesses == labels).sum()) / 2, n, len(base) - n)
+    guesses = np.asarray(cross_val_predict(model, texts, labels, groups=groups, cv=split))
+    return wilson(float(np.sum(guesses == labels)) / 2, n, len(base) - n)
 
 
 def trait_shares(games: list[dict[str, Any]]) -> list[TraitShare]:

@@ -1,0 +1,5 @@
+"""`python -m opencharacter`."""
+
+from opencharacter.cli import main
+
+main()

@@ -1,0 +1,93 @@
+"""The whole method once, tiny, with the real embedded model: vLLM, Ray Data, Ray Train, merge."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from samples import cli, embedded_recipe
+
+from opencharacter.store import Store
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str, str]:
+    """A finished run: its folder, its recipe file, what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(embedded_recipe()))
+    done = cli("run", str(recipe), "-c", "poeticism", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, str(recipe), done.stdout
+
+
+def manifests(folder: Path) -> dict[str, dict]:
+    root = folder / "runs" / "tiny"
+    store = Store(str(root))
+    found = sorted(p.parent.relative_to(root).as_posix() for p in root.rglob("manifest.json"))
+    return {name: store.manifest(name) or {} for name in found}
+
+
+def test_every_stage_ran_on_real_text(finished):
+    folder, _, said = finished
+    made = manifests(folder)
+    persona = "smollm2-135m/poeticism"
+    assert len(made) == 14
+    assert made["poeticism/distillation/teacher"]["tokens_out"] > 100
+    assert made[f"{persona}/distillation/dpo"]["figures"]["dpo/margin"] != 0
+    assert made[f"{persona}/introspection/interaction"]["cached_tokens"] > 0
+    assert made[f"{persona}/persona/merge"]["figures"]["rank"] == 16
+    assert said.count("done ") == 14
+    assert "report.html" in said
+
+
+def test_the_report_stands_alone_and_shows_both_answers(finished):
+    folder, _, _ = finished
+    page = (folder / "runs/tiny/smollm2-135m/evaluation/report/report.html").read_text()
+    assert "src=" not in page
+    assert "Side by side" in page
+    assert page.count("<svg") >= 4
+
+
+def test_a_second_run_does_nothing(finished):
+    folder, recipe, _ = finished
+    again = cli("run", recipe, "-c", "poeticism", cwd=folder)
+    assert again.returncode == 0
+    assert again.stdout.strip() == "nothing to do: every stage is done"
+
+
+def test_status_and_plan_tell_what_is_there(finished):
+    folder, recipe, _ = finished
+    status = cli("status", recipe, "-c", "poeticism", cwd=folder).stdout
+    assert status.count(" done ") == 14
+    plan = cli("plan", recipe, "-c", "poeticism", cwd=folder).stdout
+    assert "total" in plan
+    assert "missing on this machine" not in plan
+
+
+def test_the_persona_answers_in_a_terminal(finished):
+    folder, recipe, _ = finished
+    talked = cli("chat", recipe, "poeticism", cwd=folder, typed="What is rain?\n/reset\n/quit\n")
+    assert talked.returncode == 0, talked.stderr
+    _, _, answers = talked.stdout.partition("/quit leaves")
+    assert len(answers.replace(">", "").strip()) > 10
+
+
+def test_a_wheel_carries_all_that_it_needs(tmp_path):
+    root = Path(__file__).parent.parent
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "-w", str(tmp_path), str(root)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*install, str(target), str(wheel)], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    command = [sys.executable, "-m", "opencharacter", "plan", "demo", "-c", "poeticism"]
+    options = ["--placement", "laptop"]
+    ran = subprocess.run(
+        [*command, *options], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "poeticism/distillation/teacher" in ran.stdout

@@ -1,0 +1,121 @@
+"""SIGKILL in the middle of a stage: the same command finishes it, every id exactly once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from samples import cli, embedded_recipe
+
+from opencharacter.store import Store
+
+pytestmark = pytest.mark.slow
+
+PERSONA = "smollm2-135m/poeticism"
+POET = ("-c", "poeticism")
+SEATS = 4
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a recipe large enough to be hit while a stage runs."""
+    folder = tmp_path_factory.mktemp("kills")
+    recipe = embedded_recipe()
+    recipe["distillation"]["prompts"] = {"questions_per_trait": 3, "general": 30}
+    recipe["distillation"]["dpo"]["optimizer"] |= {"epochs": 2}
+    recipe["introspection"]["interaction"] |= {"free": 12, "leading": 12}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    placement = {
+        "pools": {role: {"max_sequences": SEATS} for role in ("teacher", "student")},
+        "training": {"checkpoint_steps": 2, "micro_batch": 2},
+    }
+    (folder / "few.yaml").write_text(yaml.safe_dump(placement))
+    return folder
+
+
+def start(folder: Path, until: str) -> subprocess.Popen[str]:
+    options = ["--until", until, "--placement", "few.yaml"]
+    command = [sys.executable, "-m", "opencharacter", "run", "tiny.yaml", *POET, *options]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def kill_when(folder: Path, until: str, ripe, limit: float = 300) -> None:
+    """Start a run, SIGKILL it as soon as `ripe()`, and wait until its processes have ended."""
+    process = start(folder, until)
+    began = time.monotonic()
+    while not ripe():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() - began < limit, "the stage never came so far"
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(5)
+
+
+def parts(folder: Path, dataset: str) -> list[Path]:
+    return list((folder / "runs/tiny" / dataset / ".parts").glob("*.parquet"))
+
+
+def finish(folder: Path, until: str) -> None:
+    options = ["--until", until, "--placement", "few.yaml"]
+    done = cli("run", "tiny.yaml", *POET, *options, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def attempts(folder: Path, dataset: str) -> list[dict]:
+    path = folder / "runs/tiny" / dataset / "manifest.json"
+    return json.loads(path.read_text())["attempts"]
+
+
+def check_ids(folder: Path, dataset: str, count: int) -> None:
+    ids = Store(str(folder / "runs/tiny")).read_table(dataset)["id"].to_pylist()
+    assert len(ids) == len(set(ids)) == count
+
+
+def status_line(folder: Path, dataset: str) -> str:
+    said = cli("status", "tiny.yaml", *POET, cwd=folder).stdout
+    return next(line for line in said.splitlines() if line.startswith(dataset + " "))
+
+
+def resume_generation(folder: Path, dataset: str, stage: str, count: int) -> None:
+    """Kill a generating stage, look, finish it, look again."""
+    kill_when(folder, stage, lambda: len(parts(folder, dataset)) >= 2)
+    assert " partial " in status_line(folder, dataset)
+    finish(folder, stage)
+    check_ids(folder, dataset, count)
+    first, second = attempts(folder, dataset)
+    assert 0 < second["kept"] < count
+    redone = max(0, first["reached"] - second["kept"])
+    assert redone <= 3 * SEATS  # under way, or waiting to be flushed
+    assert status_line(folder, dataset).split()[-1] == str(redone)
+
+
+def test_the_teacher_resumes_at_the_row(workplace):
+    resume_generation(workplace, "poeticism/distillation/teacher", "distillation/teacher", 60)
+
+
+def test_dpo_resumes_at_the_last_checkpoint(workplace):
+    dataset = f"{PERSONA}/distillation/dpo"
+    train = workplace / "runs/tiny" / dataset / ".parts" / "train"
+    kill_when(workplace, "distillation/dpo", lambda: any(train.glob("checkpoint_*/checkpoint")))
+    finish(workplace, "distillation/dpo")
+    first, second = attempts(workplace, dataset)
+    assert first["kept"] == 0
+    assert first["reached"] >= second["kept"] >= 2
+    curves = Store(str(workplace / "runs/tiny")).read_table(dataset, "curves").to_pylist()
+    steps = sorted(row["step"] for row in curves if row["metric"] == "loss")
+    assert steps == list(range(1, len(steps) + 1))
+    again = str(first["reached"] - second["kept"])
+    assert status_line(workplace, dataset).split()[-1] == again
+
+
+def test_the_self_conversations_resume_at_the_row(workplace):
+    dataset = f"{PERSONA}/introspection/interaction"
+    resume_generation(workplace, dataset, "introspection/interaction", 24)
