@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from typing import Annotated, Any
 
@@ -15,6 +16,8 @@ from opencharacter.errors import OpenCharacterError, UserError
 from opencharacter.progress import console, duration
 from opencharacter.stage import Job, redone
 from opencharacter.store import Store
+
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is told by our own lines
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +55,7 @@ class Run:
         self.recipe: Recipe = config.load_recipe(recipe, smoke)
         self.constitutions = constitution.load_all(names)
         self.placement: Placement = config.load_placement(placement)
-        self.store = Store(storage or f"runs/{self.recipe.name}")
+        self.store = Store.at(storage or f"runs/{self.recipe.name}")
         self.jobs: list[Job] = pipeline.jobs(
             self.recipe, self.constitutions, self.placement, self.store
         )

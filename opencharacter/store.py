@@ -61,6 +61,11 @@ class Store:
 
     url: str
 
+    @classmethod
+    def at(cls, url: str) -> Store:
+        """A store that means the same place in every process: local paths are made absolute."""
+        return cls(url if "://" in url else str(Path(url).expanduser().resolve()))
+
     def resolve(self) -> tuple[pafs.FileSystem, str]:
         """The filesystem and the root's path on it.
 

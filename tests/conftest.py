@@ -12,7 +12,6 @@ from opencharacter import config, constitution, models, pipeline
 from opencharacter.config import Placement, Recipe
 from opencharacter.store import Store
 
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 # Ray's workers import row functions from the test modules.
 os.environ["PYTHONPATH"] = str(Path(__file__).parent)
 
