@@ -354,9 +354,11 @@ class Pool(Config):
     replicas: PositiveInt = 1
     gpus: NonNegativeFloat = 0
     """GPUs per replica; 0 means the CPU wheel of vLLM, a fraction shares a card."""
-    cpus: NonNegativeFloat = 0.5
-    """CPUs that Ray reserves per replica. Engines whose pools fit into the cluster together stay
-    loaded together."""
+    cpus: NonNegativeFloat = 1
+    """CPUs that Ray reserves per replica. Engines that fit into the cluster together, by CPUs,
+    memory and GPUs, stay loaded together."""
+    memory_gib: PositiveFloat = 4
+    """Memory that Ray reserves per replica."""
     tensor_parallel: PositiveInt = 1
     """GPUs over which one replica's weights are split."""
     max_sequences: PositiveInt = 48

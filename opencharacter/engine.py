@@ -375,6 +375,7 @@ def hosts(spec: EngineSpec) -> list[Any]:
     options = {
         "num_cpus": spec.pool.cpus,
         "num_gpus": spec.pool.gpus,
+        "memory": int(spec.pool.memory_gib * 2**30),
         "max_restarts": spec.pool.restarts,
         "max_task_retries": -1,
     }
@@ -397,7 +398,14 @@ def has_room(pools: list[Pool]) -> bool:
     there = ray.cluster_resources()
     cpus = sum(pool.replicas * pool.cpus for pool in pools)
     gpus = sum(pool.replicas * pool.gpus for pool in pools)
-    return cpus < there.get("CPU", 0) and gpus <= there.get("GPU", 0)
+    memory = sum(pool.replicas * pool.memory_gib * 2**30 for pool in pools)
+    enough = gpus <= there.get("GPU", 0) and memory <= there.get("memory", 0)
+    return enough and cpus < there.get("CPU", 0)
+
+
+def is_warm(spec: EngineSpec) -> bool:
+    """Whether hosts of a spec are running."""
+    return spec.key() in _hosts
 
 
 def stop_host(key: str) -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from opencharacter import engine
 from opencharacter.config import Pool
 from opencharacter.engine import (
     ROW_FIELDS,
@@ -66,8 +67,7 @@ def generate(
     todo = [row for row in requests if row["id"] not in have]
     attempts = Attempts(job, kept=len(have), part=part)
     if todo:
-        pool: Pool = getattr(job.placement.pools, role)
-        spec = EngineSpec(getattr(job.recipe.roles, role), pool, folded)
+        spec = spec_of(job, role, folded)
         title = " ".join(filter(None, (job.dataset, part)))
         _stream(job, todo, spec, talk, schema, parts, attempts, len(requests), title)
         done = job.store.parts(parts.relative, schema)
@@ -75,6 +75,17 @@ def generate(
     if lost:
         raise StageFailed(f"{job.dataset} has no answer for {len(lost)} rows; run it again")
     return done
+
+
+def spec_of(job: Job, role: str, folded: Folder | None) -> EngineSpec:
+    """The engine that a role needs."""
+    pool: Pool = getattr(job.placement.pools, role)
+    return EngineSpec(getattr(job.recipe.roles, role), pool, folded)
+
+
+def is_warm(job: Job, role: str, folded: Folder | None) -> bool:
+    """Whether the engine that a role needs is running already."""
+    return engine.is_warm(spec_of(job, role, folded))
 
 
 def _stream(

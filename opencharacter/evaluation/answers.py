@@ -53,10 +53,12 @@ def under_each_condition(
         talk: the row function.
         fields: columns of the result, `condition` among them.
     """
-    from opencharacter.generation import generate
+    from opencharacter.generation import generate, is_warm
 
+    weights = {c: None if c == "base" else adapter(job) for c in CONDITIONS}
+    warm_first = sorted(CONDITIONS, key=lambda c: not is_warm(job, "student", weights[c]))
     tables = []
-    for condition in CONDITIONS:
+    for condition in warm_first:
         rows = [
             {
                 **row,
@@ -66,8 +68,8 @@ def under_each_condition(
             }
             for row in requests
         ]
-        folded = None if condition == "base" else adapter(job)
-        tables.append(generate(job, rows, talk, "student", fields, condition, folded))
+        table = generate(job, rows, talk, "student", fields, condition, weights[condition])
+        tables.append(table)
     return pa.concat_tables(tables).sort_by("id")
 
 
