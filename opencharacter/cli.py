@@ -8,6 +8,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from opencharacter import config, constitution, models, pipeline
@@ -39,6 +40,10 @@ Storage = Annotated[
     str | None, typer.Option("--storage", help="Path, s3:// or gs://; runs/RECIPE if absent.")
 ]
 Smoke = Annotated[bool, typer.Option("--smoke", help="The recipe at about 1 % of its size.")]
+
+
+WIDE = 240
+"""Characters that a table may take."""
 
 
 class Run:
@@ -150,9 +155,7 @@ def plan(
 ) -> None:
     """Say what a run would do: rows and tokens by stage, what is done, what is missing here."""
     asked = Run(recipe, names, placement, storage, smoke)
-    table = Table("dataset", "state", box=None, pad_edge=False)
-    for title in ("rows", "tokens read", "written", "trained"):
-        table.add_column(title, justify="right")
+    table = job_table("rows", "tokens read", "written", "trained")
     totals = [0, 0, 0, 0]
     for job in asked.jobs:
         state, differing = job.state()
@@ -162,9 +165,24 @@ def plan(
         totals = [a + b for a, b in zip(totals, numbers, strict=True)]
         table.add_row(job.dataset, why, *(f"{n:,}" if n else "" for n in numbers))
     table.add_row("total", "", *(f"{n:,}" for n in totals), style="bold")
-    console.print(table)
+    print_whole(table)
     for line in missing_here(asked):
         console.print(f"missing on this machine: {line}", soft_wrap=True)
+
+
+def job_table(*numbers: str) -> Table:
+    """An empty table: a job's dataset, its state, and columns of numbers."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("dataset", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for title in numbers:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def print_whole(table: Table) -> None:
+    """Print a table as wide as it is: a narrow terminal wraps lines rather than losing names."""
+    Console(width=max(console.width, WIDE)).print(table)
 
 
 def missing_here(asked: Run) -> list[str]:
@@ -197,12 +215,10 @@ def status(
 ) -> None:
     """Say what storage holds of a run: rows, drops by reason, time, what was redone."""
     asked = Run(recipe, names, placement, storage, smoke)
-    table = Table("dataset", "state", box=None, pad_edge=False)
-    for title in ("rows", "dropped", "tokens", "time", "redone"):
-        table.add_column(title, justify="right")
+    table = job_table("rows", "dropped", "tokens", "time", "redone")
     for job in asked.jobs:
         table.add_row(job.dataset, *status_cells(job))
-    console.print(table)
+    print_whole(table)
 
 
 def status_cells(job: Job) -> list[str]:
