@@ -88,7 +88,7 @@ def run(
     selected = pipeline.select(asked.jobs, only, until)
     pipeline.check(selected, rebuild)
     check_models(selected)
-    check_batches(selected)
+    check_training(selected)
     asked.store.check_writable()
     if all(job.state()[0] == "done" for job in selected) and not rebuild:
         console.print("nothing to do: every stage is done")
@@ -110,12 +110,16 @@ def check_models(selected: list[Job]) -> None:
                 raise UserError(f"role {name}: missing {missing}")
 
 
-def check_batches(selected: list[Job]) -> None:
-    """Refuse a number of training workers that cannot keep the recipe's batch."""
+def check_training(selected: list[Job]) -> None:
+    """Refuse workers that cannot keep the recipe's batch, and ranks that no engine takes."""
+    from opencharacter.persona.merge import allowed_rank
+
     for job in selected:
-        optimizer = getattr(job.section, "optimizer", None)
-        if optimizer:
-            config.per_step(optimizer.batch, job.placement.training)
+        if hasattr(job.section, "optimizer"):
+            config.per_step(job.section.optimizer.batch, job.placement.training)
+        if job.stage.name == "persona/merge":
+            ranks = (parent.section.lora.rank for parent in job.parents)
+            allowed_rank(sum(ranks))
 
 
 def summary(job: Job, manifest: dict[str, Any]) -> str:

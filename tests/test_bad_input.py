@@ -137,6 +137,10 @@ CASES = {
         [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"gpus": 1}})],
         "training asks for 1 GPUs.*has 0",
     ),
+    "rank over the engine's limit": lambda t: (
+        [recipe(t, distillation={"dpo": {"lora": {"rank": 500}}}), *POET],
+        "rank 564 is over the engine's limit 512",
+    ),
     "workers that cannot share the batch": lambda t: (
         [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"workers": 5}})],
         "batch of 32.*5",
