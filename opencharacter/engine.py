@@ -120,7 +120,7 @@ class VllmEngine:
         if spec.pool.gpus == 0:
             os.environ.update(CPU_ENVIRONMENT)
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(spec.pool.kv_cache_gib)))
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
