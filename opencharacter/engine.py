@@ -249,7 +249,9 @@ class EndpointEngine:
         seed: int | None,
         prefill: str,
     ) -> dict[str, Any]:
-        body: dict[str, Any] = {"repetition_penalty": sampling.repetition_penalty}
+        body: dict[str, Any] = {}
+        if sampling.repetition_penalty != 1:  # not every server knows it
+            body["repetition_penalty"] = sampling.repetition_penalty
         if prefill:
             messages = [*messages, assistant(prefill)]
             body |= {"continue_final_message": True, "add_generation_prompt": False}
@@ -293,15 +295,9 @@ class EndpointEngine:
 
 
 class EchoEngine:
-    """Answers at once with what it was asked, for tests of everything but the text.
-
-    `OPENCHARACTER_ECHO_SECONDS` in the environment makes each reply take that long.
-    """
+    """Answers at once with what it was asked, for tests of everything but the text."""
 
     async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
-        seconds = float(os.environ.get("OPENCHARACTER_ECHO_SECONDS", "0"))
-        if seconds:
-            await asyncio.sleep(seconds)
         character = " in character" if messages[0]["role"] == "system" else ""
         words = f"Echo {seed}{character}: {messages[-1]['content']}".split()
         text = " ".join(words[: sampling.max_tokens]).rstrip(".?!") + "."

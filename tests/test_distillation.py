@@ -1,5 +1,7 @@
 import asyncio
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -67,6 +69,14 @@ def test_expansion_gives_up_after_its_rounds():
 )
 def test_the_first_turn_is_found_in_the_usual_layouts(row):
     assert prompts.first_turn(row) == "hi"
+
+
+def test_prompts_are_read_from_parquet_and_jsonl_alike(tmp_path):
+    lines = ['{"prompt": " one "}', '{"prompt": "two"}', '{"prompt": "one"}']
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    pq.write_table(pa.table({"prompt": [" one ", "two", "one"]}), tmp_path / "p.parquet")
+    for name in ("p.jsonl", "p.parquet"):
+        assert prompts.read_source(str(tmp_path / name), "")[0] == ["one", "two"]
 
 
 def test_general_prompts_have_the_same_ids_under_every_constitution():

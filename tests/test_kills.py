@@ -22,7 +22,7 @@ SEATS = 4
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def project(tmp_path_factory) -> Path:
     """A folder with a recipe large enough to be hit while a stage runs."""
     folder = tmp_path_factory.mktemp("kills")
     recipe = embedded_recipe()
@@ -97,25 +97,25 @@ def resume_generation(folder: Path, dataset: str, stage: str, count: int) -> Non
     assert status_line(folder, dataset).split()[-1] == str(redone)
 
 
-def test_the_teacher_resumes_at_the_row(workplace):
-    resume_generation(workplace, "poeticism/distillation/teacher", "distillation/teacher", 60)
+def test_the_teacher_resumes_at_the_row(project):
+    resume_generation(project, "poeticism/distillation/teacher", "distillation/teacher", 60)
 
 
-def test_dpo_resumes_at_the_last_checkpoint(workplace):
+def test_dpo_resumes_at_the_last_checkpoint(project):
     dataset = f"{PERSONA}/distillation/dpo"
-    train = workplace / "runs/tiny" / dataset / ".parts" / "train"
-    kill_when(workplace, "distillation/dpo", lambda: any(train.glob("checkpoint_*/checkpoint")))
-    finish(workplace, "distillation/dpo")
-    first, second = attempts(workplace, dataset)
+    train = project / "runs/tiny" / dataset / ".parts" / "train"
+    kill_when(project, "distillation/dpo", lambda: any(train.glob("checkpoint_*/checkpoint")))
+    finish(project, "distillation/dpo")
+    first, second = attempts(project, dataset)
     assert first["kept"] == 0
     assert first["reached"] >= second["kept"] >= 2
-    curves = Store(str(workplace / "runs/tiny")).read_table(dataset, "curves").to_pylist()
+    curves = Store(str(project / "runs/tiny")).read_table(dataset, "curves").to_pylist()
     steps = sorted(row["step"] for row in curves if row["metric"] == "loss")
     assert steps == list(range(1, len(steps) + 1))
     again = str(first["reached"] - second["kept"])
-    assert status_line(workplace, dataset).split()[-1] == again
+    assert status_line(project, dataset).split()[-1] == again
 
 
-def test_the_self_conversations_resume_at_the_row(workplace):
+def test_the_self_conversations_resume_at_the_row(project):
     dataset = f"{PERSONA}/introspection/interaction"
-    resume_generation(workplace, dataset, "introspection/interaction", 24)
+    resume_generation(project, dataset, "introspection/interaction", 24)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from opencharacter import filters
 from opencharacter.chat import Message, fill, row_id, system, user
@@ -122,7 +123,7 @@ def read_source(source: str, file: str) -> tuple[list[str], str]:
     data = path.read_bytes()
     try:
         if path.suffix == ".parquet":
-            rows = pa.parquet.read_table(path).to_pylist()  # type: ignore[attr-defined]
+            rows = pq.read_table(path).to_pylist()
         else:
             rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line]
         prompts = [row["prompt"].strip() for row in rows]
