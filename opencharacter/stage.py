@@ -22,7 +22,7 @@ from opencharacter.chat import row_id
 from opencharacter.config import Placement, Recipe
 from opencharacter.constitution import Constitution
 from opencharacter.errors import StageFailed
-from opencharacter.store import ATTEMPTS, PARTS, Store, drift, fingerprint
+from opencharacter.store import ATTEMPTS, PARTS, Folder, Store, drift, fingerprint
 
 Scope = Literal["constitution", "student", "persona"]
 """Whom a dataset belongs to: a constitution (shared by all students), a student (shared by all
@@ -105,6 +105,11 @@ class Job:
     @property
     def dataset(self) -> str:
         return f"{self.scope}/{self.stage.name}"
+
+    @property
+    def adapter(self) -> Folder:
+        """Where a stage that makes an adapter puts it."""
+        return Folder(self.store, f"{self.dataset}/adapter")
 
     @property
     def section(self) -> Any:

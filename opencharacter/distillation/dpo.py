@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from opencharacter.chat import assistant, encode_answer, user
 from opencharacter.config import Dpo
 from opencharacter.stage import Estimate, Job, Outcome
-from opencharacter.store import Folder
 
 if TYPE_CHECKING:
     import torch
@@ -154,11 +153,6 @@ def make_trainer(task: Task, model: Any, tokenizer: Any, arguments: dict[str, An
     )
     trainer.read_reference()
     return trainer
-
-
-def adapter(job: Job) -> Folder:
-    """Where the DPO adapter of a job's parent is."""
-    return Folder(job.store, f"{job.parent('distillation/dpo').dataset}/adapter")
 
 
 def estimate(job: Job) -> Estimate:

@@ -19,7 +19,6 @@ from opencharacter.config import Answers, Sampling
 from opencharacter.distillation.prompts import read_source
 from opencharacter.distillation.teacher import typical
 from opencharacter.engine import Conversation, Row, Talk
-from opencharacter.persona.merge import adapter
 from opencharacter.stage import Estimate, Job, Outcome
 
 CONDITIONS = ("base", "full")
@@ -55,7 +54,7 @@ def under_each_condition(
     """
     from opencharacter.generation import generate, is_warm
 
-    weights = {c: None if c == "base" else adapter(job) for c in CONDITIONS}
+    weights = {c: None if c == "base" else job.parent("persona/merge").adapter for c in CONDITIONS}
     warm_first = sorted(CONDITIONS, key=lambda c: not is_warm(job, "student", weights[c]))
     tables = []
     for condition in warm_first:

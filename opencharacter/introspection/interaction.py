@@ -127,7 +127,6 @@ def estimate(job: Job) -> Estimate:
 
 
 def build(job: Job) -> Outcome:
-    from opencharacter.distillation.dpo import adapter
     from opencharacter.generation import generate
 
     settings: Interaction = job.section
@@ -143,5 +142,7 @@ def build(job: Job) -> Outcome:
         sampling=settings.sampling,
         seed=job.recipe.seed,
     )
-    table = generate(job, requests, talk, "student", FIELDS, folded=adapter(job))
+    table = generate(
+        job, requests, talk, "student", FIELDS, folded=job.parent("distillation/dpo").adapter
+    )
     return job.write(table, gpus=job.gpus("student"))

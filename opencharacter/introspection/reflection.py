@@ -78,7 +78,6 @@ def estimate(job: Job) -> Estimate:
 
 
 def build(job: Job) -> Outcome:
-    from opencharacter.distillation.dpo import adapter
     from opencharacter.generation import generate
 
     settings = job.section
@@ -89,5 +88,7 @@ def build(job: Job) -> Outcome:
     ]
     head = generation_system(job.persona.assertions())
     talk = partial(reflect, head=head, sampling=settings.sampling)
-    table = generate(job, requests, talk, "student", FIELDS, folded=adapter(job))
+    table = generate(
+        job, requests, talk, "student", FIELDS, folded=job.parent("distillation/dpo").adapter
+    )
     return job.write(table, gpus=job.gpus("student"))

@@ -60,7 +60,11 @@ def estimate(job: Job) -> Estimate:
 
 
 def build(job: Job) -> Outcome:
-    from opencharacter.distillation.dpo import adapter
     from opencharacter.training import train
 
-    return train(job, "introspection/transcripts", make_trainer, folded=adapter(job))
+    return train(
+        job,
+        "introspection/transcripts",
+        make_trainer,
+        folded=job.parent("distillation/dpo").adapter,
+    )

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from opencharacter import models
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.stage import Estimate, Job, Outcome
-from opencharacter.store import Folder
 
 if TYPE_CHECKING:
     import torch
@@ -131,11 +130,6 @@ def allowed_rank(rank: int) -> int:
     raise UserError(f"adapter rank {rank} is over the engine's limit {LORA_RANKS[-1]}; reduce it")
 
 
-def adapter(job: Job) -> Folder:
-    """Where the merged adapter of a job's parent is."""
-    return Folder(job.store, f"{job.parent('persona/merge').dataset}/adapter")
-
-
 def estimate(job: Job) -> Estimate:
     return Estimate(0)
 
@@ -143,10 +137,7 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> Outcome:
     settings = job.section
     weights = {"distillation/dpo": settings.dpo_weight, "introspection/sft": settings.sft_weight}
-    parts = [
-        Part(Folder(job.store, f"{job.parent(name).dataset}/adapter").local(), weight)
-        for name, weight in weights.items()
-    ]
+    parts = [Part(job.parent(name).adapter.local(), weight) for name, weight in weights.items()]
     with tempfile.TemporaryDirectory() as scratch:
         composition = merge(parts, Path(scratch), job.recipe.roles.student.model)
         job.store.upload(Path(scratch), f"{job.dataset}/adapter")

@@ -38,7 +38,7 @@ def merged(job: Job) -> Folder:
     if state != "done":
         command = f"opencharacter run {job.recipe.name} --constitution {job.persona.name}"
         raise UserError(f"persona {job.scope!r} is {state} in {job.store.url}; run: {command}")
-    return Folder(job.store, f"{job.dataset}/adapter")
+    return job.adapter
 
 
 async def converse(running: engine.Engine, recipe: Recipe) -> None:
