@@ -108,11 +108,12 @@ def test_dpo_resumes_at_the_last_checkpoint(project):
     finish(project, "distillation/dpo")
     first, second = attempts(project, dataset)
     assert first["kept"] == 0
-    assert first["reached"] >= second["kept"] >= 2
+    assert second["kept"] >= 2
     curves = Store(str(project / "runs/tiny")).read_table(dataset, "curves").to_pylist()
     steps = sorted(row["step"] for row in curves if row["metric"] == "loss")
     assert steps == list(range(1, len(steps) + 1))
-    again = str(first["reached"] - second["kept"])
+    # The driver notes what was reached once a second: the kill may come before it has.
+    again = str(max(0, first["reached"] - second["kept"]))
     assert status_line(project, dataset).split()[-1] == again
 
 
