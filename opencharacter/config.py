@@ -369,6 +369,8 @@ class Pool(Config):
     """Share of a GPU that the engine may take."""
     restarts: NonNegativeInt = 8
     """Times that a replica whose engine died is started again within a run."""
+    engine: dict[str, Any] = {}
+    """Further arguments of vLLM's engine, by vLLM's names; they win over what is derived here."""
 
 
 class Pools(Config):

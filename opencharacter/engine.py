@@ -228,7 +228,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         }
     else:
         arguments["gpu_memory_utilization"] = pool.memory_fraction
-    return arguments
+    return arguments | pool.engine
 
 
 class EndpointEngine:
