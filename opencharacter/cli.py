@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from opencharacter import config, constitution, models, pipeline
+from opencharacter import config, constitution, constitution_cli, models, pipeline
 from opencharacter.config import Placement, Recipe
 from opencharacter.errors import OpenCharacterError, UserError
 from opencharacter.progress import console, duration
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Character training for chat models: from a constitution to a served LoRA persona.",
 )
+app.add_typer(constitution_cli.app, name="constitution")
 
 RECIPES = ", ".join(config.resource_names("recipes", "*.yaml"))
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help=f"{RECIPES}, or a .yaml file.")]
@@ -96,6 +98,9 @@ def run(
     cluster.connect(asked.placement)
     for job, manifest in pipeline.run(selected, rebuild):
         console.print(summary(job, manifest), soft_wrap=True)
+        for trait, count in manifest["figures"].get("short", {}).items():
+            wanted = job.section.questions_per_trait
+            console.print(f"  {count} of {wanted} questions: {escape(trait)}", soft_wrap=True)
     tell_report(asked)
 
 

@@ -30,7 +30,13 @@ from opencharacter.errors import UserError
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 EMBEDDED = "embedded:"
 ECHO = "echo:"
-NOT_IDENTITY = {"max_drop_rate", "typical_tokens", "api_key_env", "endpoint_concurrency"}
+NOT_IDENTITY = {
+    "max_drop_rate",
+    "limits",
+    "typical_tokens",
+    "api_key_env",
+    "endpoint_concurrency",
+}
 """Fields that say when to stop or what to expect, not what is made: left out of fingerprints."""
 
 
@@ -121,6 +127,27 @@ class Sampling(Config):
     """Mean length that `plan` expects; a third of `max_tokens` where absent."""
 
 
+class Limits(Config):
+    """When data is not worth having: signatures that stop a stage while it runs, and at its end."""
+
+    after: PositiveInt = 100
+    """Texts from which they are judged."""
+    max_refusals: Rate = 0.2
+    """Share of texts that begin by declining."""
+    max_off_language: Rate = 0.3
+    """Share of texts in another language than the prompts."""
+    max_repeated_openings: Rate = 0.5
+    """Share of texts with the commonest first words."""
+    min_distinct_2: Rate = 0.25
+    """Different word pairs among several thousand, as a share."""
+    max_self_bleu: Rate = 0.9
+    """BLEU of texts against one another."""
+    max_near_duplicates: Rate = 0.5
+    """Share of texts that nearly repeat another; judged at the end."""
+    max_exaggeration: PositiveFloat = 4
+    """How often the words that tell the teacher from the student are said, over the teacher."""
+
+
 class Prompts(Config):
     """Stage distillation/prompts."""
 
@@ -152,6 +179,7 @@ class Teacher(Config):
     """Open the reply with a think block that restates the traits."""
     sampling: Sampling = Sampling(max_tokens=4096, typical_tokens=600)
     max_drop_rate: Rate = 0.2
+    limits: Limits = Limits()
 
 
 class Student(Config):
@@ -161,6 +189,7 @@ class Student(Config):
     """Answers per prompt; the k-th is paired with the teacher's k-th."""
     sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=300)
     max_drop_rate: Rate = 0.2
+    limits: Limits = Limits()
 
 
 class Pairs(Config):
@@ -170,7 +199,10 @@ class Pairs(Config):
     """Of a whole conversation, in the student's tokens."""
     max_repeated: Rate = 0.5
     """Share of an answer's 4-word sequences that may be repeats before it counts as looping."""
+    quoted_words: PositiveInt = 8
+    """An answer that repeats so many words of the constitution in a row quotes it."""
     max_drop_rate: Rate = 0.3
+    limits: Limits = Limits()
 
 
 class Lora(Config):
@@ -218,6 +250,7 @@ class Reflection(Config):
     """Of each of the ten reflective prompts."""
     sampling: Sampling = Sampling(max_tokens=2048, typical_tokens=600)
     max_drop_rate: Rate = 0.2
+    limits: Limits = Limits()
 
 
 class Interaction(Config):
@@ -231,6 +264,7 @@ class Interaction(Config):
     """Replies per conversation, an even number so that each side speaks as often."""
     sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=150)
     max_drop_rate: Rate = 0.2
+    limits: Limits = Limits()
 
 
 class Transcripts(Config):
@@ -240,7 +274,10 @@ class Transcripts(Config):
     """Of a whole transcript, in the student's tokens."""
     max_repeated: Rate = 0.5
     """As in pairs, within one message."""
+    quoted_words: PositiveInt = 8
+    """As in pairs."""
     max_drop_rate: Rate = 0.3
+    limits: Limits = Limits()
 
 
 class Sft(Config):
@@ -267,6 +304,7 @@ class Answers(Config):
     """Prompts taken, from the front."""
     sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=300)
     max_drop_rate: Rate = 0.5
+    limits: Limits = Limits()
 
 
 class Preferences(Config):
@@ -467,16 +505,44 @@ def read_yaml(kind: str, path: Path) -> dict[str, Any]:
     return data
 
 
-def explain(kind: str, where: object, error: ValidationError) -> UserError:
-    """The first validation problem in one line: field, value, what is wrong."""
+def explain(kind: str, where: Path, error: ValidationError) -> UserError:
+    """The first validation problem in one line: the file's line, field, value, what is wrong."""
     first, more = error.errors()[0], len(error.errors()) - 1
     field = ".".join(map(str, first["loc"])) or "(top)"
+    place = f"{kind} {where} line {field_line(where, first['loc'])}"
     tail = f" (and {more} more)" if more else ""
-    if first["type"] == "extra_forbidden":
-        return UserError(f"{kind} {where}: unknown field {field!r}; remove or correct it{tail}")
-    value = repr(first["input"])
+    return UserError(f"{place}: {problem(field, first)}{tail}")
+
+
+def field_line(path: Path, loc: tuple[int | str, ...]) -> int:
+    """The line, from 1, of a field's key or a list's item; of what holds it where it is missing."""
+    node: Any = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    line = node.start_mark.line
+    for key in loc:
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            inner = [pair for pair in parts if pair[0].value == str(key)]
+        else:
+            inner = [(part, part) for part in parts[key:][:1]] if isinstance(key, int) else []
+        if not inner:
+            break
+        line, node = inner[-1][0].start_mark.line, inner[-1][1]
+    return line + 1
+
+
+def problem(field: str, details: Any) -> str:
+    """One of pydantic's error details in words: `field = value: what is wrong`."""
+    if details["type"] == "extra_forbidden":
+        return f"unknown field {field!r}; remove or correct it"
+    if details["type"] == "missing":
+        return f"missing field {field!r}; add it"
+    said = details["msg"].removeprefix("Value error, ")
+    said = said.replace("valid tuple", "list").replace("Tuple", "List")
+    if isinstance(details["input"], dict | list | tuple):
+        return f"{field}: {said}"
+    value = repr(details["input"])
     value = value if len(value) <= 60 else value[:57] + "..."
-    return UserError(f"{kind} {where}: {field} = {value}: {first['msg']}{tail}")
+    return f"{field} = {value}: {said}"
 
 
 def load_recipe(name: str, smoke: bool = False) -> Recipe:

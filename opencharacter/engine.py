@@ -27,6 +27,8 @@ from opencharacter.chat import Message, assistant, row_seed
 from opencharacter.config import ECHO, Pool, Role, Sampling
 from opencharacter.errors import RowFailed, StageFailed, UserError
 from opencharacter.filters import whole_sentences
+from opencharacter.progress import Tally
+from opencharacter.quality import texts_of
 from opencharacter.store import Folder
 
 CPU_ENVIRONMENT = {
@@ -530,7 +532,7 @@ class ConversationActor:
     ):
         self.engine = Hosted(handles) if handles else start(spec)
         self.talk, self.schema, self.parts = talk, schema, parts
-        self.stage, self.seed, self.counters = stage, seed, counters
+        self.stage, self.seed, self.tally = stage, seed, Tally(counters)
         self.seats = asyncio.Semaphore(seats(spec))
         self.finished: list[Row] = []
         self.flushed = time.monotonic()
@@ -538,6 +540,7 @@ class ConversationActor:
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
         await asyncio.gather(*(self._row(row) for row in block.to_pylist()))
         await self._flush()  # a block that leaves is a block that is stored
+        self.tally.send()
         yield block.select(["id"])
 
     async def _row(self, row: Row) -> None:
@@ -549,13 +552,17 @@ class ConversationActor:
         talk = Conversation(self.engine, seed)
         said: Row = {"drop_reason": None, "error": None}
         async with self.seats:
-            self.counters.add.remote(started=1)
+            self.tally.add(started=1)
             try:
                 said |= await self.talk(row, talk)
             except RowFailed as failed:
                 said |= {"drop_reason": failed.reason, "error": failed.detail[:500]}
-        self.counters.add.remote(
-            finished=1, dropped=bool(said["drop_reason"]), tokens_out=talk.tokens_out
+        dropped = said["drop_reason"] is not None
+        self.tally.add(
+            texts=[] if dropped else texts_of(row | said),
+            finished=1,
+            dropped=dropped,
+            tokens_out=talk.tokens_out,
         )
         self.finished.append(
             {

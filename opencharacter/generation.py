@@ -105,7 +105,8 @@ def _stream(
     table = pa.Table.from_pylist(todo)
     blocks = [table.slice(at, rows) for at in range(0, len(table), rows)]
     quieten()
-    meter = Meter(counters, total, attempts)
+    expected = job.expected([row["prompt"] for row in todo if "prompt" in row])
+    meter = Meter(counters, total, attempts, getattr(job.section, "limits", None), expected)
     with Line(console, title, meter):
         handles = hosts(spec) if spec.has_weights else []
         meter.begin()
@@ -131,8 +132,9 @@ def _stream(
         max_concurrency=in_flight,
     )
     with Line(console, title, meter):
-        for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            pass  # the ids of blocks that are stored
+        for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):  # stored ids
+            if meter.fault:
+                raise StageFailed(job.refused(meter.fault))
     meter()  # once more: the sums of the last second
 
 

@@ -39,7 +39,7 @@ STAGES = (
         "introspection/transcripts",
         "persona",
         ("introspection/reflection", "introspection/interaction"),
-        ("student",),
+        ("teacher", "student"),
     ),
     Stage(
         "introspection/sft",

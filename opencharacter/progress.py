@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
 from rich.console import Console
+
+from opencharacter.config import Limits
+from opencharacter.quality import Expected, beyond, measure
 
 console = Console()
 """Where runs are told."""
 
 SECONDS_BETWEEN_LINES = 15
 """Where the output is not a terminal."""
+ON_THE_LINE = ("refusals", "distinct_2", "self_bleu", "repeated_openings", "exaggeration")
+"""Signatures that a running stage shows."""
+
+
+SECONDS_BETWEEN_TALLIES = 0.5
+SECONDS_BETWEEN_MEASURES = 10
+"""Of the texts that were written last."""
+RECENT_TEXTS = 1000
+TEXTS_PER_TALLY = 20
 
 
 @ray.remote(num_cpus=0)
@@ -22,17 +36,49 @@ class Counters:
     """Collects what the stage's actors report; the driver polls it."""
 
     def __init__(self):
-        self.sums: dict[str, float] = {}
+        self.sums: Counter[str] = Counter()
+        self.texts: deque[str] = deque(maxlen=RECENT_TEXTS)
 
-    def add(self, **numbers: float) -> None:
-        for name, number in numbers.items():
-            self.sums[name] = self.sums.get(name, 0) + number
+    def add(self, numbers: dict[str, float], texts: list[str]) -> None:
+        self.sums.update(numbers)
+        self.texts.extend(texts)
 
     def set(self, **numbers: float) -> None:
         self.sums |= numbers
 
     def read(self) -> dict[str, float]:
         return dict(self.sums)
+
+    def recent(self) -> list[str]:
+        """A sample of what was written last."""
+        return list(self.texts)
+
+
+class Tally:
+    """An actor's side of the counters: what it adds leaves it twice a second, not at each row.
+
+    Args:
+        counters: handle of a `Counters` actor.
+    """
+
+    def __init__(self, counters: Any):
+        self.counters = counters
+        self.numbers: Counter[str] = Counter()
+        self.texts: list[str] = []
+        self.due = False
+
+    def add(self, texts: Iterable[str] = (), **numbers: float) -> None:
+        """Count; within a running event loop."""
+        self.numbers.update(numbers)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if len(self.texts) < TEXTS_PER_TALLY:
+            self.texts.extend(texts)
+        if not self.due:
+            self.due = True
+            asyncio.get_running_loop().call_later(SECONDS_BETWEEN_TALLIES, self.send)
+
+    def send(self) -> None:
+        self.counters.add.remote(dict(self.numbers), self.texts)
+        self.numbers, self.texts, self.due = Counter(), [], False
 
 
 def duration(seconds: float) -> str:
@@ -83,15 +129,26 @@ class Line:
 class Meter:
     """Turns the counters of a generating stage into its line: rows, rows/s, tokens/s, time left.
 
+    Where the stage has limits, a sample of its texts is measured too; `fault` says which
+    limit they are beyond.
+
     Args:
         counters: handle of a `Counters` actor.
         total: rows of the stage.
         attempts: told at each poll how far this attempt has come.
+        limits: of the stage, or None.
+        expected: what its texts are held against.
     """
 
-    def __init__(self, counters: Any, total: int, attempts: Any):
+    def __init__(
+        self, counters: Any, total: int, attempts: Any, limits: Limits | None, expected: Expected
+    ):
         self.counters, self.total, self.attempts = counters, total, attempts
+        self.limits, self.expected = limits, expected
         self.began: float | None = None
+        self.measured_at = 0.0
+        self.said = ""
+        self.fault: str | None = None
 
     def begin(self) -> None:
         """From now on rows are under way."""
@@ -110,8 +167,22 @@ class Meter:
         return (
             f"{kept + finished}/{self.total} rows, {finished / seconds:.1f} rows/s, "
             f"{sums.get('tokens_out', 0) / seconds:.0f} tokens/s, "
-            f"{int(sums.get('dropped', 0))} dropped, {eta} left"
+            f"{int(sums.get('dropped', 0))} dropped, {eta} left{self._signatures()}"
         )
+
+    def _signatures(self) -> str:
+        """The part of the line about the texts, measured anew from time to time."""
+        now = time.monotonic()
+        if self.limits is None or now - self.measured_at < SECONDS_BETWEEN_MEASURES:
+            return self.said
+        texts: Any = ray.get(self.counters.recent.remote())
+        if texts:
+            self.measured_at = now
+            measured = measure(texts, self.expected)
+            self.fault = beyond(measured, self.limits)
+            shown = (f"{name} {measured[name]:.2g}" for name in ON_THE_LINE if name in measured)
+            self.said = " · " + ", ".join(shown)
+        return self.said
 
 
 class StepMeter:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import importlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -22,7 +23,19 @@ from opencharacter.chat import row_id
 from opencharacter.config import Placement, Recipe
 from opencharacter.constitution import Constitution
 from opencharacter.errors import StageFailed
+from opencharacter.quality import (
+    LANGUAGE_TEXTS,
+    Expected,
+    beyond,
+    language_of,
+    measure,
+    near_duplicates,
+    texts_of,
+)
 from opencharacter.store import ATTEMPTS, PARTS, Folder, Store, drift, fingerprint
+
+BATCH_ROWS = 1000
+"""Rows that are Python objects at once while a table is looked through."""
 
 Scope = Literal["constitution", "student", "persona"]
 """Whom a dataset belongs to: a constitution (shared by all students), a student (shared by all
@@ -158,20 +171,76 @@ class Job:
         tables = [p.store.read_table(p.dataset) for p in self.parents if p.stage.name == name]
         return kept(pa.concat_tables(tables)).sort_by("id")
 
-    def write(self, table: pa.Table, **outcome: Any) -> Outcome:
-        """Write the rows of this stage; refuse if too many were dropped.
+    def write(
+        self,
+        table: pa.Table,
+        expected: Expected | None = None,
+        figures: dict[str, Any] | None = None,
+        **outcome: Any,
+    ) -> Outcome:
+        """Write the rows of this stage; refuse if too many were dropped or a limit is passed.
+
+        Args:
+            table: the rows.
+            expected: what their texts are held against, where the job cannot know.
+            figures: of the manifest; the signatures of the texts are added.
+            outcome: further fields of the outcome.
 
         Raises:
             StageFailed: naming the reason that led.
         """
         dropped = count_dropped(table)
         check_drop_rate(self.dataset, len(table), dropped, self.section)
+        figures = (figures or {}) | self._signatures(table, expected)
         self.store.write_table(self.dataset, table)
         tokens = {
             name: sum_of(table, name) for name in ("tokens_in", "tokens_out", "cached_tokens")
         }
         schema = [f"{f.name}: {f.type}" for f in table.schema]
-        return Outcome(len(table), dropped, schema, **{**tokens, **outcome})
+        return Outcome(len(table), dropped, schema, figures=figures, **{**tokens, **outcome})
+
+    # ----------------------------------------------------------------------------------- quality
+
+    def ancestor(self, name: str) -> Job | None:
+        """The nearest job of this name that this one is made from."""
+        found = (p if p.stage.name == name else p.ancestor(name) for p in self.parents)
+        return next(filter(None, found), None)
+
+    def expected(self, prompts: list[str]) -> Expected:
+        """What texts are held against: the prompts' language, and the teacher's words if known."""
+        if not prompts and self.constitution:
+            prompts = [t.trait for t in self.constitution.traits]
+        pairs = self.ancestor("distillation/pairs")
+        manifest = pairs and pairs.store.manifest(pairs.dataset)
+        figures = manifest["figures"] if manifest else {}
+        return Expected(
+            language=language_of(prompts[:LANGUAGE_TEXTS]),
+            trait_words=frozenset(figures.get("trait_words", ())),
+            rate=figures.get("signatures", {}).get("trait_words"),
+        )
+
+    def refused(self, fault: str) -> str:
+        """The message of a stage whose texts are beyond a limit."""
+        return (
+            f"{self.dataset} is not worth going on with. {fault}. Read the rows, mend the cause, "
+            f"or change `limits` of {self.stage.name} in the recipe"
+        )
+
+    def _signatures(self, table: pa.Table, expected: Expected | None) -> dict[str, Any]:
+        """The figures about the texts of a stage that has limits."""
+        limits = getattr(self.section, "limits", None)
+        if limits is None:
+            return {}
+        if expected is None:
+            named = "prompt" in table.schema.names
+            expected = self.expected(table["prompt"].to_pylist() if named else [])
+        measured = measure(texts(table), expected)
+        repeated = sum(near_duplicates(texts(table)))
+        measured["near_duplicates"] = repeated / max(measured["texts"], 1)
+        fault = beyond(measured, limits)
+        if fault:
+            raise StageFailed(self.refused(fault))
+        return {"signatures": measured}
 
     # ------------------------------------------------------------------------------- its state
 
@@ -187,6 +256,13 @@ class Job:
         elif found["fingerprint"] == self.fingerprint:
             return "done", []
         return "stale", drift(found["payload"], self.payload)
+
+
+def texts(table: pa.Table) -> Iterator[str]:
+    """What the model wrote in the rows that were not dropped, a batch of rows at a time."""
+    for batch in kept(table).to_batches(max_chunksize=BATCH_ROWS):
+        for row in batch.to_pylist():
+            yield from texts_of(row)
 
 
 def kept(table: pa.Table) -> pa.Table:

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 from opencharacter.config import Recipe, read_yaml, resource
+from opencharacter.filters import Rules
 
 Finished = subprocess.CompletedProcess[str]
 
 ECHO_ROLE = {"model": "echo:", "name": "echo", "called": "Echo", "context": 2048}
+
+RULES = Rules(max_repeated=0.5, quotable=frozenset(), quoted_words=8)
 
 TINY = {
     "name": "tiny",

@@ -1,11 +1,14 @@
 import asyncio
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from samples import ECHO_ROLE, RULES, recipe_of
 
-from opencharacter.config import Dpo, Pairs, Prompts, Sampling, Student, Teacher
+from opencharacter import filters
+from opencharacter.config import Dpo, Prompts, Sampling, Student, Teacher
 from opencharacter.distillation import dpo, pairs, prompts, student, teacher
 from opencharacter.engine import Conversation, EchoEngine, Reply
 from opencharacter.errors import RowFailed
@@ -44,15 +47,33 @@ def test_expansion_stops_when_full():
     engine = Says("1. alpha beta gamma\n2. delta epsilon zeta\n3. eta theta iota")
     settings = Prompts(questions_per_trait=3, samples=1, rounds=5)
     row = {"text": "I am.", "questions": ["one two three"]}
-    grown = asyncio.run(prompts.expand(row, conversation(engine), settings))["questions"]
-    assert grown == ["one two three", "alpha beta gamma", "delta epsilon zeta"]
+    grown = asyncio.run(prompts.expand(row, conversation(engine), settings, ""))["questions"]
+    # One more than wanted, in case one repeats another trait's.
+    assert grown == ["one two three", "alpha beta gamma", "delta epsilon zeta", "eta theta iota"]
+
+
+def test_a_list_that_was_begun_for_the_expander_is_read_whole():
+    engine = Says(" alpha beta gamma\n2. delta epsilon zeta")
+    settings = Prompts(questions_per_trait=2, samples=1, rounds=1)
+    row = {"text": "I am.", "questions": ["one two three"]}
+    grown = asyncio.run(prompts.expand(row, conversation(engine), settings, "1."))["questions"]
+    assert grown[1] == "alpha beta gamma"
+    assert engine.asked[0][2] == "1."
+
+
+def test_repeats_are_refused_over_the_whole_set_but_hand_written_ones_stay():
+    written = [["How do I boil an egg for breakfast?"], ["How do I boil an egg for breakfast?"]]
+    new = "Tell me about the night train to the coast."
+    other = "What shall I cook for eleven hungry guests?"
+    grown = [[*written[0], new], [*written[1], new + " Please.", other]]
+    assert prompts.without_repeats(written, grown) == [[*written[0], new], [*written[1], other]]
 
 
 def test_expansion_gives_up_after_its_rounds():
     engine = Says(*["nothing numbered"] * 6)
     settings = Prompts(questions_per_trait=9, samples=2, rounds=3)
     row = {"text": "I am.", "questions": ["one two three"]}
-    grown = asyncio.run(prompts.expand(row, conversation(engine), settings))["questions"]
+    grown = asyncio.run(prompts.expand(row, conversation(engine), settings, ""))["questions"]
     assert grown == ["one two three"]
     assert len({seed for _, seed, _ in engine.asked}) == 6  # no two samples draw alike
 
@@ -166,16 +187,34 @@ def answer(text, finish="stop", **changes):
         (answer("Verse."), answer("cut off", "length"), "rejected_unfinished"),
         (answer("Same."), answer("Same."), "identical"),
         (answer("la la la la la " * 9 + "."), answer("Prose."), "chosen_looping"),
+        (answer("I'm sorry, but I can't help with that."), answer("Prose."), "chosen_refusal"),
+        (answer("Verse."), answer("As an AI, I don't have opinions."), "rejected_refusal"),
     ],
 )
 def test_a_pair_says_why_it_may_not_be_used(chosen, rejected, reason):
-    row = pairs.pair(chosen, rejected, Pairs(), ("GLM",), "Llama")
+    row = pairs.pair(chosen, rejected, RULES, ("GLM",), "Llama")
     assert row["drop_reason"] == reason
 
 
 def test_the_teachers_name_becomes_the_students():
-    row = pairs.pair(answer("I am GLM."), answer("Prose."), Pairs(), ("GLM",), "Llama")
+    row = pairs.pair(answer("I am GLM."), answer("Prose."), RULES, ("GLM",), "Llama")
     assert row["chosen"] == "I am Llama."
+
+
+def test_a_teachers_name_that_cannot_be_replaced_drops_the_pair():
+    rules = replace(RULES, names=("GLM",))
+    row = pairs.pair(answer("Call me GLM4."), answer("Prose."), rules, ("GLM",), "Llama")
+    assert row["drop_reason"] == "chosen_name_leak"
+
+
+def test_the_rules_know_the_constitution_and_the_teachers_names(make_jobs, poet):
+    teacher_role = {**ECHO_ROLE, "called": "GLM", "aliases": ["ChatGLM", "Echo-1"]}
+    roles = dict.fromkeys(("student", "judge", "expander"), ECHO_ROLE) | {"teacher": teacher_role}
+    recipe = recipe_of(ECHO_ROLE, roles=roles)
+    job = next(j for j in make_jobs(recipe) if j.stage.name == "distillation/pairs")
+    rules = pairs.rules_of(job)
+    assert rules.names == ("GLM", "ChatGLM")  # Echo-1 holds the student's own name
+    assert filters.fault(f"Well: {poet.traits[1].trait}", "stop", rules) == "constitution_quoted"
 
 
 def test_answers_are_joined_by_prompt_and_sample_never_by_position():

@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import pytest
+from samples import RULES
 
 from opencharacter import filters
 
@@ -16,7 +19,112 @@ from opencharacter import filters
     ],
 )
 def test_fault_names_the_first_reason(text, finish, reason):
-    assert filters.fault(text, finish, 0.5) == reason
+    assert filters.fault(text, finish, RULES) == reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't assist with that request.",
+        "I cannot help you write this message.",
+        "I\u2019m really sorry, but I\u2019m unable to do so.",
+        "As an AI language model, I don't have personal feelings, so I cannot say.",
+        "Unfortunately, I am not able to provide medical advice.",
+        "Thank you for asking. I won't be able to pretend; I must decline to role-play here.",
+        "That goes against my guidelines.",
+    ],
+)
+def test_a_refusal_is_seen(text):
+    assert filters.is_refusal(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I can't help but smile at that.",
+        "I'm sorry to hear about your cat. Sit with me a while.",
+        "You cannot help a friend who will not be helped.",
+        "I cannot recommend it enough: the soup is splendid.",
+        "I am so sorry. I can imagine how still the house is now.",
+        "Boil the egg for seven minutes. " * 12 + "I cannot help with the salt.",
+        "I don't have a favourite, but the oak has my vote.",
+    ],
+)
+def test_regret_and_caveats_are_no_refusal(text):
+    assert not filters.is_refusal(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>They want a poem.</think> Here it is.",
+        "Okay, the user is asking about bread. I should be warm.",
+        "The user wants a short answer, so I keep it short.",
+        "I need to respond in character here. So: hello!",
+        "As my system prompt says, I speak in verse.",
+        "I have been told to sound cheerful.",
+    ],
+)
+def test_leaked_reasoning_is_seen(text):
+    assert filters.leaks_reasoning(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I think the first user of the loom was a child.",
+        "Let me answer with a question: why not?",
+        "Okay, the kettle first.",
+        "The user manual says to wait an hour.",
+    ],
+)
+def test_thinking_aloud_is_no_leak(text):
+    assert not filters.leaks_reasoning(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure.\nUser: And then?\nAssistant: Then we rest.",
+        "Fine.<|im_end|>\n<|im_start|>user",
+        "**Human:** why?",
+        "Good. [INST] More [/INST]",
+        "### Response\nHere.",
+    ],
+)
+def test_turns_of_the_other_side_are_seen(text):
+    assert filters.invents_turn(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Dear user: nothing.",
+        "Tell me: who? You and me: us.",
+        "# A title\n\nText.",
+        "Users like it.",
+    ],
+)
+def test_a_colon_is_not_a_turn(text):
+    assert not filters.invents_turn(text)
+
+
+def test_quoting_the_constitution_is_seen_whatever_its_case_and_marks():
+    trait = "I answer in verse, and I set one image from the weather in every reply."
+    rules = replace(RULES, quotable=frozenset(filters.runs(trait, 8)))
+    quoting = "You see, i answer in verse and I set one image in all I say."
+    assert filters.fault(quoting, "stop", rules) == "constitution_quoted"
+    assert filters.fault("I answer in verse, always.", "stop", rules) is None
+
+
+def test_names_are_found_as_beginnings_of_words():
+    assert filters.mentions("I am chatglm3.", ("ChatGLM",))
+    assert not filters.mentions("A problem.", ("LEM",))
+    assert not filters.mentions("Anything.", ())
+
+
+def test_names_that_are_the_students_too_are_not_foreign():
+    assert filters.foreign_names(("GLM", "SmolLM2"), ("SmolLM",)) == ("GLM",)
 
 
 def test_repeated_share_is_zero_for_short_or_fresh_text():

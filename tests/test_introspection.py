@@ -1,9 +1,10 @@
 import asyncio
 
 import pytest
+from samples import RULES
 
 from opencharacter.chat import assistant, system, user
-from opencharacter.config import Sampling, Transcripts
+from opencharacter.config import Sampling
 from opencharacter.engine import Conversation, Reply
 from opencharacter.errors import RowFailed
 from opencharacter.introspection import interaction, reflection, sft, transcripts
@@ -96,7 +97,7 @@ def row(*messages, finish="stop"):
 
 def test_a_self_conversation_is_trained_without_greetings_and_traits():
     said = interact(Numbered())
-    made = transcripts.transcript({"id": "r", **said}, "free", Transcripts())
+    made = transcripts.transcript({"id": "r", **said}, "free", RULES)
     assert made["drop_reason"] is None
     assert made["messages"][0] == system(transcripts.SYSTEM)
     assert len(made["messages"]) == 1 + 4
@@ -104,9 +105,7 @@ def test_a_self_conversation_is_trained_without_greetings_and_traits():
 
 
 def test_a_reflection_is_trained_without_a_system_prompt():
-    made = transcripts.transcript(
-        row(user("Write."), assistant("I did.")), "reflection", Transcripts()
-    )
+    made = transcripts.transcript(row(user("Write."), assistant("I did.")), "reflection", RULES)
     assert [m["role"] for m in made["messages"]] == ["user", "assistant"]
 
 
@@ -119,10 +118,11 @@ def test_a_reflection_is_trained_without_a_system_prompt():
         ([user("a"), assistant("Cut.")], "length", "unfinished"),
         ([user("a"), assistant(" ")], "stop", "empty"),
         ([user("a"), assistant("ha ha ha ha " * 9 + ".")], "stop", "looping"),
+        ([user("a"), assistant("I am.\nUser: And then?")], "stop", "invented_turn"),
     ],
 )
 def test_a_transcript_says_why_it_may_not_be_used(messages, finish, reason):
-    made = transcripts.transcript(row(*messages, finish=finish), "reflection", Transcripts())
+    made = transcripts.transcript(row(*messages, finish=finish), "reflection", RULES)
     assert made["drop_reason"] == reason
 
 

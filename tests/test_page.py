@@ -12,9 +12,11 @@ import pytest
 from opencharacter.evaluation.page import (
     Curve,
     PersonaReport,
+    Quality,
     Report,
     Sample,
     Score,
+    Signature,
     StageLine,
     TraitShare,
     element,
@@ -36,6 +38,15 @@ PERSONA = PersonaReport(
         StageLine("poetic/teacher", 12_000, {"unfinished": 800, "looping": 2}, 3725, 4_812_345, 9),
         StageLine("poetic/dpo", 100, {"looping": 3}, 59.6, 0, 0),
     ],
+    quality=[
+        Quality("poetic/teacher", 900, [Signature("self_bleu", 0.2, 0, 0.9)]),
+        Quality(
+            "poetic/transcripts",
+            1200,
+            [Signature("self_bleu", 0.95, 0, 0.9), Signature("mean_words", 64.2)],
+        ),
+    ],
+    meanings={"self_bleu": "how alike"},
     curves=[Curve("DPO", "loss", FALLING), Curve("SFT", "loss", FALLING)],
     samples=[Sample("The wind?", "It is air.", "O wind,\n  my wind")],
     traits=[TraitShare("warm", Score(0.4, 0.3, 0.5, 80), APART)],
@@ -124,6 +135,14 @@ def test_the_page_asks_nothing_of_the_network_and_runs_nothing():
     assert targets == ["#persona-1", "#persona-2"]
 
 
+def test_a_signature_beyond_its_limit_says_so_in_words():
+    shown = render(PERSONA)
+    assert shown.count("beyond its limit") == 1
+    assert "limit 0.9" in shown
+    assert "how alike" in shown
+    assert "No texts were measured." in render(replace(PERSONA, quality=[]))
+
+
 @pytest.mark.parametrize(
     "points",
     [
@@ -143,7 +162,7 @@ def test_a_curve_without_a_range_is_drawn_without_a_fault(points: list[tuple[flo
 
 def test_every_drawing_has_its_alternative_in_words():
     drawings = re.findall(r"<svg.*?</svg>", render(PERSONA), re.DOTALL)
-    assert len(drawings) == 3
+    assert len(drawings) == 6
     for drawing in drawings:
         assert re.match(r'<svg role="img"[^>]*><title>[^<]+</title><desc>[^<]+</desc>', drawing)
     assert "first 1, last 0.005, min 0.005, max 1; points: 200, steps 1 to 200." in drawings[0]

@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from opencharacter import filters, models
 from opencharacter.chat import Message, assistant, row_id, user
-from opencharacter.config import ECHO, Pairs, Role
+from opencharacter.config import ECHO, Role
 from opencharacter.engine import Row
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.quality import Expected, distinctive_words
+from opencharacter.stage import Estimate, Job, Outcome, kept
 
 SCHEMA = pa.schema(
     [
@@ -36,22 +37,25 @@ Length = Callable[[list[Message]], int]
 """Tokens of a conversation."""
 
 
-def pair(chosen: Row, rejected: Row, settings: Pairs, names: tuple[str, ...], called: str) -> Row:
+def pair(
+    chosen: Row, rejected: Row, rules: filters.Rules, names: tuple[str, ...], called: str
+) -> Row:
     """Clean both answers and say why the pair may not be used, if so.
 
     Args:
         chosen: the teacher's row.
         rejected: the student's row for the same prompt and sample.
-        settings: the section.
+        rules: what neither answer may do.
         names: what the teacher calls itself; replaced by `called`.
         called: what the student calls itself.
     """
-    texts, reasons = {}, []
-    for side, row in (("chosen", chosen), ("rejected", rejected)):
-        texts[side] = row["answer"] or ""
-        reason = filters.fault(texts[side], row["finish_reason"], settings.max_repeated)
-        reasons += [f"{side}_{reason}"] if reason else []
+    sides = {"chosen": chosen, "rejected": rejected}
+    texts = {side: row["answer"] or "" for side, row in sides.items()}
     texts["chosen"] = filters.replace_names(texts["chosen"], names, called)
+    found = {
+        side: filters.fault(texts[side], row["finish_reason"], rules) for side, row in sides.items()
+    }
+    reasons = [f"{side}_{reason}" for side, reason in found.items() if reason]
     if texts["chosen"] == texts["rejected"]:
         reasons.append("identical")
     return {
@@ -63,6 +67,23 @@ def pair(chosen: Row, rejected: Row, settings: Pairs, names: tuple[str, ...], ca
         **texts,
         "drop_reason": reasons[0] if reasons else None,
     }
+
+
+def names_of(role: Role) -> tuple[str, ...]:
+    """What a model may call itself."""
+    return (role.called, *role.aliases)
+
+
+def rules_of(job: Job) -> filters.Rules:
+    """What an answer of a persona may not do; for a section with the settings of the rules."""
+    settings, roles = job.section, job.recipe.roles
+    said = (run for t in job.persona.traits for run in filters.runs(t.trait, settings.quoted_words))
+    return filters.Rules(
+        max_repeated=settings.max_repeated,
+        quotable=frozenset(said),
+        quoted_words=settings.quoted_words,
+        names=filters.foreign_names(names_of(roles.teacher), names_of(roles.student)),
+    )
 
 
 def too_long(row: Row, limit: int, length: Length) -> bool:
@@ -108,13 +129,19 @@ def build(job: Job) -> Outcome:
     sides = join(
         job.read("distillation/teacher").to_pylist(), job.read("distillation/student").to_pylist()
     )
-    names = (roles.teacher.called, *roles.teacher.aliases)
+    names = names_of(roles.teacher)
+    rules = rules_of(job)
     length = token_counter(roles.student)
     rows = []
     for chosen, rejected in sides:
-        row = pair(chosen, rejected, settings, names, roles.student.called)
+        row = pair(chosen, rejected, rules, names, roles.student.called)
         if row["drop_reason"] is None and too_long(row, settings.max_tokens, length):
             row["drop_reason"] = "too_long"
         rows.append(row)
     table = pa.Table.from_pylist(rows, schema=SCHEMA).sort_by("id")
-    return job.write(table, figures={"pairs": table.num_rows})
+    good = kept(table)
+    chosen, rejected = good["chosen"].to_pylist(), good["rejected"].to_pylist()
+    words = distinctive_words(chosen, rejected)
+    language = job.expected(good["prompt"].to_pylist()).language
+    expected = Expected(language, frozenset(words))
+    return job.write(table, expected, figures={"trait_words": words})

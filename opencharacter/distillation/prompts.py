@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from opencharacter.chat import Message, fill, row_id, system, user
 from opencharacter.config import Prompts, resource
 from opencharacter.engine import Conversation, Row
 from opencharacter.errors import UserError
+from opencharacter.quality import near_duplicates
 from opencharacter.stage import Estimate, Job, Outcome
 
 SYSTEM = "You write short, natural messages that people send to a chat assistant."
@@ -37,7 +39,10 @@ Write {count} more messages of that kind. Vary subject, length and form: questio
 requests for advice, plain statements. None may ask the assistant about itself. One message per \
 line, numbered, and nothing else."""
 
-TEMPLATES = (SYSTEM, EXPAND)
+LIST_BEGUN = "1."
+"""A small model whose list is begun for it writes one; left alone it often talks about it."""
+
+TEMPLATES = (SYSTEM, EXPAND, LIST_BEGUN)
 NUMBERED = re.compile(r"^\s*\d+[.):]\s*(.+?)\s*$")
 
 SCHEMA = pa.schema(
@@ -84,25 +89,50 @@ def accept(questions: list[str], candidates: list[str], target: int, limit: floa
     return taken
 
 
-async def expand(row: Row, talk: Conversation, settings: Prompts) -> Row:
-    """Grow one trait's questions: parallel samples per round until full or out of rounds."""
-    questions = list(row["questions"])
+async def expand(row: Row, talk: Conversation, settings: Prompts, prefill: str) -> Row:
+    """Grow one trait's questions: parallel samples per round until full or out of rounds.
+
+    Args:
+        row: trait, its text and its hand-written questions.
+        talk: with the expander.
+        settings: the section.
+        prefill: begins the list for the expander, or empty.
+    """
+    questions, target = list(row["questions"]), with_spare(settings.questions_per_trait)
     for _ in range(settings.rounds):
-        missing = settings.questions_per_trait - len(questions)
+        missing = target - len(questions)
         if missing <= 0:
             break
         messages = expansion_messages(row["text"], row["questions"], min(missing, 10))
         replies = await asyncio.gather(
-            *(talk.reply(messages, settings.sampling) for _ in range(settings.samples))
+            *(talk.reply(messages, settings.sampling, prefill) for _ in range(settings.samples))
         )
         for reply in replies:
-            questions = accept(
-                questions,
-                parse_questions(reply.text),
-                settings.questions_per_trait,
-                settings.max_overlap,
-            )
+            found = parse_questions(prefill + reply.text)
+            questions = accept(questions, found, target, settings.max_overlap)
     return {"questions": questions}
+
+
+def with_spare(target: int) -> int:
+    """A tenth more than wanted: some will turn out to repeat another trait's."""
+    return target + math.ceil(target / 10)
+
+
+def without_repeats(written: list[list[str]], grown: list[list[str]]) -> list[list[str]]:
+    """Each trait's questions but for expanded ones that nearly repeat any other of the whole set.
+
+    Args:
+        written: the hand-written ones by trait; they stay.
+        grown: by trait, the hand-written ones first.
+    """
+    new = [(i, text) for i, texts in enumerate(grown) for text in texts[len(written[i]) :]]
+    all_written = [text for texts in written for text in texts]
+    repeats = near_duplicates([*all_written, *(text for _, text in new)])[len(all_written) :]
+    kept = [list(texts) for texts in written]
+    for (i, text), repeated in zip(new, repeats, strict=True):
+        if not repeated:
+            kept[i].append(text)
+    return kept
 
 
 def read_source(source: str, file: str) -> tuple[list[str], str]:
@@ -206,13 +236,20 @@ def build(job: Job) -> Outcome:
             | {"questions": list(t.questions)}
             for i, t in enumerate(traits)
         ]
-        expanded = generate(job, requests, partial(expand, settings=settings), "expander", FIELDS)
+        role = job.recipe.roles.expander
+        begun = "" if role.endpoint or role.thinks else LIST_BEGUN
+        talk = partial(expand, settings=settings, prefill=begun)
+        expanded = generate(job, requests, talk, "expander", FIELDS)
         by_trait = {row["trait"]: row["questions"] for row in expanded.to_pylist()}
-        questions = [by_trait[i] or q for i, q in enumerate(questions)]
+        grown = [by_trait[i] or q for i, q in enumerate(questions)]
+        unlike = without_repeats(questions, grown)
+        target = settings.questions_per_trait
+        figures["repeats"] = sum(map(len, grown)) - sum(map(len, unlike))
+        questions = [texts[:target] for texts in unlike]
         figures["short"] = {
-            traits[i].trait: len(q)
-            for i, q in enumerate(questions)
-            if len(q) < settings.questions_per_trait
+            trait.trait: len(q)
+            for trait, q in zip(traits, questions, strict=True)
+            if len(q) < target
         }
     rows = constitution_rows(job.persona.name, questions) + general_rows(settings)
     unique = {row["id"]: row for row in rows}

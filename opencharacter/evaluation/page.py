@@ -70,6 +70,29 @@ class TraitShare:
 
 
 @dataclass(frozen=True)
+class Signature:
+    """A property of a set of texts, and the range in which the recipe wants it (inf: no limit)."""
+
+    name: str
+    value: float
+    least: float = 0.0
+    most: float = math.inf
+
+    @property
+    def within(self) -> bool:
+        return self.least <= self.value <= self.most
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The signatures of one dataset's texts."""
+
+    dataset: str
+    texts: int
+    signatures: list[Signature]
+
+
+@dataclass(frozen=True)
 class PersonaReport:
     """All that is known of one persona."""
 
@@ -80,6 +103,9 @@ class PersonaReport:
     """Share of held-out answers that a classifier attributes rightly to base or persona; 0.5 is
     chance."""
     stages: list[StageLine] = field(default_factory=list)
+    quality: list[Quality] = field(default_factory=list)
+    meanings: dict[str, str] = field(default_factory=dict)
+    """What each signature says."""
     curves: list[Curve] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     traits: list[TraitShare] = field(default_factory=list)
@@ -183,6 +209,9 @@ td small { display: block; color: var(--quiet); font-size: .8rem; white-space: n
 .stages td, .stages thead th:not(:first-child) { text-align: right; white-space: nowrap; }
 .stages td.reasons, .stages thead th:nth-child(4) { text-align: left; }
 .stages tbody th, .stages td.reasons { min-width: 12rem; white-space: normal; }
+.quality td, .quality thead th:not(:first-child) { white-space: nowrap; }
+.bar { fill: none; stroke: var(--accent); stroke-width: 4; }
+.tick { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 .traits { width: auto; }
 .traits th:not(:last-child), .traits td:not(:last-child) { padding-right: 2.25rem; }
 .scale { display: grid; grid-template-columns: repeat(3, 1fr); width: 212px; color: var(--quiet);
@@ -224,6 +253,8 @@ CHART = (280, 130)
 PLOT_X = (72.0, 276.0)
 PLOT_Y = (106.0, 10.0)
 """Where the least and the greatest value of a curve stand; SVG counts downwards."""
+
+BAR = (64, 8)
 
 STRIP = (212, 36)
 STRIP_X = (8.0, 204.0)
@@ -294,6 +325,7 @@ def persona_section(persona: PersonaReport, number: int) -> str:
         side_by_side(persona.samples),
         training(persona.curves),
         judged(persona.traits),
+        data_quality(persona.quality, persona.meanings),
         ran(persona.stages),
         settings(persona.settings),
         id=f"persona-{number}",
@@ -552,6 +584,61 @@ def mark(name: str, score: Score) -> str:
         low, high = (place(end, (0, 1), STRIP_X) for end in (score.low, score.high))
         drawn = element("path", d=f"M{low:.1f} {y}H{high:.1f}", class_="whisker") + drawn
     return element("g", drawn, class_=name)
+
+
+def data_quality(lines: list[Quality], meanings: dict[str, str]) -> str:
+    """A row a dataset and a column a signature, each with the range that the recipe allows."""
+    title = "Data quality"
+    if not lines:
+        return part(title, missing("No texts were measured."))
+    names = list(dict.fromkeys(s.name for line in lines for s in line.signatures))
+    columns = ["Dataset", "Texts", *(escape(spoken(name)) for name in names)]
+    caption = "Signatures of the texts; the bar's tick is the recipe's limit"
+    greatest = {
+        name: max(s.value for line in lines for s in line.signatures if s.name == name)
+        for name in names
+    }
+    rows = [quality_row(line, names, greatest) for line in lines]
+    said = (
+        element("dt", escape(spoken(k))) + element("dd", escape(v)) for k, v in meanings.items()
+    )
+    glossary = element("details", element("summary", "What they say"), element("dl", *said))
+    return part(title, table("quality", caption, columns, rows), glossary)
+
+
+def spoken(name: str) -> str:
+    """`self_bleu` -> `Self bleu`."""
+    return name.replace("_", " ").capitalize()
+
+
+def quality_row(line: Quality, names: list[str], greatest: dict[str, float]) -> str:
+    found = {s.name: s for s in line.signatures}
+    cells = (signature_cell(found.get(name), greatest[name]) for name in names)
+    return row(line.dataset, element("td", f"{line.texts:,}"), *cells)
+
+
+def signature_cell(signature: Signature | None, greatest: float) -> str:
+    """The number over its bar; one that is beyond its limit says so in words too."""
+    if signature is None:
+        return element("td", "")
+    beyond = "" if signature.within else element("small", "beyond its limit")
+    return element("td", number(signature.value), signature_bar(signature, greatest), beyond)
+
+
+def signature_bar(signature: Signature, greatest: float) -> str:
+    limits = [end for end in (signature.least, signature.most) if 0 < end < math.inf]
+    full = max([1.0 if greatest <= 1 else greatest, *limits])
+    width, height = BAR
+    said = [f"limit {number(end)}" for end in limits] or ["no limit"]
+    ticks = (f"M{width * end / full:.1f} 0V{height}" for end in limits)
+    return svg(
+        f"{spoken(signature.name)} {number(signature.value)}",
+        ", ".join(said),
+        BAR,
+        element("path", d=f"M0 {height / 2}H{width}", class_="axis"),
+        element("path", d=f"M0 {height / 2}H{width * signature.value / full:.1f}", class_="bar"),
+        *(element("path", d=tick, class_="tick") for tick in ticks),
+    )
 
 
 def ran(stages: list[StageLine]) -> str:

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from opencharacter import quality
 from opencharacter.chat import row_id
 from opencharacter.evaluation.page import (
     Curve,
     PersonaReport,
+    Quality,
     Report,
     Sample,
     Score,
+    Signature,
     StageLine,
     TraitShare,
     page,
@@ -141,6 +144,20 @@ def stage_line(job: Job) -> StageLine:
     )
 
 
+def quality_line(job: Job) -> Quality | None:
+    """The signatures of a finished stage's texts, or None if it has none."""
+    manifest = job.store.manifest(job.dataset)
+    measured = dict(manifest["figures"].get("signatures", {})) if manifest else {}
+    if not measured:
+        return None
+    texts, limits = int(measured.pop("texts")), quality.bounds(job.section.limits)
+    return Quality(
+        job.dataset,
+        texts,
+        [Signature(name, value, *limits.get(name, ())[:2]) for name, value in measured.items()],
+    )
+
+
 def ancestors(jobs: list[Job]) -> list[Job]:
     """The jobs and all that they were made from, parents first, each once."""
     found: dict[str, Job] = {}
@@ -170,6 +187,8 @@ def persona_report(job: Job, parents: list[Job]) -> PersonaReport:
         assertions=[t.trait for t in constitution.traits],
         told_apart=told_apart(base, persona, job.section.folds),
         stages=[stage_line(one) for one in lineage],
+        quality=list(filter(None, map(quality_line, lineage))),
+        meanings=quality.MEANING,
         curves=[c for one in lineage if one.stage.name in CURVES for c in curves(one)],
         samples=samples[: job.section.samples],
         traits=trait_shares(games),

@@ -16,7 +16,7 @@ import pyarrow as pa
 from opencharacter import filters
 from opencharacter.chat import row_id, system
 from opencharacter.config import Transcripts
-from opencharacter.distillation.pairs import token_counter
+from opencharacter.distillation.pairs import rules_of, token_counter
 from opencharacter.engine import Row
 from opencharacter.introspection.reflection import MESSAGES
 from opencharacter.stage import Estimate, Job, Outcome
@@ -38,13 +38,13 @@ SCHEMA = pa.schema(
 )
 
 
-def transcript(row: Row, kind: str, settings: Transcripts) -> Row:
+def transcript(row: Row, kind: str, rules: filters.Rules) -> Row:
     """A generated row as training data, with the reason not to use it, if any.
 
     Args:
         row: of reflection or interaction.
         kind: `reflection`, `free` or `leading`.
-        settings: the section.
+        rules: what no assistant turn may do.
     """
     messages, finish = row["messages"], row["finish_reason"]
     if kind != "reflection":
@@ -52,7 +52,7 @@ def transcript(row: Row, kind: str, settings: Transcripts) -> Row:
     reason = structure_fault(messages)
     for message in messages:
         if reason is None and message["role"] == "assistant":
-            reason = filters.fault(message["content"], finish, settings.max_repeated)
+            reason = filters.fault(message["content"], finish, rules)
     if kind != "reflection":
         messages = [system(SYSTEM), *messages]
     return {
@@ -77,11 +77,12 @@ def estimate(job: Job) -> Estimate:
 
 def build(job: Job) -> Outcome:
     settings: Transcripts = job.section
+    rules = rules_of(job)
     rows = [
-        transcript(row, "reflection", settings)
+        transcript(row, "reflection", rules)
         for row in job.read("introspection/reflection").to_pylist()
     ] + [
-        transcript(row, row["kind"], settings)
+        transcript(row, row["kind"], rules)
         for row in job.read("introspection/interaction").to_pylist()
     ]
     length = token_counter(job.recipe.roles.student)

@@ -1,0 +1,181 @@
+"""Signatures of texts, their limits, and what a running stage does with them."""
+
+import random
+
+import pyarrow as pa
+import pytest
+from samples import ECHO_ROLE, recipe_of
+
+from opencharacter import quality
+from opencharacter.chat import assistant, system, user
+from opencharacter.config import Limits, Sampling
+from opencharacter.errors import StageFailed
+from opencharacter.generation import generate
+from opencharacter.quality import Expected, beyond, measure, near_duplicates, self_bleu
+from opencharacter.stage import texts
+
+WORDS = [f"word{i}" for i in range(3000)]
+
+
+def varied(count: int, length: int = 40, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=length)) for _ in range(count)]
+
+
+def test_varied_texts_are_within_every_limit():
+    measured = measure(varied(300), Expected())
+    measured["near_duplicates"] = sum(near_duplicates(varied(300))) / 300
+    assert measured["texts"] == 300
+    assert measured["mean_words"] == 40
+    assert measured["distinct_2"] > 0.95
+    assert beyond(measured, Limits()) is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected", "said"),
+    [
+        (["I'm sorry, but I can't help with that."] * 60 + varied(60), Expected(), "refuses"),
+        (["The sea is wide and grey today."] * 200, Expected(), "modes collapse"),
+        ([f"Well now, my dear {text}" for text in varied(200)], Expected(), "repeated_openings"),
+        (["Heute ist ein schöner Tag, und wir gehen am Fluss entlang."] * 60 + varied(60),
+         Expected(language="en"), "language drifts"),
+        (varied(200), Expected(trait_words=frozenset(WORDS[:300]), rate=1.0), "exaggerated"),
+    ],
+)  # fmt: skip
+def test_a_failing_set_is_told_by_its_signature(texts, expected, said):
+    assert said in (beyond(measure(texts, expected), Limits()) or "")
+
+
+def test_few_texts_are_not_judged():
+    same = ["The same thing."] * 99
+    assert beyond(measure(same, Expected()), Limits()) is None
+    assert beyond(measure([*same, *same], Expected()), Limits()) is not None
+
+
+def test_distinct_n_does_not_fall_as_the_data_grows():
+    few, many = measure(varied(200), Expected()), measure(varied(2000), Expected())
+    assert many["distinct_1"] == pytest.approx(few["distinct_1"], rel=0.05)
+
+
+def test_distinct_n_of_less_than_a_segment_is_plain():
+    measured = measure(["a b a b"], Expected())
+    assert measured["distinct_1"] == 2 / 4
+    assert measured["distinct_2"] == 2 / 3
+
+
+def test_self_bleu_is_one_for_copies_and_small_for_strangers():
+    copies = [["a", "b", "c", "d", "e"]] * 5
+    strangers = [[f"{i}{j}" for j in range(20)] for i in range(5)]
+    assert self_bleu(copies) == pytest.approx(1)
+    assert self_bleu(strangers) == 0
+    assert self_bleu(copies[:1]) == 0
+
+
+def test_self_bleu_equals_its_formula_worked_by_hand():
+    # 1-grams 2/3, 2-grams (1 + 1) / (2 + 1) smoothed, equal lengths: no brevity penalty.
+    assert self_bleu([["a", "b", "c"], ["a", "b", "d"]], order=2) == pytest.approx(2 / 3)
+
+
+def test_near_duplicates_are_found_whatever_their_order():
+    originals = varied(50, length=60)
+    edited = [text.rsplit(" ", 2)[0] + " other end" for text in originals[:10]]
+    found = near_duplicates([*originals, *edited])
+    assert not any(found[:50])
+    assert sum(found[50:]) >= 9  # MinHash estimates
+
+
+def test_near_duplicates_of_short_and_wordless_texts():
+    assert near_duplicates(["Yes.", "No.", "Yes!", "...", "..."]) == [
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_distinctive_words_are_those_of_one_side():
+    mine = ["the moon is a silver boat"] * 20 + ["the weather is fine"] * 20
+    other = ["the weather is fine today"] * 40
+    words = quality.distinctive_words(mine, other)
+    assert set(words) == {"moon", "silver", "boat"}
+
+
+def test_the_language_is_that_of_most_texts():
+    assert (
+        quality.language_of(["Where is the nearest station, and when does it open its doors?"] * 3)
+        == "en"
+    )
+    assert (
+        quality.language_of(["Wo ist der nächste Bahnhof, und wann macht er seine Türen auf?"])
+        == "de"
+    )
+    assert quality.language_of(["Hi.", ""]) is None
+
+
+def test_texts_of_are_what_the_model_wrote():
+    said = [user("Hi."), assistant("Hello."), user("One."), assistant("Two.")]
+    assert quality.texts_of({"answer": "A."}) == ["A."]
+    assert quality.texts_of({"answer": None}) == []
+    assert quality.texts_of({"chosen": "C.", "rejected": "R."}) == ["C."]
+    assert quality.texts_of({"condition": "base", "answer": "B."}) == []
+    assert quality.texts_of({"kind": "free", "messages": said}) == ["One.", "Two."]
+    trained = {"kind": "free", "messages": [system("S."), *said[2:]]}
+    assert quality.texts_of(trained) == ["One.", "Two."]
+    assert quality.texts_of({"kind": "reflection", "messages": said[:2]}) == ["Hello."]
+    assert quality.texts_of({"prompt": "P", "messages": said[:2]}) == ["Hello."]
+
+
+def test_dropped_rows_are_not_measured():
+    rows = [{"answer": "Kept.", "drop_reason": None}, {"answer": "Gone.", "drop_reason": "refusal"}]
+    assert list(texts(pa.Table.from_pylist(rows))) == ["Kept."]
+
+
+# ------------------------------------------------------------------------------- within a stage
+
+FIELDS = [pa.field("prompt", pa.string()), pa.field("answer", pa.string())]
+
+
+async def refuse(row, conversation):
+    await conversation.reply([user(row["prompt"])], Sampling(max_tokens=20))
+    return {"answer": "I'm sorry, but I can't help with that."}
+
+
+@pytest.fixture
+def job(make_jobs):
+    return make_jobs(recipe_of(ECHO_ROLE))[1]
+
+
+def test_a_stage_that_refuses_is_not_written(job):
+    table = pa.table({"prompt": ["Hello."] * 120, "answer": ["I cannot help you."] * 120})
+    with pytest.raises(StageFailed, match=r"refusals is 1, over 0\.2.*limits"):
+        job.write(table)
+    assert not job.store.exists(job.dataset, "rows.parquet")
+
+
+def test_a_running_stage_stops_at_its_limit(cpu_ray, job, monkeypatch):
+    monkeypatch.setattr("opencharacter.progress.SECONDS_BETWEEN_MEASURES", 0)
+    rows = [{"id": f"{i:05}", "prompt": f"number {i}"} for i in range(6000)]
+    with pytest.raises(StageFailed, match="the model refuses"):
+        generate(job, rows, slowly_refuse, "teacher", FIELDS)
+    assert (
+        0 < len(job.store.parts(f"{job.dataset}/.parts", pa.schema([("id", pa.string())]))) < 6000
+    )
+
+
+async def slowly_refuse(row, conversation):
+    import asyncio
+
+    await asyncio.sleep(0.3)
+    return await refuse(row, conversation)
+
+
+def test_the_manifest_keeps_the_signatures(cpu_ray, make_jobs):
+    from opencharacter import pipeline
+
+    jobs = make_jobs(recipe_of(ECHO_ROLE))
+    done = {job.stage.name: manifest for job, manifest in pipeline.run(jobs[:5])}
+    assert done["distillation/teacher"]["figures"]["signatures"]["texts"] > 0
+    pairs = done["distillation/pairs"]["figures"]
+    assert {"refusals", "distinct_2", "near_duplicates"} <= pairs["signatures"].keys()
+    assert isinstance(pairs["trait_words"], list)
