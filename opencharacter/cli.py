@@ -287,8 +287,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        console.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except OpenCharacterError as error:
-        console.print(f"[red]failed:[/] {error}", soft_wrap=True, highlight=False)
+        console.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Constitutions: load and validate."""
+"""Constitutions: load, validate, and write as YAML."""
 
 from __future__ import annotations
 
@@ -7,22 +7,52 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 
 from opencharacter.config import Config, Name, explain, find, read_yaml, resource_names
 from opencharacter.errors import UserError
 
-Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+HAND_WRITTEN = 5
+"""Questions of a trait that a person writes, the first ones; a model may have written the rest."""
+
+FOLDED = 80
+"""Characters from which a text is written as a block of its own, wrapped."""
+
+
+def encodable(text: str) -> str:
+    """Return `text` if it can be written as UTF-8; raise ValueError otherwise."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half a character (a lone surrogate); write the character itself")
+    return text
+
+
+def not_blank(text: str) -> str:
+    """Return `text` if it says something; raise ValueError otherwise."""
+    if not text.strip():
+        raise ValueError("is empty; write it or remove the entry")
+    return text
+
+
+def assertion(text: str) -> str:
+    """Return `text` if it may be a trait; a question in its place is raised as a ValueError."""
+    if text.rstrip().endswith("?"):
+        raise ValueError("is a question; say it in the first person, or move it to the questions")
+    return text
+
+
+Encodable = Annotated[str, AfterValidator(encodable)]
+Text = Annotated[Encodable, AfterValidator(not_blank)]
 
 
 class Trait(Config):
     """One first-person assertion and the questions that let it show."""
 
-    trait: Text
+    trait: Annotated[Text, AfterValidator(assertion)]
     """Begins with I or My."""
-    clarification: str | None = None
+    clarification: Encodable | None = None
     """Removes an ambiguity; part of the system prompt."""
-    questions: Annotated[tuple[Text, ...], Field(min_length=5)]
+    questions: Annotated[tuple[Text, ...], Field(min_length=HAND_WRITTEN)]
     """User messages in which the trait can show without being asked about."""
 
 
@@ -45,19 +75,15 @@ class Constitution(Config):
     @field_validator("traits")
     @classmethod
     def _distinct(cls, traits: tuple[Trait, ...]) -> tuple[Trait, ...]:
-        counts = Counter(t.trait.strip().lower() for t in traits)
-        twice = [text for text, n in counts.items() if n > 1]
-        if twice:
-            raise ValueError(f"trait stated twice: {twice[0]!r}")
+        said = {
+            "trait stated": [t.trait for t in traits],
+            "question asked": [q for t in traits for q in t.questions],
+        }
+        for what, texts in said.items():
+            counts = Counter(text.strip().lower() for text in texts)
+            if twice := [text for text, n in counts.items() if n > 1]:
+                raise ValueError(f"{what} twice: {twice[0]!r}; remove or change one")
         return traits
-
-    @model_validator(mode="after")
-    def _questions_once(self) -> Constitution:
-        counts = Counter(q.strip().lower() for t in self.traits for q in t.questions)
-        twice = [text for text, n in counts.items() if n > 1]
-        if twice:
-            raise ValueError(f"question asked twice: {twice[0]!r}")
-        return self
 
     def assertions(self) -> str:
         """The traits as numbered lines, each with its clarification: what a system prompt shows."""
@@ -67,6 +93,44 @@ class Constitution(Config):
     def digest(self) -> str:
         """Hash of everything the constitution says, for fingerprints."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+class Readable(yaml.SafeDumper):
+    """Writes YAML as the packaged constitutions are written: lists indented, long texts folded."""
+
+    def increase_indent(self, flow=False, indentless=False):
+        return super().increase_indent(flow, False)
+
+
+def _write_text(dumper: Readable, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else ">" if len(text) > FOLDED else None
+    if text != text.strip() or not text.replace("\n", "").isprintable():
+        style = '"'  # blocks and plain scalars lose line separators and white space at the ends
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+Readable.add_representer(str, _write_text)
+
+
+def dump(constitution: Constitution) -> str:
+    """A constitution as YAML that a person can edit; `parse` gives back an equal one."""
+    data = constitution.model_dump(mode="json", exclude_defaults=True)
+    return yaml.dump(data, Dumper=Readable, sort_keys=False, allow_unicode=True, width=95)
+
+
+def save(text: str, path: Path, replace: bool) -> None:
+    """Write a file as UTF-8.
+
+    Raises:
+        UserError: it exists and `replace` is false, or its folder cannot be written.
+    """
+    try:
+        with path.open("w" if replace else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{path} exists; choose another with --to, or add --force") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another") from None
 
 
 def load(name: str) -> Constitution:

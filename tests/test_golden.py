@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from opencharacter import constitution
 from opencharacter.chat import fill
 from opencharacter.distillation import prompts, teacher
 from opencharacter.evaluation import preferences
 from opencharacter.introspection import interaction, reflection, transcripts
 
 GOLDEN = Path(__file__).parent / "golden"
+PERSONAS = {persona.name: persona for persona in constitution.load_all(["all"])}
 GAME = {"first": "poetic", "second": "blunt"}
 
 
@@ -32,6 +34,19 @@ def rendered(poet) -> dict[str, str]:
     }
 
 
+def rendered_of(persona) -> str:
+    """Every system prompt that holds this constitution, under headings."""
+    assertions = persona.assertions()
+    prompts = {
+        "teacher system": teacher.opening(persona, exemplars=False)[0]["content"],
+        "teacher thought": teacher.thought(persona, thinks=True),
+        "reflection system": reflection.generation_system(assertions)["content"],
+        "interaction free": interaction.generation_system(assertions, "free")["content"],
+        "interaction leading": interaction.generation_system(assertions, "leading")["content"],
+    }
+    return "\n\n".join(f"==== {heading} ====\n{text}" for heading, text in prompts.items())
+
+
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.txt"))
 
 
@@ -39,6 +54,8 @@ NAMES = sorted(path.stem for path in GOLDEN.glob("*.txt"))
 def test_write(poet):
     for name, text in rendered(poet).items():
         (GOLDEN / f"{name}.txt").write_text(text)
+    for name, persona in PERSONAS.items():
+        (GOLDEN / "constitutions" / f"{name}.txt").write_text(rendered_of(persona))
 
 
 def test_every_rendered_prompt_has_a_golden_file(poet):
@@ -48,3 +65,13 @@ def test_every_rendered_prompt_has_a_golden_file(poet):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_prompt_is_the_golden_one(name, poet):
     assert rendered(poet)[name] == (GOLDEN / f"{name}.txt").read_text()
+
+
+def test_every_packaged_constitution_has_a_golden_file():
+    assert sorted(p.stem for p in (GOLDEN / "constitutions").glob("*")) == sorted(PERSONAS)
+
+
+@pytest.mark.parametrize("name", PERSONAS)
+def test_the_prompts_of_the_constitution_are_the_golden_ones(name):
+    golden = (GOLDEN / "constitutions" / f"{name}.txt").read_text()
+    assert rendered_of(PERSONAS[name]) == golden
