@@ -1,0 +1,34 @@
+"""Expansion of a constitution by the embedded model: to its target, or what is short is said."""
+
+import json
+
+import pytest
+import yaml
+from samples import cli, embedded_recipe
+
+from opencharacter import constitution
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_embedded_model_expands_a_constitution_in_bounded_time(tmp_path):
+    recipe = embedded_recipe()
+    sampling = {"max_tokens": 160, "temperature": 0.5, "top_p": 1.0}
+    target = {"questions_per_trait": 8, "general": 1, "rounds": 2, "samples": 2}
+    recipe["distillation"]["prompts"] = target | {"sampling": sampling}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    poet = constitution.load("poeticism")
+    few = poet.model_copy(update={"traits": poet.traits[:3]})
+    constitution.save(constitution.dump(few), tmp_path / "poeticism.yaml", replace=False)
+    done = cli(
+        "run", "tiny.yaml", "-c", "poeticism.yaml", "--only", "distillation/prompts", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = tmp_path / "runs/tiny/poeticism/distillation/prompts/manifest.json"
+    told = json.loads(manifest.read_text())
+    short = told["figures"]["short"]
+    assert told["rows"] == 1 + sum(short.get(trait.trait, 8) for trait in few.traits)
+    assert all(f"{count} of 8 questions: {trait}" in done.stdout for trait, count in short.items())
+    assert told["rows"] > 1 + 3 * 5
+    limit = 3 * target["rounds"] * target["samples"] * sampling["max_tokens"]
+    assert told["tokens_out"] <= limit
