@@ -29,7 +29,7 @@ from opencharacter.errors import RowFailed, StageFailed, UserError
 from opencharacter.filters import whole_sentences
 from opencharacter.progress import Tally
 from opencharacter.quality import texts_of
-from opencharacter.store import Folder
+from opencharacter.store import Folder, Parts
 
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two threads were a third slower than one on two cores
@@ -512,8 +512,7 @@ class ConversationActor:
         spec: the engine.
         handles: running hosts of the spec; empty for an engine without weights.
         talk: the stage's row function.
-        schema: of the rows that are written.
-        parts: where they are written.
+        parts: where rows are written.
         stage: enters the seed.
         seed: of the recipe, or None for unseeded sampling.
         counters: handle of the `progress.Counters` actor.
@@ -524,14 +523,13 @@ class ConversationActor:
         spec: EngineSpec,
         handles: list[Any],
         talk: Talk,
-        schema: pa.Schema,
-        parts: Folder,
+        parts: Parts,
         stage: str,
         seed: int | None,
         counters: Any,
     ):
         self.engine = Hosted(handles) if handles else start(spec)
-        self.talk, self.schema, self.parts = talk, schema, parts
+        self.talk, self.parts = talk, parts
         self.stage, self.seed, self.tally = stage, seed, Tally(counters)
         self.seats = asyncio.Semaphore(seats(spec))
         self.finished: list[Row] = []
@@ -566,7 +564,7 @@ class ConversationActor:
         )
         self.finished.append(
             {
-                **{k: v for k, v in row.items() if k in self.schema.names},
+                **{k: v for k, v in row.items() if k in self.parts.schema.names},
                 "tokens_in": talk.tokens_in,
                 "tokens_out": talk.tokens_out,
                 "cached_tokens": talk.cached_tokens,
@@ -581,9 +579,9 @@ class ConversationActor:
         rows, self.finished = self.finished, []
         self.flushed = time.monotonic()
         if rows:
-            table = pa.Table.from_pylist(rows, schema=self.schema)
-            name = f"part-{uuid.uuid4().hex}"
-            await asyncio.to_thread(self.parts.store.write_table, self.parts.relative, table, name)
+            table = pa.Table.from_pylist(rows, schema=self.parts.schema)
+            name, folder = f"part-{uuid.uuid4().hex}", self.parts.folder
+            await asyncio.to_thread(folder.store.write_table, folder.relative, table, name)
 
 
 def seats(spec: EngineSpec) -> int:

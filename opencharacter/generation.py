@@ -29,7 +29,7 @@ from opencharacter.engine import (
 from opencharacter.errors import StageFailed
 from opencharacter.progress import Counters, Line, Meter, console
 from opencharacter.stage import Attempts, Job
-from opencharacter.store import PARTS, Folder
+from opencharacter.store import PARTS, Folder, Parts
 
 BLOCK_ROWS = 32
 """Rows of a block at most: what travels together."""
@@ -45,7 +45,7 @@ def generate(
     fields: list[pa.Field],
     part: str = "",
     folded: Folder | None = None,
-) -> pa.Table:
+) -> Parts:
     """Have every requested conversation, each id exactly once.
 
     Args:
@@ -58,23 +58,23 @@ def generate(
         folded: adapter to fold into the role's weights.
 
     Returns:
-        The rows sorted by id, dropped ones with their reason.
+        The rows in storage, dropped ones with their reason.
     """
     schema = pa.schema([ROW_FIELDS[0], *fields, *ROW_FIELDS[1:]])
-    parts = Folder(job.store, "/".join(filter(None, (job.dataset, PARTS, part))))
-    done = job.store.parts(parts.relative, schema)
-    have = set(done["id"].to_pylist())
+    folder = Folder(job.store, "/".join(filter(None, (job.dataset, PARTS, part))))
+    parts = Parts(folder, schema)
+    have = parts.ids()
     todo = [row for row in requests if row["id"] not in have]
     attempts = Attempts(job, kept=len(have), part=part)
     if todo:
         spec = spec_of(job, role, folded)
         title = " ".join(filter(None, (job.dataset, part)))
-        _stream(job, todo, spec, talk, schema, parts, attempts, len(requests), title)
-        done = job.store.parts(parts.relative, schema)
-    lost = {row["id"] for row in requests} - set(done["id"].to_pylist())
+        _stream(job, todo, spec, talk, parts, attempts, len(requests), title)
+        have = parts.ids()
+    lost = sum(row["id"] not in have for row in requests)
     if lost:
-        raise StageFailed(f"{job.dataset} has no answer for {len(lost)} rows; run it again")
-    return done
+        raise StageFailed(f"{job.dataset} has no answer for {lost} rows; run it again")
+    return parts
 
 
 def spec_of(job: Job, role: str, folded: Folder | None) -> EngineSpec:
@@ -93,8 +93,7 @@ def _stream(
     todo: list[Row],
     spec: EngineSpec,
     talk: Talk,
-    schema: pa.Schema,
-    parts: Folder,
+    parts: Parts,
     attempts: Attempts,
     total: int,
     title: str,
@@ -116,7 +115,6 @@ def _stream(
             "spec": spec,
             "handles": handles,
             "talk": talk,
-            "schema": schema,
             "parts": parts,
             "stage": job.stage.name,
             "seed": job.recipe.seed if job.recipe.seeded_sampling else None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import importlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -32,8 +32,9 @@ from opencharacter.quality import (
     near_duplicates,
     texts_of,
 )
-from opencharacter.store import ATTEMPTS, PARTS, Folder, Store, drift, fingerprint
+from opencharacter.store import ATTEMPTS, PARTS, Folder, Parts, Store, drift, fingerprint
 
+TOKENS = ("tokens_in", "tokens_out", "cached_tokens")
 BATCH_ROWS = 1000
 """Rows that are Python objects at once while a table is looked through."""
 
@@ -173,7 +174,7 @@ class Job:
 
     def write(
         self,
-        table: pa.Table,
+        rows: pa.Table | Parts,
         expected: Expected | None = None,
         figures: dict[str, Any] | None = None,
         **outcome: Any,
@@ -181,7 +182,7 @@ class Job:
         """Write the rows of this stage; refuse if too many were dropped or a limit is passed.
 
         Args:
-            table: the rows.
+            rows: a table, or generated ones, of which only a few at a time are held.
             expected: what their texts are held against, where the job cannot know.
             figures: of the manifest; the signatures of the texts are added.
             outcome: further fields of the outcome.
@@ -189,14 +190,15 @@ class Job:
         Raises:
             StageFailed: naming the reason that led.
         """
+        tables = [rows] if isinstance(rows, pa.Table) else rows
+        self.store.write_tables(self.dataset, tables, rows.schema)
+        small = [name for name in ("id", "drop_reason", *TOKENS) if name in rows.schema.names]
+        table = self.store.read_table(self.dataset, columns=small)
         dropped = count_dropped(table)
         check_drop_rate(self.dataset, len(table), dropped, self.section)
-        figures = (figures or {}) | self._signatures(table, expected)
-        self.store.write_table(self.dataset, table)
-        tokens = {
-            name: sum_of(table, name) for name in ("tokens_in", "tokens_out", "cached_tokens")
-        }
-        schema = [f"{f.name}: {f.type}" for f in table.schema]
+        figures = (figures or {}) | self._signatures(expected)
+        schema = [f"{f.name}: {f.type}" for f in rows.schema]
+        tokens = {name: sum_of(table, name) for name in TOKENS}
         return Outcome(len(table), dropped, schema, figures=figures, **{**tokens, **outcome})
 
     # ----------------------------------------------------------------------------------- quality
@@ -226,16 +228,16 @@ class Job:
             f"or change `limits` of {self.stage.name} in the recipe"
         )
 
-    def _signatures(self, table: pa.Table, expected: Expected | None) -> dict[str, Any]:
-        """The figures about the texts of a stage that has limits."""
+    def _signatures(self, expected: Expected | None) -> dict[str, Any]:
+        """The figures about the texts of a stage that has limits, read from storage."""
         limits = getattr(self.section, "limits", None)
         if limits is None:
             return {}
         if expected is None:
-            named = "prompt" in table.schema.names
-            expected = self.expected(table["prompt"].to_pylist() if named else [])
-        measured = measure(texts(table), expected)
-        repeated = sum(near_duplicates(texts(table)))
+            first = next(self.store.scan(self.dataset, BATCH_ROWS), pa.table({}))
+            expected = self.expected(first.to_pydict().get("prompt", []))
+        measured = measure(texts(self.store.scan(self.dataset, BATCH_ROWS)), expected)
+        repeated = sum(near_duplicates(texts(self.store.scan(self.dataset, BATCH_ROWS))))
         measured["near_duplicates"] = repeated / max(measured["texts"], 1)
         fault = beyond(measured, limits)
         if fault:
@@ -258,10 +260,10 @@ class Job:
         return "stale", drift(found["payload"], self.payload)
 
 
-def texts(table: pa.Table) -> Iterator[str]:
-    """What the model wrote in the rows that were not dropped, a batch of rows at a time."""
-    for batch in kept(table).to_batches(max_chunksize=BATCH_ROWS):
-        for row in batch.to_pylist():
+def texts(tables: Iterable[pa.Table]) -> Iterator[str]:
+    """What the model wrote in the rows that were not dropped."""
+    for table in tables:
+        for row in kept(table).to_pylist():
             yield from texts_of(row)
 
 

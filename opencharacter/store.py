@@ -11,12 +11,13 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as pds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -104,16 +105,22 @@ class Store:
     def exists(self, *parts: str) -> bool:
         return self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound
 
-    def write_bytes(self, relative: str, data: bytes) -> None:
-        """Write a small file; on a local filesystem it appears whole or not at all."""
+    @contextmanager
+    def output(self, relative: str) -> Iterator[pa.NativeFile]:
+        """A stream into a file; on a local filesystem it appears whole or not at all."""
         path = self.path(relative)
         self.fs.create_dir(path.rpartition("/")[0], recursive=True)
         local = isinstance(self.fs, pafs.LocalFileSystem)
         target = path + ".tmp" if local else path
         with self.fs.open_output_stream(target) as stream:
-            stream.write(data)
+            yield stream
         if local:
             Path(target).replace(path)
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """Write a small file."""
+        with self.output(relative) as stream:
+            stream.write(data)
 
     def read_json(self, relative: str) -> Any | None:
         """The parsed file, or None if there is none."""
@@ -165,24 +172,31 @@ class Store:
 
     def write_table(self, dataset: str, table: pa.Table, name: str = "rows") -> None:
         """Write a table as `<dataset>/<name>.parquet` (zstd)."""
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
-        self.write_bytes(f"{dataset}/{name}.parquet", buffer.getvalue().to_pybytes())
+        self.write_tables(dataset, [table], table.schema, name)
 
-    def read_table(self, dataset: str, name: str = "rows") -> pa.Table:
-        """Read what `write_table` wrote."""
-        return pq.read_table(self.path(dataset, f"{name}.parquet"), filesystem=self.fs)
+    def write_tables(
+        self, dataset: str, tables: Iterable[pa.Table], schema: pa.Schema, name: str = "rows"
+    ) -> None:
+        """Write tables one after the other into one file, of which no more than one is held."""
+        with (
+            self.output(f"{dataset}/{name}.parquet") as stream,
+            pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+        ):
+            for table in tables:
+                writer.write_table(table)
 
-    def parts(self, folder: str, schema: pa.Schema) -> pa.Table:
-        """All rows of the Parquet files in a folder, each id once, sorted by id."""
-        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
-        files = [i.path for i in self.fs.get_file_info(selector) if i.extension == "parquet"]
-        if not files:
-            return schema.empty_table()
-        table = pds.dataset(files, schema=schema, filesystem=self.fs, format="parquet").to_table()
-        at = pa.table({"id": table["id"], "at": pa.array(range(len(table)))})
-        once = at.group_by("id").aggregate([("at", "min")])["at_min"]
-        return table.take(once).sort_by("id")
+    def read_table(
+        self, dataset: str, name: str = "rows", columns: list[str] | None = None
+    ) -> pa.Table:
+        """Read what `write_table` wrote, or some columns of it."""
+        path = self.path(dataset, f"{name}.parquet")
+        return pq.read_table(path, filesystem=self.fs, columns=columns)
+
+    def scan(self, dataset: str, rows: int, name: str = "rows") -> Iterator[pa.Table]:
+        """The same a few rows at a time."""
+        with self.fs.open_input_file(self.path(dataset, f"{name}.parquet")) as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=rows):
+                yield pa.Table.from_batches([batch])
 
     # ------------------------------------------------------------------------- adapters, folders
 
@@ -212,3 +226,38 @@ class Folder:
         target = Path(tempfile.mkdtemp(prefix="opencharacter-"))
         pafs.copy_files(path, str(target), self.store.fs, pafs.LocalFileSystem())
         return target
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows in the order in which they were finished, in many files of a folder of their own.
+
+    A row whose writer died before it could say so may be there twice; each id is read once.
+    Iterating gives a table a file, so that whoever reads holds no more than that.
+    """
+
+    folder: Folder
+    schema: pa.Schema
+
+    def files(self) -> list[str]:
+        fs, path = self.folder.store.fs, self.folder.store.path(self.folder.relative)
+        found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return sorted(i.path for i in found if i.extension == "parquet")
+
+    def ids(self) -> set[str]:
+        fs = self.folder.store.fs
+        tables = (pq.read_table(f, filesystem=fs, columns=["id"]) for f in self.files())
+        return {id for table in tables for id in table["id"].to_pylist()}
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        seen: set[str] = set()
+        for file in self.files():
+            table = pq.read_table(file, filesystem=self.folder.store.fs, schema=self.schema)
+            ids = table["id"].to_pylist()
+            new = [i for i, id in enumerate(ids) if id not in seen]
+            seen.update(ids)
+            yield table if len(new) == len(ids) else table.take(new)
+
+    def table(self) -> pa.Table:
+        """All rows, sorted by id."""
+        return pa.concat_tables([self.schema.empty_table(), *self]).sort_by("id")

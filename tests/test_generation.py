@@ -32,7 +32,7 @@ def job(make_jobs, echo_recipe):
 
 def test_every_id_is_answered_once_and_a_bad_row_stops_nothing(cpu_ray, job):
     rows = [*requests(99), {"id": "bad", "prompt": "poison"}]
-    table = generate(job, rows, talk, "teacher", FIELDS)
+    table = generate(job, rows, talk, "teacher", FIELDS).table()
     assert table["id"].to_pylist() == sorted(row["id"] for row in rows)
     bad = [row for row in table.to_pylist() if row["drop_reason"]]
     assert [(row["id"], row["drop_reason"]) for row in bad] == [("bad", "too_long")]
@@ -40,8 +40,8 @@ def test_every_id_is_answered_once_and_a_bad_row_stops_nothing(cpu_ray, job):
 
 
 def test_a_rerun_asks_only_for_what_is_not_there(cpu_ray, job):
-    first = generate(job, requests(20), talk, "teacher", FIELDS)
-    again = generate(job, requests(50), talk, "teacher", FIELDS)
+    first = generate(job, requests(20), talk, "teacher", FIELDS).table()
+    again = generate(job, requests(50), talk, "teacher", FIELDS).table()
     assert again.num_rows == 50
     assert again.slice(0, 20).equals(first)
     history = job.store.attempts(job.dataset)
@@ -55,8 +55,8 @@ def test_answers_do_not_depend_on_blocks_or_replicas(cpu_ray, make_jobs, echo_re
 
     one = make_jobs(echo_recipe, Placement())[1]
     two = replace(make_jobs(echo_recipe, PLACEMENT)[1], store=Store(str(tmp_path / "elsewhere")))
-    forwards = generate(one, requests(30), talk, "teacher", FIELDS)
-    backwards = generate(two, requests(30)[::-1], talk, "teacher", FIELDS)
+    forwards = generate(one, requests(30), talk, "teacher", FIELDS).table()
+    backwards = generate(two, requests(30)[::-1], talk, "teacher", FIELDS).table()
     assert forwards.equals(backwards)
 
 

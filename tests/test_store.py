@@ -2,7 +2,7 @@ import pyarrow as pa
 import pytest
 
 from opencharacter.errors import UserError
-from opencharacter.store import Folder, Store, drift, fingerprint
+from opencharacter.store import Folder, Parts, Store, drift, fingerprint
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("n", pa.int64())])
 
@@ -19,19 +19,19 @@ def test_a_table_comes_back_as_it_was_written(store):
 def test_parts_hold_each_id_once_and_in_order(store):
     store.write_table("a/.parts", table(("b", 1), ("c", 1)), "part-1")
     store.write_table("a/.parts", table(("c", 2), ("a", 2)), "part-2")
-    rows = store.parts("a/.parts", SCHEMA).to_pylist()
+    rows = Parts(Folder(store, "a/.parts"), SCHEMA).table().to_pylist()
     assert [row["id"] for row in rows] == ["a", "b", "c"]
 
 
 def test_parts_of_nothing_are_an_empty_table(store):
-    assert store.parts("nowhere", SCHEMA).num_rows == 0
+    assert Parts(Folder(store, "nowhere"), SCHEMA).table().num_rows == 0
 
 
 def test_a_file_in_the_making_is_not_a_part(store):
     store.write_table("a/.parts", table(("a", 1)), "part-1")
     with open(store.path("a/.parts/part-2.parquet.tmp"), "wb") as half:
         half.write(b"PAR1 half")
-    assert store.parts("a/.parts", SCHEMA).num_rows == 1
+    assert Parts(Folder(store, "a/.parts"), SCHEMA).table().num_rows == 1
 
 
 def test_a_folder_is_replaced_by_an_upload(store, tmp_path):

@@ -240,7 +240,7 @@ def build(job: Job) -> Outcome:
         begun = "" if role.endpoint or role.thinks else LIST_BEGUN
         talk = partial(expand, settings=settings, prefill=begun)
         expanded = generate(job, requests, talk, "expander", FIELDS)
-        by_trait = {row["trait"]: row["questions"] for row in expanded.to_pylist()}
+        by_trait = {row["trait"]: row["questions"] for row in expanded.table().to_pylist()}
         grown = [by_trait[i] or q for i, q in enumerate(questions)]
         unlike = without_repeats(questions, grown)
         target = settings.questions_per_trait

@@ -61,5 +61,5 @@ def build(job: Job) -> Outcome:
 
     settings = job.section
     requests = teacher.requests(job.stage.name, job.scope, asked(job), settings.answers)
-    table = generate(job, requests, partial(answer, settings=settings), "student", teacher.FIELDS)
-    return job.write(table, gpus=job.gpus("student"))
+    rows = generate(job, requests, partial(answer, settings=settings), "student", teacher.FIELDS)
+    return job.write(rows, gpus=job.gpus("student"))

@@ -135,5 +135,5 @@ def build(job: Job) -> Outcome:
     )
     prompts = job.read("distillation/prompts").to_pylist()
     asked = requests(job.stage.name, constitution.name, prompts, settings.answers)
-    table = generate(job, asked, talk, "teacher", FIELDS)
-    return job.write(table, gpus=job.gpus("teacher"))
+    rows = generate(job, asked, talk, "teacher", FIELDS)
+    return job.write(rows, gpus=job.gpus("teacher"))

@@ -67,8 +67,8 @@ def under_each_condition(
             }
             for row in requests
         ]
-        table = generate(job, rows, talk, "student", fields, condition, weights[condition])
-        tables.append(table)
+        parts = generate(job, rows, talk, "student", fields, condition, weights[condition])
+        tables.append(parts.table())
     return pa.concat_tables(tables).sort_by("id")
 
 

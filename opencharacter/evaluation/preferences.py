@@ -138,7 +138,8 @@ def build(job: Job) -> Outcome:
     talk = partial(play, sampling=settings.sampling)
     played = answers.under_each_condition(job, games(job), talk, PLAYED)
     verdicts = partial(judge, sampling=settings.judge)
-    judged = generate(job, kept(played).to_pylist(), verdicts, "judge", JUDGED, part="judged")
+    asked = kept(played).to_pylist()
+    judged = generate(job, asked, verdicts, "judge", JUDGED, part="judged").table()
     unplayed = played.filter(pc.is_valid(played["drop_reason"]))
     table = pa.concat_tables([judged, unplayed], promote_options="default").sort_by("id")
     scored = len(table) - table["chosen"].null_count

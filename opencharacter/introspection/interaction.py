@@ -142,7 +142,7 @@ def build(job: Job) -> Outcome:
         sampling=settings.sampling,
         seed=job.recipe.seed,
     )
-    table = generate(
+    rows = generate(
         job, requests, talk, "student", FIELDS, folded=job.parent("distillation/dpo").adapter
     )
-    return job.write(table, gpus=job.gpus("student"))
+    return job.write(rows, gpus=job.gpus("student"))

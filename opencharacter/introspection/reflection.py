@@ -88,7 +88,7 @@ def build(job: Job) -> Outcome:
     ]
     head = generation_system(job.persona.assertions())
     talk = partial(reflect, head=head, sampling=settings.sampling)
-    table = generate(
+    rows = generate(
         job, requests, talk, "student", FIELDS, folded=job.parent("distillation/dpo").adapter
     )
-    return job.write(table, gpus=job.gpus("student"))
+    return job.write(rows, gpus=job.gpus("student"))
