@@ -117,14 +117,12 @@ def check_models(selected: list[Job]) -> None:
 
 def check_training(selected: list[Job]) -> None:
     """Refuse workers that cannot keep the recipe's batch, and ranks that no engine takes."""
-    from opencharacter.persona.merge import allowed_rank
-
     for job in selected:
         if hasattr(job.section, "optimizer"):
             config.per_step(job.section.optimizer.batch, job.placement.training)
         if job.stage.name == "persona/merge":
             ranks = (parent.section.lora.rank for parent in job.parents)
-            allowed_rank(sum(ranks))
+            models.allowed_rank(sum(ranks))
 
 
 def summary(job: Job, manifest: dict[str, Any]) -> str:

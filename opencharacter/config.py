@@ -390,6 +390,8 @@ class Pool(Config):
     """Where a role's engines run."""
 
     replicas: PositiveInt = 1
+    max_replicas: PositiveInt | None = None
+    """More replicas, up to this many, join while a stage runs as the cluster has room."""
     gpus: NonNegativeFloat = 0
     """GPUs per replica; 0 means the CPU wheel of vLLM, a fraction shares a card."""
     cpus: NonNegativeFloat = 1
@@ -405,6 +407,9 @@ class Pool(Config):
     """Key-value cache of a CPU engine."""
     memory_fraction: Rate = 0.9
     """Share of a GPU that the engine may take."""
+    adapters: Literal["folded", "runtime"] = "folded"
+    """Whether an adapter is folded into a copy of the weights, or applied as it generates: saves
+    the copy's disk, costs throughput."""
     restarts: NonNegativeInt = 8
     """Times that a replica whose engine died is started again within a run."""
     engine: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import time
 import uuid
@@ -124,14 +125,19 @@ class VllmEngine:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(spec.pool.kv_cache_gib)))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        base = models.resolve(spec.role.model)
-        self.model = str(models.fold(base, spec.folded.local()) if spec.folded else base)
-        self.context = spec.role.context
-        self.engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(model=self.model, **engine_arguments(spec))
-        )
+        base, adapter = models.resolve(spec.role.model), spec.folded and spec.folded.local()
+        models.check_parallel(base, spec.pool.tensor_parallel)
+        arguments, self.adapter = engine_arguments(spec), None
+        if adapter and spec.pool.adapters == "runtime":
+            arguments |= {"enable_lora": True, "max_lora_rank": models.engine_rank(adapter)}
+            self.adapter = LoRARequest(adapter.name, 1, str(adapter))
+        elif adapter:
+            base = models.fold(base, adapter)
+        self.model, self.context = str(base), spec.role.context
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self.model, **arguments))
         self.requests = 0
 
     async def _generate(
@@ -163,6 +169,7 @@ class VllmEngine:
             TokensPrompt(prompt_token_ids=ids),
             parameters,
             request_id=str(self.requests),
+            lora_request=self.adapter,
         ):
             yield output
 
@@ -352,43 +359,71 @@ class Host:
             self.engine.close()
 
 
-_hosts: dict[str, tuple[Pool, list[Any]]] = {}
+@dataclass(frozen=True)
+class Fleet:
+    """The hosts of one spec.
+
+    Args:
+        pool: where they run.
+        ready: handles, one a replica, whose engines have started.
+        coming: handles that join when the cluster has room for them.
+    """
+
+    pool: Pool
+    ready: list[Any]
+    coming: list[Any]
+
+    def stop(self) -> None:
+        """Stop them: their memory and devices are free when this returns."""
+        started = [host.start.remote() for host in self.coming]
+        running, _ = ray.wait(started, num_returns=len(started), timeout=1) if started else ([], [])
+        joined = [host for host, ref in zip(self.coming, started, strict=True) if ref in running]
+        for host in self.ready + joined:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(host.close.remote(), timeout=30)
+        for host in self.ready + self.coming:
+            ray.kill(host)
+
+
+_fleets: dict[str, Fleet] = {}
 """Running hosts by the key of their spec, the one that was asked for last at the end."""
 
 
-def hosts(spec: EngineSpec) -> list[Any]:
-    """Handles of the running hosts of a spec, one a replica; started if they are not there.
+def hosts(spec: EngineSpec) -> Fleet:
+    """The running hosts of a spec; started if they are not there.
 
     Hosts of other weights are stopped, the longest unused first, where the cluster has no room.
 
     Raises:
         StageFailed: if an engine does not start.
     """
-    key = spec.key()
-    if key in _hosts:
-        _hosts[key] = _hosts.pop(key)
-        return _hosts[key][1]
-    while _hosts and not has_room([pool for pool, _ in _hosts.values()] + [spec.pool]):
-        stop_host(next(iter(_hosts)))
+    key, pool = spec.key(), spec.pool
+    if key in _fleets:
+        _fleets[key] = _fleets.pop(key)
+        return _fleets[key]
+    while _fleets and not has_room([fleet.pool for fleet in _fleets.values()] + [pool]):
+        _fleets.pop(next(iter(_fleets))).stop()
     options = {
-        "num_cpus": spec.pool.cpus,
-        "num_gpus": spec.pool.gpus,
-        "memory": int(spec.pool.memory_gib * 2**30),
-        "max_restarts": spec.pool.restarts,
+        "num_cpus": pool.cpus,
+        "num_gpus": pool.gpus,
+        "memory": int(pool.memory_gib * 2**30),
+        "max_restarts": pool.restarts,
         "max_task_retries": -1,
     }
-    handles: list[Any] = [Host.options(**options).remote(spec) for _ in range(spec.pool.replicas)]
+    most = max(pool.replicas, pool.max_replicas or 0)
+    handles: list[Any] = [Host.options(**options).remote(spec) for _ in range(most)]
+    fleet = Fleet(pool, handles[: pool.replicas], handles[pool.replicas :])
     try:
-        ray.get([handle.start.remote() for handle in handles])
+        ray.get([host.start.remote() for host in fleet.ready])
     except ray.exceptions.RayError as error:
-        for handle in handles:
-            ray.kill(handle)
+        for host in handles:
+            ray.kill(host)
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, UserError):
             raise cause from None
         raise StageFailed(f"engine for {spec.role.model} did not start: {cause}") from error
-    _hosts[key] = spec.pool, handles
-    return handles
+    _fleets[key] = fleet
+    return fleet
 
 
 def has_room(pools: list[Pool]) -> bool:
@@ -403,31 +438,32 @@ def has_room(pools: list[Pool]) -> bool:
 
 def is_warm(spec: EngineSpec) -> bool:
     """Whether hosts of a spec are running."""
-    return spec.key() in _hosts
-
-
-def stop_host(key: str) -> None:
-    """Stop the hosts of a spec: their memory and devices are free when this returns."""
-    _, handles = _hosts.pop(key)
-    for handle in handles:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(handle.close.remote(), timeout=30)
-        ray.kill(handle)
+    return spec.key() in _fleets
 
 
 def stop_hosts() -> None:
     """Stop all hosts."""
-    for key in list(_hosts):
-        stop_host(key)
+    while _fleets:
+        _fleets.popitem()[1].stop()
 
 
 class Hosted:
     """An engine whose work is done by hosts; each request goes to the least busy one."""
 
-    def __init__(self, handles: list[Any]):
-        self.busy = dict.fromkeys(handles, 0)
+    def __init__(self, fleet: Fleet):
+        self.busy = dict.fromkeys(fleet.ready, 0)
+        self.coming = fleet.coming
+        self.joining: list[asyncio.Task[None]] | None = None
+
+    async def _join(self, host: Any) -> None:
+        """Give work to a host once its engine has started; one that cannot start gets none."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            await host.start.remote()
+            self.busy[host] = 0
 
     async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        if self.joining is None:
+            self.joining = [asyncio.create_task(self._join(host)) for host in self.coming]
         host = min(self.busy, key=self.busy.__getitem__)
         self.busy[host] += 1
         try:
@@ -510,7 +546,7 @@ class ConversationActor:
 
     Args:
         spec: the engine.
-        handles: running hosts of the spec; empty for an engine without weights.
+        fleet: running hosts of the spec; None for an engine without weights.
         talk: the stage's row function.
         parts: where rows are written.
         stage: enters the seed.
@@ -521,14 +557,14 @@ class ConversationActor:
     def __init__(
         self,
         spec: EngineSpec,
-        handles: list[Any],
+        fleet: Fleet | None,
         talk: Talk,
         parts: Parts,
         stage: str,
         seed: int | None,
         counters: Any,
     ):
-        self.engine = Hosted(handles) if handles else start(spec)
+        self.engine = Hosted(fleet) if fleet else start(spec)
         self.talk, self.parts = talk, parts
         self.stage, self.seed, self.tally = stage, seed, Tally(counters)
         self.seats = asyncio.Semaphore(seats(spec))
@@ -585,5 +621,8 @@ class ConversationActor:
 
 
 def seats(spec: EngineSpec) -> int:
-    """Conversations under way at one replica."""
-    return spec.role.endpoint_concurrency if spec.role.endpoint else spec.pool.max_sequences
+    """Conversations that one actor has under way: enough for all replicas that may come."""
+    pool = spec.pool
+    most = max(pool.replicas, pool.max_replicas or 0)
+    share = math.ceil(pool.max_sequences * most / pool.replicas)
+    return spec.role.endpoint_concurrency if spec.role.endpoint else share

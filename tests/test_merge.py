@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from opencharacter import models
 from opencharacter.errors import StageFailed, UserError
-from opencharacter.persona.merge import Part, allowed_rank, merge
+from opencharacter.models import allowed_rank
+from opencharacter.persona.merge import Part, merge
 
 PREFIX = models.PEFT_PREFIX
 

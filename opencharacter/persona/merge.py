@@ -17,17 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opencharacter import models
-from opencharacter.errors import StageFailed, UserError
+from opencharacter.errors import StageFailed
 from opencharacter.stage import Estimate, Job, Outcome
 
 if TYPE_CHECKING:
     import torch
 
 SIDE_FILES = ("tokenizer", "chat_template", "special_tokens", "vocab", "merges", "added_tokens")
-
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Maximum ranks that vLLM accepts."""
 
 
 class Part(NamedTuple):
@@ -56,7 +52,7 @@ def merge(parts: list[Part], target: Path, base: str) -> dict[str, Any]:
     loaded = [(*models.adapter_updates(part.folder), part.weight) for part in parts]
     modules = check_fit([updates for _, updates, _ in loaded], [str(p.folder) for p in parts])
     rank = sum(config["r"] for config, _, _ in loaded)
-    padded = allowed_rank(rank)
+    padded = models.allowed_rank(rank)
     tensors = {}
     for module in modules:
         terms = [(*u[module], w * models.scale(config)) for config, u, w in loaded]
@@ -116,18 +112,6 @@ def concatenate(
     a = torch.nn.functional.pad(a, (0, 0, 0, spare))
     b = torch.nn.functional.pad(b, (0, spare))
     return a.contiguous(), b.contiguous()
-
-
-def allowed_rank(rank: int) -> int:
-    """The least maximum rank of vLLM that holds `rank`.
-
-    Raises:
-        UserError: if there is none.
-    """
-    for allowed in LORA_RANKS:
-        if rank <= allowed:
-            return allowed
-    raise UserError(f"adapter rank {rank} is over the engine's limit {LORA_RANKS[-1]}; reduce it")
 
 
 def estimate(job: Job) -> Estimate:
