@@ -74,7 +74,7 @@ class Role(Config):
     """A model by what it does here: teacher, student, judge or expander."""
 
     model: str
-    """`embedded:smollm2-135m`, a directory, a Hugging Face id, or `echo:` (tests)."""
+    """`embedded:smollm2-135m`, a directory, a Hugging Face id, or `echo:SECONDS` (tests)."""
     name: Name
     """Names the student's folder and the served model."""
     called: str

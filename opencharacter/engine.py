@@ -66,7 +66,7 @@ class EngineSpec:
     @property
     def has_weights(self) -> bool:
         """Whether it is worth keeping: an endpoint and an echo start at once."""
-        return not self.role.endpoint and self.role.model != ECHO
+        return not self.role.endpoint and not self.role.model.startswith(ECHO)
 
     def key(self) -> str:
         """The same for specs that one engine can serve."""
@@ -111,8 +111,8 @@ def start(spec: EngineSpec) -> Engine:
     """Build the engine of a spec; for vLLM inside a running event loop."""
     if spec.role.endpoint:
         return EndpointEngine(spec)
-    if spec.role.model == ECHO:
-        return EchoEngine()
+    if spec.role.model.startswith(ECHO):
+        return EchoEngine(float(spec.role.model.removeprefix(ECHO) or 0))
     return VllmEngine(spec)
 
 
@@ -304,9 +304,18 @@ class EndpointEngine:
 
 
 class EchoEngine:
-    """Answers at once with what it was asked, for tests of everything but the text."""
+    """Answers with what it was asked, for tests of everything but the text.
+
+    Args:
+        seconds: that a reply takes, however many are under way.
+    """
+
+    def __init__(self, seconds: float = 0):
+        self.seconds = seconds
 
     async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        if self.seconds:
+            await asyncio.sleep(self.seconds)
         character = " in character" if messages[0]["role"] == "system" else ""
         words = f"Echo {seed}{character}: {messages[-1]['content']}".split()
         text = " ".join(words[: sampling.max_tokens]).rstrip(".?!") + "."
@@ -566,13 +575,15 @@ class ConversationActor:
     ):
         self.engine = Hosted(fleet) if fleet else start(spec)
         self.talk, self.parts = talk, parts
+        self.have = parts.ids()  # not empty where this actor replaces one that was lost
         self.stage, self.seed, self.tally = stage, seed, Tally(counters)
         self.seats = asyncio.Semaphore(seats(spec))
         self.finished: list[Row] = []
         self.flushed = time.monotonic()
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
-        await asyncio.gather(*(self._row(row) for row in block.to_pylist()))
+        rows = [row for row in block.to_pylist() if row["id"] not in self.have]
+        await asyncio.gather(*map(self._row, rows))
         await self._flush()  # a block that leaves is a block that is stored
         self.tally.send()
         yield block.select(["id"])

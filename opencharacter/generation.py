@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -27,7 +26,7 @@ from opencharacter.engine import (
     seats,
 )
 from opencharacter.errors import StageFailed
-from opencharacter.progress import Counters, Line, Meter, console
+from opencharacter.progress import Line, Meter, console, new_counters
 from opencharacter.stage import Attempts, Job
 from opencharacter.store import PARTS, Folder, Parts
 
@@ -98,7 +97,7 @@ def _stream(
     total: int,
     title: str,
 ) -> None:
-    counters: Any = Counters.remote()
+    counters = new_counters()
     rows = block_rows(len(todo), seats(spec) * spec.pool.replicas)
     in_flight = max(2, math.ceil(2 * seats(spec) / rows))  # twice, so that no seat waits
     table = pa.Table.from_pylist(todo)

@@ -63,7 +63,7 @@ def check(role: Role) -> str | None:
     if role.endpoint:
         has_key = os.environ.get(role.api_key_env)
         return None if has_key else f"environment variable {role.api_key_env} for {role.endpoint}"
-    if role.model == ECHO:
+    if role.model.startswith(ECHO):
         return None
     if role.model.startswith(EMBEDDED):
         try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from opencharacter.config import Limits
@@ -52,6 +53,12 @@ class Counters:
     def recent(self) -> list[str]:
         """A sample of what was written last."""
         return list(self.texts)
+
+
+def new_counters() -> Any:
+    """Counters on the driver's own node: they go when it goes, not with another."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return Counters.options(scheduling_strategy=here).remote()
 
 
 class Tally:

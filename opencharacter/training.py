@@ -24,7 +24,7 @@ from opencharacter import models
 from opencharacter.config import Lora, Optimizer, Role, Training, per_step
 from opencharacter.engine import stop_hosts
 from opencharacter.errors import StageFailed
-from opencharacter.progress import Counters, Line, StepMeter, console
+from opencharacter.progress import Line, StepMeter, console, new_counters
 from opencharacter.stage import Attempts, Job, Outcome
 from opencharacter.store import PARTS, Folder, Store
 
@@ -90,7 +90,7 @@ def train(
         folded: adapter to fold into the student's weights first.
     """
     placement = job.placement.training
-    counters: Any = Counters.remote()
+    counters = new_counters()
     task = Task(
         store=job.store,
         dataset=job.dataset,

@@ -103,7 +103,7 @@ def join(teacher: list[Row], student: list[Row]) -> list[tuple[Row, Row]]:
 
 def token_counter(role: Role) -> Length:
     """Counts a conversation's tokens with a role's own chat template (echo: its words)."""
-    if role.model == ECHO:
+    if role.model.startswith(ECHO):
         return lambda messages: sum(len(m["content"].split()) for m in messages)
     tokenizer = _tokenizer(role.model)
     return lambda messages: len(

@@ -1,0 +1,21 @@
+"""Run one job without its parents: python one_stage.py RECIPE CONSTITUTION STAGE PLACEMENT."""
+
+import sys
+
+from opencharacter import cluster, config, constitution, pipeline
+from opencharacter.store import Store
+
+
+def main(recipe: str, persona: str, stage: str, placement: str) -> None:
+    made = config.load_recipe(recipe)
+    where = config.load_placement(placement)
+    store = Store.at(f"runs/{made.name}")
+    jobs = pipeline.jobs(made, [constitution.load(persona)], where, store)
+    job = next(j for j in jobs if j.stage.name == stage)
+    cluster.connect(where)
+    began = pipeline.time.monotonic()
+    pipeline.finish(job, job.stage.module.build(job), pipeline.time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

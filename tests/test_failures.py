@@ -1,0 +1,128 @@
+"""What a running stage survives: the loss of an actor, of an engine's process, of a whole node."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from samples import ECHO_ROLE, TINY, embedded_recipe
+
+from opencharacter.store import Store
+
+pytestmark = pytest.mark.slow
+
+STAGE = "introspection/interaction"
+ROWS, SEATS = 160, 8
+SLOW = {**ECHO_ROLE, "model": "echo:0.2"}
+
+
+@pytest.fixture
+def cluster() -> Iterator:
+    """A head node without work of its own, and two workers, all in this machine."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        made.add_node(num_cpus=1, object_store_memory=100_000_000)
+    yield made
+    made.shutdown()
+
+
+def echo_project(folder: Path) -> Path:
+    """A stage of a minute or so on the echo engine, over two replicas."""
+    recipe = {**TINY, "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), SLOW)}
+    sizes = {"free": ROWS // 2, "leading": ROWS // 2, "turns": 10, "limits": {"after": 10**6}}
+    recipe["introspection"] = {"interaction": sizes}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    pool = {"replicas": 2, "cpus": 0.1, "max_sequences": SEATS}
+    placement = {"pools": {"student": pool}, "training": {"cpus": 1}}
+    (folder / "two.yaml").write_text(yaml.safe_dump(placement))
+    return folder
+
+
+def start(folder: Path, stage: str, placement: str, **environment: str) -> subprocess.Popen[str]:
+    """Run one stage as if what it is made from were there."""
+    script = Path(__file__).with_name("one_stage.py")
+    return subprocess.Popen(
+        [sys.executable, str(script), "tiny.yaml", "poeticism", stage, placement],
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(ripe: Callable[[], object], process: subprocess.Popen[str], limit: float) -> None:
+    began = time.monotonic()
+    while not ripe():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() - began < limit, "it never came so far"
+        time.sleep(0.2)
+
+
+def check_whole(folder: Path, dataset: str, count: int, process: subprocess.Popen[str]) -> dict:
+    """Wait for the end; every id is there exactly once. Returns the manifest."""
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    store = Store(str(folder / "runs/tiny"))
+    ids = store.read_table(dataset, columns=["id"])["id"].to_pylist()
+    assert len(ids) == len(set(ids)) == count
+    return json.loads((folder / "runs/tiny" / dataset / "manifest.json").read_text())
+
+
+def parts(folder: Path, dataset: str) -> list[Path]:
+    return list((folder / "runs/tiny" / dataset / ".parts").glob("*.parquet"))
+
+
+def processes(title: str, above: int | None = None) -> list[psutil.Process]:
+    """Processes whose command line holds a title, below one of them if given."""
+    among = psutil.Process(above).children(recursive=True) if above else psutil.process_iter()
+    found = []
+    for process in among:
+        try:
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_lost_node_costs_no_row(cluster, tmp_path):
+    folder, dataset = echo_project(tmp_path), f"echo/poeticism/{STAGE}"
+    process = start(folder, STAGE, "two.yaml", RAY_ADDRESS=cluster.address)
+    wait_for(lambda: len(parts(folder, dataset)) >= 2, process, 120)
+    assert len(processes("ray::MapWorker")) == 2
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    manifest = check_whole(folder, dataset, ROWS, process)
+    assert len(manifest["attempts"]) == 1
+
+
+def test_a_lost_actor_costs_no_row_and_repeats_only_what_was_under_way(cluster, tmp_path):
+    folder, dataset = echo_project(tmp_path), f"echo/poeticism/{STAGE}"
+    process = start(folder, STAGE, "two.yaml", RAY_ADDRESS=cluster.address)
+    wait_for(lambda: len(parts(folder, dataset)) >= 2, process, 120)
+    processes("ray::MapWorker")[0].send_signal(signal.SIGKILL)
+    manifest = check_whole(folder, dataset, ROWS, process)
+    assert manifest["attempts"][0]["reached"] - ROWS <= 3 * SEATS  # under way, or not yet flushed
+
+
+def test_a_lost_engine_process_costs_no_row(tmp_path):
+    recipe = embedded_recipe()
+    recipe["distillation"]["prompts"] = {"questions_per_trait": 3, "general": 30}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    placement = {"pools": {role: {"max_sequences": 4} for role in ("teacher", "student")}}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(placement))
+    dataset = "smollm2-135m/distillation/student"
+    process = start(tmp_path, "distillation/student", "few.yaml")
+    wait_for(lambda: parts(tmp_path, dataset), process, 200)
+    processes("EngineCore", process.pid)[0].send_signal(signal.SIGKILL)
+    check_whole(tmp_path, dataset, 30, process)
