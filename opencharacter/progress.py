@@ -45,7 +45,7 @@ class Counters:
         self.texts.extend(texts)
 
     def set(self, **numbers: float) -> None:
-        self.sums |= numbers
+        self.sums = Counter({**self.sums, **numbers})
 
     def read(self) -> dict[str, float]:
         return dict(self.sums)
