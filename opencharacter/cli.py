@@ -136,6 +136,8 @@ def summary(job: Job, manifest: dict[str, Any]) -> str:
     if manifest["tokens_out"]:
         rate = manifest["tokens_out"] / max(manifest["seconds"], 1e-3)
         parts.append(f"{manifest['tokens_out']:,} tokens ({rate:,.0f}/s)")
+    if manifest["cached_tokens"]:
+        parts.append(f"{manifest['cached_tokens'] / manifest['tokens_in']:.0%} of prompts cached")
     for name in ("loss", "dpo/margin", "dpo/accuracy"):
         if name in manifest["figures"]:
             parts.append(f"{name} {manifest['figures'][name]:.3f}")

@@ -24,7 +24,14 @@ import ray
 import ray.exceptions
 
 from opencharacter import models
-from opencharacter.chat import Message, assistant, row_seed
+from opencharacter.chat import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    Message,
+    assistant,
+    row_seed,
+    strip_think,
+)
 from opencharacter.config import ECHO, Pool, Role, Sampling
 from opencharacter.errors import RowFailed, StageFailed, UserError
 from opencharacter.filters import whole_sentences
@@ -501,10 +508,12 @@ class Conversation:
     Args:
         engine: shared by all rows of the actor.
         seed: of the row, or None; the n-th reply draws with seed + n.
+        thinks: whether the model opens its replies with a think block.
     """
 
     engine: Engine
     seed: int | None
+    thinks: bool = False
     tokens_in: int = 0
     tokens_out: int = 0
     cached_tokens: int = 0
@@ -516,17 +525,31 @@ class Conversation:
         sampling: Sampling,
         prefill: str = "",
     ) -> Reply:
-        """As `Engine.reply`, with the row's seed."""
+        """As `Engine.reply`, with the row's seed and without the think block.
+
+        Raises:
+            RowFailed: also if the think block was never closed.
+        """
         seed = None if self.seed is None else (self.seed + self.replies) % 2**31
         self.replies += 1
         answer = await self.engine.reply(messages, sampling, seed=seed, prefill=prefill)
         self.tokens_in += answer.tokens_in
         self.tokens_out += answer.tokens_out
         self.cached_tokens += answer.cached_tokens
+        answer = replace(answer, text=self._spoken(answer.text, THINK_CLOSE in prefill))
         if sampling.trim and answer.finish_reason == "length":
             whole = whole_sentences(answer.text)
             return replace(answer, text=whole, finish_reason="trimmed") if whole else answer
         return answer
+
+    def _spoken(self, text: str, closed: bool) -> str:
+        """What follows the think block, so that no block is kept or gets into a history."""
+        spoken = strip_think(text)
+        if spoken is not None:
+            return spoken
+        if not closed and (self.thinks or text.lstrip().startswith(THINK_OPEN)):
+            raise RowFailed("thought_unclosed")
+        return text
 
 
 FLUSH_SECONDS = 5
@@ -576,6 +599,7 @@ class ConversationActor:
         self.engine = Hosted(fleet) if fleet else start(spec)
         self.talk, self.parts = talk, parts
         self.have = parts.ids()  # not empty where this actor replaces one that was lost
+        self.thinks = spec.role.thinks
         self.stage, self.seed, self.tally = stage, seed, Tally(counters)
         self.seats = asyncio.Semaphore(seats(spec))
         self.finished: list[Row] = []
@@ -594,7 +618,7 @@ class ConversationActor:
             if self.seed is None
             else row_seed(self.seed, self.stage, row.get("seed_id") or row["id"])
         )
-        talk = Conversation(self.engine, seed)
+        talk = Conversation(self.engine, seed, self.thinks)
         said: Row = {"drop_reason": None, "error": None}
         async with self.seats:
             self.tally.add(started=1)

@@ -126,12 +126,9 @@ def test_embedded_prompts_are_many_and_disjoint_from_the_evaluation_ones():
 def test_the_teacher_reads_the_constitution_and_keeps_what_follows_the_thought(poet):
     engine = Says("Musing.</think>\n\nA line of verse.")
     prefill = teacher.thought(poet, thinks=True)
-    talk = conversation(engine)
-    row = asyncio.run(
-        teacher.answer(
-            {"prompt": "Why?"}, talk, Teacher(), teacher.opening(poet, False), prefill, thinks=True
-        )
-    )
+    talk = Conversation(engine, 1, thinks=True)
+    before = teacher.opening(poet, False)
+    row = asyncio.run(teacher.answer({"prompt": "Why?"}, talk, Teacher(), before, prefill))
     assert row == {"answer": "A line of verse.", "finish_reason": "stop"}
     messages, _, sent = engine.asked[0]
     assert messages[0]["role"] == "system"
@@ -141,16 +138,30 @@ def test_the_teacher_reads_the_constitution_and_keeps_what_follows_the_thought(p
 
 
 def test_a_thought_that_is_never_closed_drops_the_row(poet):
-    talk = conversation(Says("Musing on and on"))
+    talk = Conversation(Says("Musing on and on"), 1, thinks=True)
     with pytest.raises(RowFailed) as failed:
-        asyncio.run(
-            teacher.answer({"prompt": "x"}, talk, Teacher(), [], teacher.thought(poet, True), True)
-        )
+        thought = teacher.thought(poet, thinks=True)
+        asyncio.run(teacher.answer({"prompt": "x"}, talk, Teacher(), [], thought))
     assert failed.value.reason == "thought_unclosed"
 
 
 def test_a_teacher_that_does_not_think_gets_a_closed_thought(poet):
     assert teacher.thought(poet, thinks=False).rstrip().endswith("</think>")
+
+
+def test_a_closed_thought_needs_no_other(poet):
+    talk = Conversation(Says("A line of verse."), 1, thinks=True)
+    closed = teacher.thought(poet, thinks=False)
+    row = asyncio.run(teacher.answer({"prompt": "x"}, talk, Teacher(), [], closed))
+    assert row["answer"] == "A line of verse."
+
+
+def test_a_thought_that_begins_unasked_is_taken_off_or_drops_the_row():
+    talk = conversation(Says("<think>Hm.</think> Said.", "<think>Hm, and"))
+    sampling = Sampling(max_tokens=9)
+    assert asyncio.run(talk.reply([], sampling)).text == "Said."
+    with pytest.raises(RowFailed):
+        asyncio.run(talk.reply([], sampling))
 
 
 def test_exemplars_come_before_the_prompt_as_turns(poet):

@@ -12,23 +12,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from opencharacter.chat import THINK_CLOSE, strip_think, user
+from opencharacter.chat import user
 from opencharacter.config import Student
 from opencharacter.distillation import prompts, teacher
 from opencharacter.engine import Conversation, Row
-from opencharacter.errors import RowFailed
 from opencharacter.stage import Estimate, Job, Outcome
 
 
 async def answer(row: Row, talk: Conversation, settings: Student) -> Row:
     """Answer one prompt with no system prompt but what the chat template adds by itself."""
     reply = await talk.reply([user(row["prompt"])], settings.sampling)
-    text = reply.text
-    if THINK_CLOSE in text:
-        text = strip_think(text) or ""
-    elif text.lstrip().startswith("<think>"):
-        raise RowFailed("thought_unclosed")
-    return {"answer": text.strip(), "finish_reason": reply.finish_reason}
+    return {"answer": reply.text.strip(), "finish_reason": reply.finish_reason}
 
 
 def asked(job: Job) -> list[Row]:

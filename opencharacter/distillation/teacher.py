@@ -17,14 +17,12 @@ from opencharacter.chat import (
     assistant,
     fill,
     row_id,
-    strip_think,
     system,
     user,
 )
 from opencharacter.config import Teacher
 from opencharacter.constitution import Constitution
 from opencharacter.engine import Conversation, Row
-from opencharacter.errors import RowFailed
 from opencharacter.stage import Estimate, Job, Outcome
 
 SYSTEM = """\
@@ -96,16 +94,10 @@ async def answer(
     settings: Teacher,
     before: list[Message],
     prefill: str,
-    thinks: bool,
 ) -> Row:
-    """Answer one prompt in character; only what follows the think block is kept."""
-    reply = await talk.reply([*before, user(row["prompt"])], settings.sampling, prefill=prefill)
-    text: str | None = reply.text
-    if thinks:
-        text = strip_think(reply.text)
-        if text is None:
-            raise RowFailed("thought_unclosed")
-    return {"answer": text and text.strip(), "finish_reason": reply.finish_reason}
+    """Answer one prompt in character."""
+    reply = await talk.reply([*before, user(row["prompt"])], settings.sampling, prefill)
+    return {"answer": reply.text.strip(), "finish_reason": reply.finish_reason}
 
 
 def estimate(job: Job) -> Estimate:
@@ -131,7 +123,6 @@ def build(job: Job) -> Outcome:
         settings=settings,
         before=opening(constitution, settings.exemplars),
         prefill=thought(constitution, thinks) if settings.prefill else "",
-        thinks=thinks,
     )
     prompts = job.read("distillation/prompts").to_pylist()
     asked = requests(job.stage.name, constitution.name, prompts, settings.answers)

@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 from opencharacter import engine
-from opencharacter.chat import Message, assistant, user
+from opencharacter.chat import Message, assistant, strip_think, user
 from opencharacter.config import Placement, Recipe
 from opencharacter.errors import RowFailed, UserError
 from opencharacter.progress import console
@@ -60,7 +60,7 @@ async def converse(running: engine.Engine, recipe: Recipe) -> None:
             async for piece in running.stream(history, sampling):
                 said += piece
                 console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-            history.append(assistant(said))
+            history.append(assistant(strip_think(said) or said))
         except RowFailed as failed:
             console.print(f"({failed.detail or failed.reason}; /reset starts over)", end="")
             history.pop()

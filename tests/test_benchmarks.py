@@ -1,0 +1,109 @@
+"""The benchmarks of generation run to their end, and say what they promise to say."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+OURS = {
+    "opencharacter_tokens_per_s",
+    "prefix_hit_rate",
+    "roofline_fraction",
+    "seconds_after_last_reply",
+    "seconds_before_first_request",
+}
+EXPECTED = {
+    "generation": {
+        *OURS,
+        "opencharacter_seeded_tokens_per_s",
+        "vllm_generate_tokens_per_s",
+        "ray_data_llm_tokens_per_s",
+        "ratio_to_vllm_generate",
+        "ratio_to_ray_data_llm",
+        "seeded_ratio",
+    },
+    "interaction": {
+        *OURS,
+        "barrier_tokens_per_s",
+        "barrier_cached_tokens_per_s",
+        "ratio_to_barrier",
+        "ratio_to_barrier_cached",
+        "prefix_hit_rate_first_side",
+        "prefix_hit_rate_second_side",
+    },
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import harness
+
+    return harness
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_tiny_benchmark_writes_all_its_figures(name, tmp_path):
+    script = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--tiny", "--out", str(tmp_path)]
+    ran = subprocess.run(script, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    keys = {"name", "device", "date", "command", "versions", "settings", "figures"}
+    assert result.keys() == keys
+    assert result["figures"].keys() == EXPECTED[name]
+    for figure in result["figures"].values():
+        assert figure["repeats"] >= 1
+        assert all(math.isfinite(value) for value in figure.values())
+        assert 0 < figure["min"] <= figure["median"] <= figure["max"]
+
+
+def test_repeats_ask_for_the_same_lengths_of_other_prompts(harness):
+    import generation
+
+    one, other = (generation.workload(generation.SETTINGS, repeat, 9) for repeat in "ab")
+    assert [row["max_tokens"] for row in one] == [row["max_tokens"] for row in other]
+    assert {row["prompt"] for row in one}.isdisjoint(row["prompt"] for row in other)
+
+
+def test_a_process_that_takes_too_long_is_ended_with_its_children(harness, tmp_path):
+    child = "import os, time; os.setpgrp(); print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with pytest.raises(harness.ProcessFailed, match="not finished after 3 s"):
+        harness.run([sys.executable, "-c", parent], tmp_path / "log", 3)
+    pid = int((tmp_path / "log").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_process_that_fails_says_so_with_the_end_of_its_log(harness, tmp_path):
+    with pytest.raises(harness.ProcessFailed, match=r"exit code 1\n(.|\n)*ZeroDivisionError"):
+        harness.run([sys.executable, "-c", "1 / 0"], tmp_path / "log", 30)
+
+
+def test_a_ratio_spans_any_two_repeats(harness):
+    found = harness.ratio([2.0, 4.0, 3.0], [1.0, 2.0])
+    assert found == {"median": 2.0, "min": 1.0, "max": 4.0, "repeats": 2}
+
+
+def test_the_bound_of_an_8b_model_counts_weights_and_contexts(harness):
+    import engines
+
+    alone = engines.roofline(engines.SETTINGS, {"rows": 1, "context": 0}, 4.3e12)
+    assert alone == pytest.approx(4.3e12 / 15.0e9, rel=0.01)  # 8.03 billion less the embedding
+    filled = engines.roofline(engines.SETTINGS, {"rows": 9999, "context": 1000}, 4.3e12)
+    assert filled == pytest.approx(256 * 4.3e12 / (15.0e9 + 256 * 1000 * 131_072), rel=0.01)
+
+
+def test_variants_change_only_what_they_name(harness):
+    import engines
+
+    for name, variant in engines.variants().items():
+        settings = harness.merged(engines.SETTINGS, variant)
+        assert settings.keys() == engines.SETTINGS.keys(), name
+        assert (settings == engines.SETTINGS) == (name == "base"), name
