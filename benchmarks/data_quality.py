@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from harness import write_result
+from harness import figure, measure_machine, write_result
 
 from opencharacter.introspection.transcripts import SCHEMA
 from opencharacter.quality import Expected, measure, near_duplicates
@@ -91,15 +91,6 @@ def one_size(count: int) -> dict[str, float]:
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "repeats": len(values),
-    }
-
-
 def in_a_process(count: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--one", str(count)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -119,10 +110,14 @@ def main(arguments: list[str] | None = None) -> None:
     figures = {}
     for size in chosen.sizes:
         runs = [in_a_process(size) for _ in range(chosen.repeats)]
-        figures[str(size)] = {name: spread([run[name] for run in runs]) for name in runs[0]}
-        print(size, {name: round(value["median"], 2) for name, value in figures[str(size)].items()})
+        for name in runs[0]:
+            figures[f"{name}_{size}"] = figure([run[name] for run in runs])
+        print(size, {name: round(runs[0][name], 2) for name in runs[0]})
     settings = {"turns": TURNS, "words_a_turn": WORDS_A_TURN, "vocabulary": VOCABULARY}
-    write_result(chosen.out, "data_quality", settings, figures)
+    with tempfile.TemporaryDirectory() as folder:
+        machine = measure_machine(Path(folder), seconds=120)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    write_result(chosen.out, "data_quality", machine, settings, figures, errors={})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ def connect(placement: Placement) -> None:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         own: dict[str, Any] = {} if address else local_options(placement)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        # "local", or Ray would join any that runs on this machine.
+        ray.init(
+            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own
+        )
     check_fits(placement, ray.cluster_resources())
 
 

@@ -127,10 +127,7 @@ class VllmEngine:
     """vLLM's asynchronous engine over one model."""
 
     def __init__(self, spec: EngineSpec):
-        if spec.pool.gpus == 0:
-            os.environ.update(CPU_ENVIRONMENT)
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(spec.pool.kv_cache_gib)))
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.update(environment(spec))
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -219,6 +216,15 @@ class VllmEngine:
         self.engine.shutdown()
 
 
+def environment(spec: EngineSpec) -> dict[str, str]:
+    """Environment variables under which vLLM is imported for a spec."""
+    quiet = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    if spec.pool.gpus:
+        return quiet
+    space = str(max(1, round(spec.pool.kv_cache_gib)))
+    return quiet | CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": space}
+
+
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     """VLLM's engine arguments for a spec, but for the model."""
     pool, role = spec.pool, spec.role
@@ -243,7 +249,10 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             "max_num_batched_tokens": max(role.context, 4096),
         }
     else:
-        arguments["gpu_memory_utilization"] = pool.memory_fraction
+        arguments |= {
+            "gpu_memory_utilization": pool.memory_fraction,
+            "max_num_batched_tokens": 8192,  # vLLM's asynchronous engine takes 2,048 by itself
+        }
     return arguments | pool.engine
 
 
@@ -375,6 +384,10 @@ class Host:
             self.engine.close()
 
 
+AHEAD_OF_RAY = 2
+"""Calls that a host takes at once, over its seats; Ray's default would be 1,000."""
+
+
 @dataclass(frozen=True)
 class Fleet:
     """The hosts of one spec.
@@ -425,6 +438,7 @@ def hosts(spec: EngineSpec) -> Fleet:
         "memory": int(pool.memory_gib * 2**30),
         "max_restarts": pool.restarts,
         "max_task_retries": -1,
+        "max_concurrency": AHEAD_OF_RAY * seats(spec),
     }
     most = max(pool.replicas, pool.max_replicas or 0)
     handles: list[Any] = [Host.options(**options).remote(spec) for _ in range(most)]

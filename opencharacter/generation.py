@@ -13,6 +13,7 @@ import warnings
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data.read_api import from_blocks
 
 from opencharacter import engine
 from opencharacter.config import Pool
@@ -30,8 +31,11 @@ from opencharacter.progress import Line, Meter, console, new_counters
 from opencharacter.stage import Attempts, Job
 from opencharacter.store import PARTS, Folder, Parts
 
-BLOCK_ROWS = 32
+BLOCK_ROWS = 16
 """Rows of a block at most: what travels together."""
+AHEAD = 4
+"""Rows at an actor over its seats. A block leaves whole, with its longest conversation; at twice
+the seats, a third of them would wait for that."""
 LIGHT = 0.05
 """CPUs that Ray reserves for what only waits or writes: the engines hold the rest."""
 
@@ -98,8 +102,8 @@ def _stream(
     title: str,
 ) -> None:
     counters = new_counters()
-    rows = block_rows(len(todo), seats(spec) * spec.pool.replicas)
-    in_flight = max(2, math.ceil(2 * seats(spec) / rows))  # twice, so that no seat waits
+    rows = block_rows(len(todo), spec.pool.replicas)
+    in_flight = max(2, math.ceil(AHEAD * seats(spec) / rows))
     table = pa.Table.from_pylist(todo)
     blocks = [table.slice(at, rows) for at in range(0, len(table), rows)]
     quieten()
@@ -108,7 +112,8 @@ def _stream(
     with Line(console, title, meter):
         fleet = hosts(spec) if spec.has_weights else None
         meter.begin()
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    # Unlike from_arrow, from_blocks reads the blocks' sizes here and not in a task for each.
+    dataset = from_blocks(blocks).map_batches(
         ConversationActor,
         fn_constructor_kwargs={
             "spec": spec,
@@ -145,6 +150,6 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*is deprecated")
 
 
-def block_rows(rows: int, seats: int) -> int:
-    """Rows per block: small enough that all seats fill, large enough that blocks stay few."""
-    return max(1, min(BLOCK_ROWS, rows // (4 * seats)))
+def block_rows(rows: int, replicas: int) -> int:
+    """Rows per block: small enough that all replicas get some, large enough to keep blocks few."""
+    return max(1, min(BLOCK_ROWS, rows // (4 * replicas)))

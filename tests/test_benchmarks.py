@@ -62,6 +62,9 @@ def test_a_tiny_benchmark_writes_all_its_figures(name, tmp_path):
         assert figure["repeats"] >= 1
         assert all(math.isfinite(value) for value in figure.values())
         assert 0 < figure["min"] <= figure["median"] <= figure["max"]
+    parts = [json.loads(f.read_text()) for f in (tmp_path / f"{name}-parts").glob("*.json")]
+    work = {run["tokens"] for part in parts for run in part.get("runs", [])}
+    assert len(work) == 1  # all ways made as many tokens
 
 
 def test_repeats_ask_for_the_same_lengths_of_other_prompts(harness):

@@ -89,7 +89,7 @@ def test_too_many_dropped_rows_fail_the_stage_and_say_why(cpu_ray, make_jobs):
 
 
 @pytest.mark.parametrize(
-    ("rows", "seats", "size"), [(10, 48, 1), (12_000, 256, 11), (10**6, 256, 32)]
+    ("rows", "replicas", "size"), [(3, 1, 1), (10, 1, 2), (100, 8, 3), (12_000, 8, 16)]
 )
-def test_blocks_are_small_enough_to_fill_the_seats(rows, seats, size):
-    assert block_rows(rows, seats) == size
+def test_blocks_are_small_enough_for_every_replica_to_get_some(rows, replicas, size):
+    assert block_rows(rows, replicas) == size
