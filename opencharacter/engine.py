@@ -335,7 +335,7 @@ class EchoEngine:
         character = " in character" if messages[0]["role"] == "system" else ""
         words = f"Echo {seed}{character}: {messages[-1]['content']}".split()
         text = " ".join(words[: sampling.max_tokens]).rstrip(".?!") + "."
-        size = sum(len(m["content"].split()) for m in messages)
+        size = sum(len(m["content"]) for m in messages) // 4
         return Reply(text, "stop", size, min(len(words), sampling.max_tokens), 0)
 
     async def stream(self, messages, sampling) -> AsyncIterator[str]:
@@ -617,6 +617,7 @@ class ConversationActor:
         self.stage, self.seed, self.tally = stage, seed, Tally(counters)
         self.seats = asyncio.Semaphore(seats(spec))
         self.finished: list[Row] = []
+        self.writing = asyncio.Lock()
         self.flushed = time.monotonic()
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
@@ -661,12 +662,14 @@ class ConversationActor:
             await self._flush()
 
     async def _flush(self) -> None:
-        rows, self.finished = self.finished, []
-        self.flushed = time.monotonic()
-        if rows:
-            table = pa.Table.from_pylist(rows, schema=self.parts.schema)
-            name, folder = f"part-{uuid.uuid4().hex}", self.parts.folder
-            await asyncio.to_thread(folder.store.write_table, folder.relative, table, name)
+        """Store what is finished; what finishes while a file is written goes into the next one."""
+        async with self.writing:
+            rows, self.finished = self.finished, []
+            self.flushed = time.monotonic()
+            if rows:
+                table = pa.Table.from_pylist(rows, schema=self.parts.schema)
+                name, folder = f"part-{uuid.uuid4().hex}", self.parts.folder
+                await asyncio.to_thread(folder.store.write_table, folder.relative, table, name)
 
 
 def seats(spec: EngineSpec) -> int:

@@ -31,8 +31,6 @@ from opencharacter.progress import Line, Meter, console, new_counters
 from opencharacter.stage import Attempts, Job
 from opencharacter.store import PARTS, Folder, Parts
 
-BLOCK_ROWS = 16
-"""Rows of a block at most: what travels together."""
 AHEAD = 4
 """Rows at an actor over its seats. A block leaves whole, with its longest conversation; at twice
 the seats, a third of them would wait for that."""
@@ -102,7 +100,7 @@ def _stream(
     title: str,
 ) -> None:
     counters = new_counters()
-    rows = block_rows(len(todo), spec.pool.replicas)
+    rows = block_rows(len(todo), spec.pool.replicas, seats(spec))
     in_flight = max(2, math.ceil(AHEAD * seats(spec) / rows))
     table = pa.Table.from_pylist(todo)
     blocks = [table.slice(at, rows) for at in range(0, len(table), rows)]
@@ -150,6 +148,9 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*is deprecated")
 
 
-def block_rows(rows: int, replicas: int) -> int:
-    """Rows per block: small enough that all replicas get some, large enough to keep blocks few."""
-    return max(1, min(BLOCK_ROWS, rows // (4 * replicas)))
+def block_rows(rows: int, replicas: int, seats: int) -> int:
+    """Rows per block: few enough for every replica to get several, and for a quarter of the seats.
+
+    Many rows a block keep blocks few: each costs Ray Data some 20 ms of a core.
+    """
+    return max(1, min(seats // 4, rows // (4 * replicas)))

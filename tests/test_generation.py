@@ -89,7 +89,8 @@ def test_too_many_dropped_rows_fail_the_stage_and_say_why(cpu_ray, make_jobs):
 
 
 @pytest.mark.parametrize(
-    ("rows", "replicas", "size"), [(3, 1, 1), (10, 1, 2), (100, 8, 3), (12_000, 8, 16)]
+    ("rows", "replicas", "seats", "size"),
+    [(3, 1, 48, 1), (10, 1, 48, 2), (100, 8, 256, 3), (12_000, 8, 256, 64), (12_000, 1, 3, 1)],
 )
-def test_blocks_are_small_enough_for_every_replica_to_get_some(rows, replicas, size):
-    assert block_rows(rows, replicas) == size
+def test_blocks_are_small_enough_for_every_replica_and_seat(rows, replicas, seats, size):
+    assert block_rows(rows, replicas, seats) == size
