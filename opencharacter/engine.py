@@ -612,7 +612,9 @@ class ConversationActor:
     ):
         self.engine = Hosted(fleet) if fleet else start(spec)
         self.talk, self.parts = talk, parts
-        self.have = parts.ids()  # not empty where this actor replaces one that was lost
+        self.have = set(
+            parts.ids().to_pylist()
+        )  # not empty where this actor replaces one that was lost
         self.thinks = spec.role.thinks
         self.stage, self.seed, self.tally = stage, seed, Tally(counters)
         self.seats = asyncio.Semaphore(seats(spec))

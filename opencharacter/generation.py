@@ -9,8 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Iterable
+from itertools import islice
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data.read_api import from_blocks
@@ -34,13 +37,15 @@ from opencharacter.store import PARTS, Folder, Parts
 AHEAD = 4
 """Rows at an actor over its seats. A block leaves whole, with its longest conversation; at twice
 the seats, a third of them would wait for that."""
+CHUNK = 1000
+"""Requests that are Python objects at once."""
 LIGHT = 0.05
 """CPUs that Ray reserves for what only waits or writes: the engines hold the rest."""
 
 
 def generate(
     job: Job,
-    requests: list[Row],
+    requests: Iterable[Row],
     talk: Talk,
     role: str,
     fields: list[pa.Field],
@@ -64,18 +69,31 @@ def generate(
     schema = pa.schema([ROW_FIELDS[0], *fields, *ROW_FIELDS[1:]])
     folder = Folder(job.store, "/".join(filter(None, (job.dataset, PARTS, part))))
     parts = Parts(folder, schema)
-    have = parts.ids()
-    todo = [row for row in requests if row["id"] not in have]
+    asked, have = as_table(requests), parts.ids()
+    todo = without(asked, have)
     attempts = Attempts(job, kept=len(have), part=part)
-    if todo:
+    if todo.num_rows:
         spec = spec_of(job, role, folded)
         title = " ".join(filter(None, (job.dataset, part)))
-        _stream(job, todo, spec, talk, parts, attempts, len(requests), title)
-        have = parts.ids()
-    lost = sum(row["id"] not in have for row in requests)
-    if lost:
-        raise StageFailed(f"{job.dataset} has no answer for {lost} rows; run it again")
+        _stream(job, todo, spec, talk, parts, attempts, asked.num_rows, title)
+        lost = without(asked, parts.ids()).num_rows
+        if lost:
+            raise StageFailed(f"{job.dataset} has no answer for {lost} rows; run it again")
     return parts
+
+
+def as_table(rows: Iterable[Row]) -> pa.Table:
+    """Rows as a table, of which only a chunk at a time are Python objects."""
+    left, tables = iter(rows), []
+    while chunk := list(islice(left, CHUNK)):
+        tables.append(pa.Table.from_pylist(chunk))
+    nothing = pa.table({"id": pa.array([], pa.string())})
+    return pa.concat_tables(tables or [nothing], promote_options="permissive").combine_chunks()
+
+
+def without(table: pa.Table, ids: pa.Array) -> pa.Table:
+    """The rows whose id is not among those given."""
+    return table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))
 
 
 def spec_of(job: Job, role: str, folded: Folder | None) -> EngineSpec:
@@ -91,7 +109,7 @@ def is_warm(job: Job, role: str, folded: Folder | None) -> bool:
 
 def _stream(
     job: Job,
-    todo: list[Row],
+    todo: pa.Table,
     spec: EngineSpec,
     talk: Talk,
     parts: Parts,
@@ -100,12 +118,11 @@ def _stream(
     title: str,
 ) -> None:
     counters = new_counters()
-    rows = block_rows(len(todo), spec.pool.replicas, seats(spec))
+    rows = block_rows(todo.num_rows, spec.pool.replicas, seats(spec))
     in_flight = max(2, math.ceil(AHEAD * seats(spec) / rows))
-    table = pa.Table.from_pylist(todo)
-    blocks = [table.slice(at, rows) for at in range(0, len(table), rows)]
+    blocks = [todo.slice(at, rows) for at in range(0, todo.num_rows, rows)]
     quieten()
-    expected = job.expected([row["prompt"] for row in todo if "prompt" in row])
+    expected = job.expected(todo)
     meter = Meter(counters, total, attempts, getattr(job.section, "limits", None), expected)
     with Line(console, title, meter):
         fleet = hosts(spec) if spec.has_weights else None

@@ -27,8 +27,9 @@ BLEU_TEXTS = 128
 BLEU_WORDS = 100
 """Texts, and words of each, that are compared with one another."""
 LANGUAGE_TEXTS = 1000
+LANGUAGE_PROMPTS = 200
 LANGUAGE_LETTERS = 40
-"""Texts whose language is looked at, and the length from which a language can be told."""
+"""Texts and prompts whose language is looked at; the length from which one can be told."""
 SHINGLE = 3
 """Words of a shingle."""
 DUPLICATE = 0.7

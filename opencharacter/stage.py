@@ -25,7 +25,7 @@ from opencharacter.config import Placement, Recipe
 from opencharacter.constitution import Constitution
 from opencharacter.errors import StageFailed
 from opencharacter.quality import (
-    LANGUAGE_TEXTS,
+    LANGUAGE_PROMPTS,
     Expected,
     beyond,
     language_of,
@@ -212,15 +212,21 @@ class Job:
         found = (p if p.stage.name == name else p.ancestor(name) for p in self.parents)
         return next(filter(None, found), None)
 
-    def expected(self, prompts: list[str]) -> Expected:
-        """What texts are held against: the prompts' language, and the teacher's words if known."""
+    def expected(self, rows: pa.Table) -> Expected:
+        """What texts are held against: the prompts' language, and the teacher's words if known.
+
+        Args:
+            rows: with the prompts, if there are any; the constitution's language counts else.
+        """
+        named = "prompt" in rows.schema.names
+        prompts = rows["prompt"].slice(0, LANGUAGE_PROMPTS).to_pylist() if named else []
         if not prompts and self.constitution:
             prompts = [t.trait for t in self.constitution.traits]
         pairs = self.ancestor("distillation/pairs")
         manifest = pairs and pairs.store.manifest(pairs.dataset)
         figures = manifest["figures"] if manifest else {}
         return Expected(
-            language=language_of(prompts[:LANGUAGE_TEXTS]),
+            language=language_of(prompts),
             trait_words=frozenset(figures.get("trait_words", ())),
             rate=figures.get("signatures", {}).get("trait_words"),
         )
@@ -243,8 +249,8 @@ class Job:
         if limits is None:
             return {}
         if expected is None:
-            first = next(self.store.scan(self.dataset, BATCH_ROWS), pa.table({}))
-            expected = self.expected(first.to_pydict().get("prompt", []))
+            first = next(self.store.scan(self.dataset, LANGUAGE_PROMPTS), pa.table({}))
+            expected = self.expected(first)
         measured = measure(texts(self.store.scan(self.dataset, BATCH_ROWS), every), expected)
         if every == 1:
             repeated = sum(near_duplicates(texts(self.store.scan(self.dataset, BATCH_ROWS))))

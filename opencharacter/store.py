@@ -244,10 +244,12 @@ class Parts:
         found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return sorted(i.path for i in found if i.extension == "parquet")
 
-    def ids(self) -> set[str]:
+    def ids(self) -> pa.Array:
+        """The distinct ids."""
         fs = self.folder.store.fs
         tables = (pq.read_table(f, filesystem=fs, columns=["id"]) for f in self.files())
-        return {id for table in tables for id in table["id"].to_pylist()}
+        chunks = [chunk for table in tables for chunk in table["id"].chunks]
+        return pa.chunked_array(chunks, pa.string()).unique()
 
     def __iter__(self) -> Iterator[pa.Table]:
         seen: set[str] = set()

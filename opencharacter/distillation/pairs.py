@@ -142,6 +142,5 @@ def build(job: Job) -> Outcome:
     good = kept(table)
     chosen, rejected = good["chosen"].to_pylist(), good["rejected"].to_pylist()
     words = distinctive_words(chosen, rejected)
-    language = job.expected(good["prompt"].to_pylist()).language
-    expected = Expected(language, frozenset(words))
+    expected = Expected(job.expected(good).language, frozenset(words))
     return job.write(table, expected, figures={"trait_words": words})

@@ -209,7 +209,8 @@ td small { display: block; color: var(--quiet); font-size: .8rem; white-space: n
 .stages td, .stages thead th:not(:first-child) { text-align: right; white-space: nowrap; }
 .stages td.reasons, .stages thead th:nth-child(4) { text-align: left; }
 .stages tbody th, .stages td.reasons { min-width: 12rem; white-space: normal; }
-.quality td, .quality thead th:not(:first-child) { white-space: nowrap; }
+.quality td { white-space: nowrap; }
+.quality thead th { min-width: 4.5rem; }
 .bar { fill: none; stroke: var(--accent); stroke-width: 4; }
 .tick { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 .traits { width: auto; }

@@ -130,11 +130,11 @@ def build(job: Job) -> Outcome:
     from opencharacter.generation import generate
 
     settings: Interaction = job.section
-    requests = [
+    requests = (
         {"id": row_id(job.stage.name, job.scope, kind, n), "kind": kind, "sample": n}
         for kind, count in (("free", settings.free), ("leading", settings.leading))
         for n in range(count)
-    ]
+    )
     talk = partial(
         interact,
         heads={kind: generation_system(job.persona.assertions(), kind) for kind in GUIDANCE},

@@ -81,11 +81,11 @@ def build(job: Job) -> Outcome:
     from opencharacter.generation import generate
 
     settings = job.section
-    requests = [
+    requests = (
         {"id": row_id(job.stage.name, job.scope, prompt, n), "prompt": prompt, "sample": n}
         for prompt in PROMPTS
         for n in range(settings.transcripts_per_prompt)
-    ]
+    )
     head = generation_system(job.persona.assertions())
     talk = partial(reflect, head=head, sampling=settings.sampling)
     rows = generate(
