@@ -1,6 +1,8 @@
 """Run one job without its parents: python one_stage.py RECIPE CONSTITUTION STAGE PLACEMENT."""
 
+import resource
 import sys
+import time
 
 from opencharacter import cluster, config, constitution, pipeline
 from opencharacter.store import Store
@@ -13,8 +15,12 @@ def main(recipe: str, persona: str, stage: str, placement: str) -> None:
     jobs = pipeline.jobs(made, [constitution.load(persona)], where, store)
     job = next(j for j in jobs if j.stage.name == stage)
     cluster.connect(where)
-    began = pipeline.time.monotonic()
-    pipeline.finish(job, job.stage.module.build(job), pipeline.time.monotonic() - began)
+    began = time.monotonic()
+    outcome = job.stage.module.build(job)
+    seconds = time.monotonic() - began
+    pipeline.finish(job, outcome, seconds)
+    print(f"{outcome.rows / seconds:.0f} rows/s")
+    print("peak MB:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""A stage of the paper's size on the echo engine: quick, and the driver does not grow with it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from samples import ECHO_ROLE, TINY
+
+from opencharacter.store import Store
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("one_stage.py")
+STAGE = "introspection/interaction"
+
+
+def peak_of(folder: Path, rows: int) -> float:
+    """Run a self-interaction stage of ten turns; the driver's peak memory in MB."""
+    folder.mkdir()
+    sizes = {"free": rows // 2, "leading": rows // 2, "turns": 10, "limits": {"after": 10**6}}
+    recipe = {**TINY, "introspection": {"interaction": sizes}}
+    recipe["roles"] = dict.fromkeys(("teacher", "student", "judge", "expander"), ECHO_ROLE)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    pools = {"student": {"cpus": 0.5, "max_sequences": 1024}}
+    placement = {"pools": pools, "ray_cpus": 2}
+    (folder / "wide.yaml").write_text(yaml.safe_dump(placement))
+    command = [sys.executable, str(SCRIPT), "tiny.yaml", "poeticism", STAGE, "wide.yaml"]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    stored = Store(str(folder / "runs/tiny")).read_table(f"echo/poeticism/{STAGE}", columns=["id"])
+    assert len(set(stored["id"].to_pylist())) == len(stored) == rows
+    return float(ran.stdout.rsplit("peak MB: ")[-1])
+
+
+def test_the_driver_stays_small_whatever_the_number_of_rows(tmp_path):
+    few, many = peak_of(tmp_path / "few", 1200), peak_of(tmp_path / "many", 12_000)
+    assert many < 500
+    assert many - few < 100
