@@ -27,6 +27,7 @@ from harness import figure, measure_machine, write_result
 from opencharacter.introspection.transcripts import SCHEMA
 from opencharacter.quality import Expected, measure, near_duplicates
 from opencharacter.stage import texts
+from opencharacter.store import Store
 
 TURNS = 10
 WORDS_A_TURN = 115
@@ -59,34 +60,28 @@ def transcripts(count: int) -> Iterator[dict[str, Any]]:
         yield {"id": f"{i:08}", "kind": "free", "messages": messages, "drop_reason": None}
 
 
-def table_of(count: int) -> pa.Table:
-    """The rows, made a batch at a time so that what is measured is not the making."""
+def tables_of(count: int) -> Iterator[pa.Table]:
+    """The rows, a batch at a time."""
     rows = transcripts(count)
-    batches = []
     while batch := [row for _, row in zip(range(BATCH), rows, strict=False)]:
-        batches.append(pa.Table.from_pylist(batch, schema=SCHEMA))
-    return pa.concat_tables(batches)
-
-
-def batches(table: pa.Table) -> Iterator[pa.Table]:
-    """The table as the stage reads it back."""
-    return (table.slice(at, BATCH) for at in range(0, len(table), BATCH))
+        yield pa.Table.from_pylist(batch, schema=SCHEMA)
 
 
 def one_size(count: int) -> dict[str, float]:
-    """Seconds of both measures over one table, the share found, and the process's peak memory."""
-    table = table_of(count)
-    began = time.monotonic()
-    measured = measure(texts(batches(table)), Expected(language="en"))
-    between = time.monotonic()
-    repeated = sum(near_duplicates(texts(batches(table)))) / measured["texts"]
-    ended = time.monotonic()
+    """Seconds of both measures over one file, the share found, and the process's peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        store.write_tables("made", tables_of(count), SCHEMA)
+        began = time.monotonic()
+        measured = measure(texts(store.scan("made", BATCH)), Expected(language="en"))
+        between = time.monotonic()
+        repeated = sum(near_duplicates(texts(store.scan("made", BATCH)))) / measured["texts"]
+        ended = time.monotonic()
     return {
         "signatures_s": between - began,
         "near_duplicates_s": ended - between,
         "total_s": ended - began,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-        "texts_gb": table.nbytes / 1e9,
         "near_duplicates_found": repeated / REPEATED,
     }
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from opencharacter import config, constitution, constitution_cli, models, pipeline
+from opencharacter import config, constitution, constitution_cli, cost, models, pipeline
 from opencharacter.config import Placement, Recipe
 from opencharacter.errors import OpenCharacterError, UserError
 from opencharacter.progress import console, duration
@@ -43,6 +43,8 @@ Storage = Annotated[
 ]
 Smoke = Annotated[bool, typer.Option("--smoke", help="The recipe at about 1 % of its size.")]
 
+
+HOURS = ("hours", "GPU-hours", "price")
 
 WIDE = 240
 """Characters that a table may take."""
@@ -161,22 +163,43 @@ def plan(
     placement: PlacementFile = None,
     storage: Storage = None,
     smoke: Smoke = False,
+    speed: Annotated[
+        str | None, typer.Option(help="YAML of measured tokens/s: adds hours, GPU-hours, price.")
+    ] = None,
 ) -> None:
     """Say what a run would do: rows and tokens by stage, what is done, what is missing here."""
     asked = Run(recipe, names, placement, storage, smoke)
-    table = job_table("rows", "tokens read", "written", "trained")
-    totals = [0, 0, 0, 0]
+    speeds = cost.load_speeds(speed) if speed else None
+    table = job_table("rows", "tokens read", "written", "trained", *(HOURS if speeds else ()))
+    totals: list[float] = []
     for job in asked.jobs:
         state, differing = job.state()
         why = f"{state}: {differing[0]}" if differing else state
-        e = job.stage.module.estimate(job)
-        numbers = [e.rows, e.tokens_in, e.tokens_out, e.trained]
-        totals = [a + b for a, b in zip(totals, numbers, strict=True)]
-        table.add_row(job.dataset, why, *(f"{n:,}" if n else "" for n in numbers))
-    table.add_row("total", "", *(f"{n:,}" for n in totals), style="bold")
+        numbers = plan_numbers(job, speeds)
+        totals = [a + b for a, b in zip(totals, numbers, strict=True)] if totals else numbers
+        table.add_row(job.dataset, why, *map(plan_cell, numbers))
+    table.add_row("total", "", *map(plan_cell, totals), style="bold")
     print_whole(table)
     for line in missing_here(asked):
         console.print(f"missing on this machine: {line}", soft_wrap=True)
+
+
+def plan_numbers(job: Job, speeds: cost.Speeds | None) -> list[float]:
+    """The numbers of one job in `plan`."""
+    e = job.stage.module.estimate(job)
+    numbers = [e.rows, e.tokens_in, e.tokens_out, e.trained]
+    if speeds is None:
+        return numbers
+    takes = cost.cost(job, e, speeds)
+    price = takes.gpu_hours * job.placement.price_per_gpu_hour
+    return [*numbers, takes.seconds / 3600, takes.gpu_hours, price]
+
+
+def plan_cell(number: float) -> str:
+    """Whole numbers with commas, others to two places, nothing for nothing."""
+    if not number:
+        return ""
+    return f"{number:,}" if isinstance(number, int) else f"{number:,.2f}"
 
 
 def job_table(*numbers: str) -> Table:

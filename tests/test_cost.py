@@ -1,0 +1,55 @@
+"""What `plan` says of hours and price."""
+
+import pytest
+import yaml
+from samples import ECHO_ROLE, cli, recipe_of
+
+from opencharacter.config import Placement
+from opencharacter.cost import Speeds, cost, load_speeds
+from opencharacter.errors import UserError
+from opencharacter.stage import Estimate
+
+SPEEDS = Speeds(teacher=100, student=1000, judge=500, expander=50, training=2000)
+PLACEMENT = Placement.model_validate(
+    {
+        "pools": {"student": {"replicas": 4, "gpus": 0.5}},
+        "training": {"workers": 2, "gpus": 1},
+        "price_per_gpu_hour": 3,
+    }
+)
+
+
+@pytest.fixture
+def jobs(make_jobs):
+    return {job.stage.name: job for job in make_jobs(recipe_of(ECHO_ROLE), PLACEMENT)}
+
+
+def test_generation_is_shared_by_the_replicas(jobs):
+    takes = cost(jobs["introspection/interaction"], Estimate(10, 999, 7_200_000), SPEEDS)
+    assert takes.seconds == 1800
+    assert takes.gpu_hours == 1.0
+
+
+def test_training_is_shared_by_the_workers(jobs):
+    takes = cost(jobs["distillation/dpo"], Estimate(10, trained=14_400_000), SPEEDS)
+    assert takes.seconds == 3600
+    assert takes.gpu_hours == 2.0
+
+
+def test_what_runs_no_model_costs_nothing(jobs):
+    assert cost(jobs["distillation/pairs"], Estimate(10), SPEEDS).gpu_hours == 0
+
+
+def test_a_missing_speed_is_named(tmp_path):
+    (tmp_path / "s.yaml").write_text("teacher: 3\n")
+    with pytest.raises(UserError, match="student"):
+        load_speeds(str(tmp_path / "s.yaml"))
+
+
+def test_plan_shows_hours_and_price(tmp_path):
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SPEEDS.model_dump()))
+    options = ["-c", "humor", "--placement", "single-gpu", "--speed", "s.yaml"]
+    said = cli("plan", "llama-3.1-8b", *options, cwd=tmp_path).stdout
+    assert "GPU-hours" in said
+    total = next(line for line in said.splitlines() if line.startswith("total"))
+    assert float(total.split()[-1].replace(",", "")) > 1
