@@ -2,8 +2,8 @@
 
 A teacher that refuses, a model that says one thing over and over, a persona that has become a
 caricature: each shows in a number long before it shows in a score. Generating stages measure a
-sample while they run, every stage with texts measures all of them at its end, and a number beyond
-the recipe's `limits` stops the run. Everything here is one pass over the texts, in memory that
+sample while they run and at their end, the stages that make training data measure all of it, and a
+number beyond the recipe's `limits` stops the run. Everything here is one pass over the texts, in memory that
 does not grow with them but for 0.5 kB a text of MinHash.
 """
 
@@ -22,7 +22,8 @@ from opencharacter.config import Limits
 SEGMENT = 5000
 """N-grams over which distinct-n is counted, so that it does not fall as the data grows."""
 OPENING = 4
-"""Words that make an opening."""
+OPENING_TEXTS = 20_000
+"""Words that make an opening, and texts whose openings are counted."""
 BLEU_TEXTS = 128
 BLEU_WORDS = 100
 """Texts, and words of each, that are compared with one another."""
@@ -86,14 +87,13 @@ def distinctive_words(mine: Iterable[str], other: Iterable[str]) -> list[str]:
 
     a, b = (Counter(w for text in texts for w in filters.words(text)) for texts in (mine, other))
     prior = a + b
+    of_a, of_b = a.total() + prior.total(), b.total() + prior.total()
     scores = {}
     for word, n in prior.items():
         if word not in ENGLISH_STOP_WORDS and n >= RARE:
-            odds = [
-                math.log((own[word] + n) / (own.total() + prior.total() - own[word] - n))
-                for own in (a, b)
-            ]
-            scores[word] = (odds[0] - odds[1]) / math.sqrt(1 / (a[word] + n) + 1 / (b[word] + n))
+            in_a, in_b = a[word] + n, b[word] + n
+            odds = math.log(in_a / (of_a - in_a)) - math.log(in_b / (of_b - in_b))
+            scores[word] = odds / math.sqrt(1 / in_a + 1 / in_b)
     ranked = sorted(scores, key=lambda word: (-scores[word], word))
     return [word for word in ranked if scores[word] > Z][:TELLING]
 
@@ -170,7 +170,8 @@ def measure(texts: Iterable[str], expected: Expected) -> dict[str, float]:
         trait += sum(map(expected.trait_words.__contains__, tokens))
         distinct_1.add(tokens)
         distinct_2.add(pairwise(tokens))
-        openings[tuple(tokens[:OPENING])] += 1
+        if count <= OPENING_TEXTS:
+            openings[tuple(tokens[:OPENING])] += 1
         sample.append(tokens[:BLEU_WORDS])
         if expected.language and told < LANGUAGE_TEXTS and (code := language(text)):
             told += 1
@@ -183,7 +184,7 @@ def measure(texts: Iterable[str], expected: Expected) -> dict[str, float]:
         "distinct_1": distinct_1.share(),
         "distinct_2": distinct_2.share(),
         "self_bleu": self_bleu(list(sample)),
-        "repeated_openings": commonest / max(count, 1) if commonest > 1 else 0.0,
+        "repeated_openings": commonest / openings.total() if commonest > 1 else 0.0,
     }
     if expected.language:
         measured["off_language"] = strayed / max(told, 1)
