@@ -46,7 +46,7 @@ def start(folder: Path, until: str) -> subprocess.Popen[str]:
     )
 
 
-def kill_when(folder: Path, until: str, ripe, limit: float = 300) -> None:
+def kill_when(folder: Path, until: str, ripe, limit: float = 600) -> None:
     """Start a run, SIGKILL it as soon as `ripe()`, and wait until its processes have ended."""
     process = start(folder, until)
     began = time.monotonic()
