@@ -4,7 +4,7 @@ A teacher that refuses, a model that says one thing over and over, a persona tha
 caricature: each shows in a number long before it shows in a score. Generating stages measure a
 sample while they run and at their end, the stages that make training data measure all of it, and
 a number beyond the recipe's `limits` stops the run. Everything here is one pass over the texts, in
-memory that does not grow with them but for 0.5 kB a text of MinHash.
+memory that does not grow with them but for the 3 kB a text of the MinHash index.
 """
 
 from __future__ import annotations
