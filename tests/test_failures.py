@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -83,11 +83,10 @@ def parts(folder: Path, dataset: str) -> list[Path]:
     return list((folder / "runs/tiny" / dataset / ".parts").glob("*.parquet"))
 
 
-def processes(title: str, above: int | None = None) -> list[psutil.Process]:
-    """Processes whose command line holds a title, below one of them if given."""
-    among = psutil.Process(above).children(recursive=True) if above else psutil.process_iter()
+def processes(title: str, above: Iterable[int]) -> list[psutil.Process]:
+    """Processes whose command line holds a title, below some others."""
     found = []
-    for process in among:
+    for process in (p for pid in above for p in psutil.Process(pid).children(recursive=True)):
         try:
             if title in " ".join(process.cmdline()):
                 found.append(process)
@@ -96,12 +95,22 @@ def processes(title: str, above: int | None = None) -> list[psutil.Process]:
     return found
 
 
+def raylets(cluster) -> dict:
+    """Each worker node and the process id of its raylet, below which its actors are."""
+    return {node: node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes}
+
+
+def another_node(cluster):
+    """A worker node that the driver is not connected to: the counters are on the driver's."""
+    return next(n for n, pid in raylets(cluster).items() if not processes("ray::Counters", [pid]))
+
+
 def test_a_lost_node_costs_no_row(cluster, tmp_path):
     folder, dataset = echo_project(tmp_path), f"echo/poeticism/{STAGE}"
     process = start(folder, STAGE, "two.yaml", RAY_ADDRESS=cluster.address)
     wait_for(lambda: len(parts(folder, dataset)) >= 2, process, 120)
-    assert len(processes("ray::MapWorker")) == 2
-    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    assert len(processes("ray::MapWorker", raylets(cluster).values())) == 2
+    cluster.remove_node(another_node(cluster), allow_graceful=False)
     manifest = check_whole(folder, dataset, ROWS, process)
     assert len(manifest["attempts"]) == 1
 
@@ -110,7 +119,7 @@ def test_a_lost_actor_costs_no_row_and_repeats_only_what_was_under_way(cluster, 
     folder, dataset = echo_project(tmp_path), f"echo/poeticism/{STAGE}"
     process = start(folder, STAGE, "two.yaml", RAY_ADDRESS=cluster.address)
     wait_for(lambda: len(parts(folder, dataset)) >= 2, process, 120)
-    processes("ray::MapWorker")[0].send_signal(signal.SIGKILL)
+    processes("ray::MapWorker", raylets(cluster).values())[0].send_signal(signal.SIGKILL)
     manifest = check_whole(folder, dataset, ROWS, process)
     assert manifest["attempts"][0]["reached"] - ROWS <= 3 * SEATS  # under way, or not yet flushed
 
@@ -124,5 +133,5 @@ def test_a_lost_engine_process_costs_no_row(tmp_path):
     dataset = "smollm2-135m/distillation/student"
     process = start(tmp_path, "distillation/student", "few.yaml")
     wait_for(lambda: parts(tmp_path, dataset), process, 200)
-    processes("EngineCore", process.pid)[0].send_signal(signal.SIGKILL)
+    processes("EngineCore", [process.pid])[0].send_signal(signal.SIGKILL)
     check_whole(tmp_path, dataset, 30, process)
