@@ -104,7 +104,12 @@ def test_the_teacher_resumes_at_the_row(project):
 def test_dpo_resumes_at_the_last_checkpoint(project):
     dataset = f"{PERSONA}/distillation/dpo"
     train = project / "runs/tiny" / dataset / ".parts" / "train"
-    kill_when(project, "distillation/dpo", lambda: any(train.glob("checkpoint_*/checkpoint")))
+    known = train / "checkpoint_manager_snapshot.json"  # Ray writes it once a checkpoint is whole
+    kill_when(
+        project,
+        "distillation/dpo",
+        lambda: known.is_file() and "checkpoint_" in known.read_text(),
+    )
     finish(project, "distillation/dpo")
     first, second = attempts(project, dataset)
     assert first["kept"] == 0
