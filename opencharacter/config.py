@@ -415,6 +415,11 @@ class Pool(Config):
     engine: dict[str, Any] = {}
     """Further arguments of vLLM's engine, by vLLM's names; they win over what is derived here."""
 
+    @property
+    def most_replicas(self) -> int:
+        """Replicas when it has grown."""
+        return max(self.replicas, self.max_replicas or 0)
+
 
 class Pools(Config):
     """One pool a role."""

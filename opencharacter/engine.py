@@ -440,8 +440,7 @@ def hosts(spec: EngineSpec) -> Fleet:
         "max_task_retries": -1,
         "max_concurrency": AHEAD_OF_RAY * seats(spec),
     }
-    most = max(pool.replicas, pool.max_replicas or 0)
-    handles: list[Any] = [Host.options(**options).remote(spec) for _ in range(most)]
+    handles: list[Any] = [Host.options(**options).remote(spec) for _ in range(pool.most_replicas)]
     fleet = Fleet(pool, handles[: pool.replicas], handles[pool.replicas :])
     try:
         ray.get([host.start.remote() for host in fleet.ready])
@@ -612,9 +611,8 @@ class ConversationActor:
     ):
         self.engine = Hosted(fleet) if fleet else start(spec)
         self.talk, self.parts = talk, parts
-        self.have = set(
-            parts.ids().to_pylist()
-        )  # not empty where this actor replaces one that was lost
+        # There are some where this actor replaces one that was lost.
+        self.have = set(parts.ids().to_pylist())
         self.thinks = spec.role.thinks
         self.stage, self.seed, self.tally = stage, seed, Tally(counters)
         self.seats = asyncio.Semaphore(seats(spec))
@@ -677,6 +675,5 @@ class ConversationActor:
 def seats(spec: EngineSpec) -> int:
     """Conversations that one actor has under way: enough for all replicas that may come."""
     pool = spec.pool
-    most = max(pool.replicas, pool.max_replicas or 0)
-    share = math.ceil(pool.max_sequences * most / pool.replicas)
+    share = math.ceil(pool.max_sequences * pool.most_replicas / pool.replicas)
     return spec.role.endpoint_concurrency if spec.role.endpoint else share
