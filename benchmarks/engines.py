@@ -19,6 +19,7 @@ import pyarrow as pa
 from harness import (
     LLAMA_8B,
     RESERVED,
+    SUBJECT,
     TINY_LLAMA,
     Figures,
     Machine,
@@ -39,7 +40,7 @@ from opencharacter.store import Store
 
 SETTINGS: Settings = {
     "repeats": 3,
-    "seeds": [False],
+    "series": {SUBJECT: {}},
     "shape": LLAMA_8B,
     "sampling": {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1},
     "pool": {
@@ -72,23 +73,32 @@ OBSERVED = [pa.field(name, pa.float64()) for name in ("began", "ended", "context
 
 
 def variants() -> dict[str, Settings]:
-    """Settings of the engine that may cost or gain speed."""
-    plain, second = {"repetition_penalty": 1.0}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    """Settings that may cost or gain speed; those of requests are series of one engine."""
+    plain, whole = {"repetition_penalty": 1.0}, {"top_p": 1.0}
+    graphs = {"max_cudagraph_capture_size": 1024}
+    requests = {
+        "seeded": {"seeded": True},
+        "no_penalty": {"sampling": plain},
+        "no_top_p": {"sampling": whole},
+        "no_penalty_no_top_p": {"sampling": plain | whole},
+    }
     return {
         "base": {},
-        "seeded": {"seeds": [True]},
+        "requests": {"series": requests},
         **{f"sequences_{n}": {"pool": {"max_sequences": n}} for n in (128, 512, 1024)},
         **{f"batched_{n}": engine_with(max_num_batched_tokens=n) for n in (2048, 16384)},
-        "no_penalty": {"sampling": plain},
-        "no_top_p": {"sampling": {"top_p": 1.0}},
-        "no_penalty_no_top_p": {"sampling": {**plain, "top_p": 1.0}},
         # vLLM 0.26 uses FlashInfer's sampler by default, so here it is turned off.
         "no_flashinfer_sampler": {"environment": {"VLLM_USE_FLASHINFER_SAMPLER": "0"}},
+        # By default vLLM captures graphs for steps of up to twice the sequences in tokens.
+        "graphs_1024": engine_with(compilation_config=graphs),
+        "full_graphs_1024": engine_with(compilation_config=graphs | {"cudagraph_mode": "FULL"}),
         "async_scheduling": engine_with(async_scheduling=True),
         "no_async_scheduling": engine_with(async_scheduling=False),
         # Its penalties and seeds are computed on the GPU, those of the first runner are not.
-        "second_runner": {"environment": second},
-        "second_runner_seeded": {"environment": second, "seeds": [True]},
+        "second_runner": {
+            "environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"},
+            "series": {"seeded": {"seeded": True}},
+        },
     }
 
 
@@ -116,7 +126,7 @@ def words(draw: random.Random, count: int, settings: Settings) -> str:
 # --------------------------------------------------------------------------------- the package's
 
 
-def make_job(settings: Settings, stage: str, storage: Path, seeded: bool = False) -> Job:
+def make_job(settings: Settings, stage: str, storage: Path, series: str = SUBJECT) -> Job:
     """A stage's job whose roles are all the model without weights."""
     role = {
         "model": str(model_folder(settings["shape"])),
@@ -128,7 +138,7 @@ def make_job(settings: Settings, stage: str, storage: Path, seeded: bool = False
     roles, (group, name) = ("teacher", "student", "judge", "expander"), stage.split("/")
     recipe = {
         "name": "benchmark",
-        "seeded_sampling": seeded,
+        "seeded_sampling": settings["series"].get(series, {}).get("seeded", False),
         "roles": dict.fromkeys(roles, role),
         group: {name: {"limits": {"after": 10**9}}},  # random words are measured, not judged
     }
@@ -146,6 +156,11 @@ def make_job(settings: Settings, stage: str, storage: Path, seeded: bool = False
 def make_spec(settings: Settings) -> EngineSpec:
     """The engine that the package would start."""
     return spec_of(make_job(settings, "distillation/student", Path("unused")), "student", None)
+
+
+def sampling_of(settings: Settings, series: str) -> dict[str, Any]:
+    """How a series draws."""
+    return settings["sampling"] | settings["series"].get(series, {}).get("sampling", {})
 
 
 @contextmanager
@@ -234,7 +249,7 @@ def sampling_parameters(settings: Settings, lengths: list[int]) -> list[Any]:
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     """The speed of every series, and how the package's own path spends its time."""
     found = {f"{name}_tokens_per_s": figure(speeds(runs)) for name, runs in sorted(series.items())}
-    runs = series.get("opencharacter")
+    runs = series.get(SUBJECT)
     if not runs:
         return found
     bounds = [roofline(settings, each, machine["bytes_per_s"]) for each in runs]

@@ -9,6 +9,7 @@ Ways:
 - `opencharacter`: `generation.generate` with its engine warm; everything from the call to the
   table that it returns is timed: Ray Data, actors, Parquet. Without and with a seed per request,
   in turn, as `opencharacter` and `opencharacter_seeded`. The other ways have no seeds.
+- `two_replicas`: the same on two GPUs, with twice the prompts. Only when `--ways` names it.
 - `vllm_generate`: `LLM.generate` on prompts that are rendered beforehand.
 - `ray_data_llm`: `build_processor` with chat template, tokenisation and detokenisation, its own
   defaults for batches. It starts an engine for every dataset; that time is not counted: a repeat
@@ -20,9 +21,9 @@ Ways:
   with its longest answer. Only when `--ways` names it.
 
 Figures: `<way>_tokens_per_s` (generated tokens), `ratio_to_<way>`, `seeded_ratio` (with seeds over
-without), `prefix_hit_rate` (cached prompt tokens over prompt tokens), `roofline_fraction` (of the
-bound in `engines.roofline`), and seconds that `generate` takes before its first request and after
-its last reply.
+without), `two_replicas_ratio` (over one), `prefix_hit_rate` (cached prompt tokens over prompt
+tokens), `roofline_fraction` (of the bound in `engines.roofline`), and seconds that `generate` takes
+before its first request and after its last reply.
 
 Run: python benchmarks/generation.py --out benchmarks/results
      python benchmarks/generation.py --out benchmarks/results --sweep   (settings of the engine)
@@ -34,6 +35,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,15 +43,15 @@ from typing import Any
 import engines
 import harness
 import pyarrow as pa
-from harness import Figures, Machine, Run, Series, Settings
+from harness import SUBJECT, Figures, Machine, Run, Series, Settings
 
 from opencharacter.chat import Message, system, user
 from opencharacter.config import Sampling
 from opencharacter.engine import Conversation, Row
 
 SETTINGS = engines.SETTINGS | {
-    "seeds": [False, True],
-    "prompts": 1024,
+    "series": {SUBJECT: {}, "opencharacter_seeded": {"seeded": True}},
+    "prompts": 2048,
     "warmup": 256,
     "system_tokens": 450,
     "user_tokens": 60,
@@ -71,7 +73,6 @@ TINY = engines.TINY | {
 }
 
 STAGE = "distillation/student"
-SERIES = ("opencharacter", "opencharacter_seeded")
 FIELDS = [pa.field("answer", pa.string())]
 
 
@@ -109,28 +110,39 @@ async def answer(row: Row, talk: Conversation, head: Message, sampling: dict[str
     return {"answer": reply.text, **engines.observed(began, [reply])}
 
 
-def opencharacter(settings: Settings) -> list[Run]:
-    """The package's path, without and with seeds in turn."""
-    talk = partial(answer, head=shared_prompt(settings), sampling=settings["sampling"])
-    kinds = dict(zip(SERIES, settings["seeds"], strict=False))
+def opencharacter(settings: Settings) -> Iterator[Run]:
+    """The package's path, its series in turn."""
+    kinds = [*settings["series"]]
 
     def once(series: str, repeat: str, count: int) -> Run:
         rows = workload(settings, f"{series} {repeat}", count)
+        drawn = engines.sampling_of(settings, series)
+        talk = partial(answer, head=shared_prompt(settings), sampling=drawn)
         with tempfile.TemporaryDirectory() as storage:
-            job = engines.make_job(settings, STAGE, Path(storage), kinds[series])
+            job = engines.make_job(settings, STAGE, Path(storage), series)
             return engines.run_package(job, rows, talk, FIELDS, series)[0]
 
     with engines.ray_running(settings):
         for series in kinds:
             once(series, "warm-up", settings["warmup"])
-        return [
-            once(series, str(repeat), settings["prompts"])
-            for repeat in range(settings["repeats"])
-            for series in ([*kinds] if repeat % 2 == 0 else [*kinds][::-1])
-        ]
+        for repeat in range(settings["repeats"]):
+            for series in kinds if repeat % 2 == 0 else kinds[::-1]:
+                yield once(series, str(repeat), settings["prompts"])
 
 
-def vllm_generate(settings: Settings) -> list[Run]:
+def two_replicas(settings: Settings) -> Iterator[Run]:
+    """The package's path on two replicas, with twice the work."""
+    more = {
+        "pool": {**settings["pool"], "replicas": 2},
+        "series": {SUBJECT: {}},
+        "prompts": 2 * settings["prompts"],
+        "warmup": 2 * settings["warmup"],
+    }
+    for run in opencharacter(settings | more):
+        yield run | {"series": "two_replicas"}
+
+
+def vllm_generate(settings: Settings) -> Iterator[Run]:
     """Bare vLLM, offline."""
     llm = engines.offline_engine(settings, prefix_caching=True)
     tokenizer, head = llm.get_tokenizer(), shared_prompt(settings)
@@ -151,29 +163,28 @@ def vllm_generate(settings: Settings) -> list[Run]:
         return {"series": "vllm_generate", "seconds": seconds, "tokens": tokens}
 
     once("warm-up", settings["warmup"])
-    return [once(f"vllm {n}", settings["prompts"]) for n in range(settings["repeats"])]
+    for repeat in range(settings["repeats"]):
+        yield once(f"vllm {repeat}", settings["prompts"])
 
 
-def ray_data_llm(settings: Settings) -> list[Run]:
+def ray_data_llm(settings: Settings) -> Iterator[Run]:
     """Ray's own batch inference, with its defaults."""
     return run_processor(settings, "ray_data_llm", {})
 
 
-def ray_data_llm_wide(settings: Settings) -> list[Run]:
+def ray_data_llm_wide(settings: Settings) -> Iterator[Run]:
     """Ray's own batch inference, with batches for twice the engine's sequences."""
     batches = -(-2 * settings["pool"]["max_sequences"] // 32)
     return run_processor(settings, "ray_data_llm_wide", {"max_concurrent_batches": batches})
 
 
-def run_processor(settings: Settings, series: str, options: dict[str, Any]) -> list[Run]:
+def run_processor(settings: Settings, series: str, options: dict[str, Any]) -> Iterator[Run]:
     """Every repeat is a dataset of its own, with an engine of its own."""
-    runs = []
     with engines.ray_running(settings):
         for repeat in range(settings["repeats"]):
             harness.wait_for_device()  # the engine of the repeat before
             rows = workload(settings, f"{series} {repeat}", settings["prompts"])
-            runs.append({"series": series, **process(settings, rows, options)})
-    return runs
+            yield {"series": series, **process(settings, rows, options)}
 
 
 def process(settings: Settings, rows: list[Row], options: dict[str, Any]) -> Run:
@@ -242,8 +253,9 @@ def as_result(row: Row) -> Row:
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     """All figures that the runs allow."""
     others = ("vllm_generate", "ray_data_llm", "ray_data_llm_wide")
-    wanted = {f"ratio_to_{other}": ("opencharacter", other) for other in others}
-    wanted["seeded_ratio"] = ("opencharacter_seeded", "opencharacter")
+    wanted = {f"ratio_to_{other}": (SUBJECT, other) for other in others}
+    wanted["seeded_ratio"] = ("opencharacter_seeded", SUBJECT)
+    wanted["two_replicas_ratio"] = ("two_replicas", SUBJECT)
     return engines.figures(series, settings, machine) | harness.ratios(series, wanted)
 
 
@@ -253,10 +265,11 @@ BENCHMARK = harness.Benchmark(
     settings=SETTINGS,
     tiny=TINY,
     ways={
-        way.__name__: way for way in (opencharacter, vllm_generate, ray_data_llm, ray_data_llm_wide)
+        way.__name__: way
+        for way in (opencharacter, vllm_generate, ray_data_llm, ray_data_llm_wide, two_replicas)
     },
     figures=figures,
-    extra=("ray_data_llm_wide",),
+    extra=("ray_data_llm_wide", "two_replicas"),
     variants=engines.variants(),
 )
 

@@ -2,11 +2,12 @@
 
 A benchmark does the same work in several *ways*. Each way runs in a process of its own, which the
 script starts by calling itself, so that nothing of one way (engine, Ray, device memory) is left
-when the next one starts. A way is a function from settings to *runs*: one mapping a repeat, with
-at least `series` (what it is a repeat of), `seconds` and `tokens`.
+when the next one starts. A way yields *runs*, from settings: one mapping a repeat, with at least
+`series` (what it is a repeat of), `seconds` and `tokens`.
 
-What a way returned is kept in `<out>/<name>-parts/`. `--ways A B` runs these anew and takes the
-others from there, if they were made with the same settings: so a benchmark can be run in pieces.
+What a way yielded is kept in `<out>/<name>-parts/`, also when it did not finish. `--ways A B` runs
+these anew and takes the others from there, if they were made with the same settings: so a benchmark
+can be run in pieces, and pieces can run at once on devices of their own (CUDA_VISIBLE_DEVICES).
 
 Run: python benchmarks/harness.py FILE   writes this machine's device and its memory's bandwidth
 """
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,9 @@ Machine = dict[str, Any]
 """`device` and `bytes_per_s`, the memory's bandwidth."""
 Figure = dict[str, float]
 Figures = dict[str, Figure]
+
+SUBJECT = "opencharacter"
+"""The way that the others are compared with, and its first series."""
 
 LOG_TAIL = 3000
 """Characters of a failed process's log that are told."""
@@ -73,7 +77,7 @@ class Benchmark:
     script: Path
     settings: Settings
     tiny: Settings
-    ways: dict[str, Callable[[Settings], list[Run]]]
+    ways: dict[str, Callable[[Settings], Iterator[Run]]]
     figures: Callable[[Series, Settings, Machine], Figures]
     extra: tuple[str, ...] = ()
     variants: dict[str, Settings] = field(default_factory=dict)
@@ -156,7 +160,8 @@ def sweep(benchmark: Benchmark, options: argparse.Namespace, settings: Settings)
 
 def variant_tasks(benchmark: Benchmark, settings: Settings) -> dict[str, Task]:
     """The sweep's tasks by label."""
-    way, once = next(iter(benchmark.ways)), settings | {"repeats": 1, "seeds": [False]}
+    way, plain = next(iter(benchmark.ways)), {SUBJECT: {}}
+    once = settings | {"repeats": 1, "series": plain}
     return {
         name: Task(name, way, merged(once, variant)) for name, variant in benchmark.variants.items()
     }
@@ -165,7 +170,7 @@ def variant_tasks(benchmark: Benchmark, settings: Settings) -> dict[str, Task]:
 def merged(settings: Settings, changes: Settings) -> Settings:
     """Settings with changes; a mapping's entries are changed one by one."""
     return settings | {
-        name: merged(settings[name], value) if isinstance(value, dict) else value
+        name: merged(settings.get(name, {}), value) if isinstance(value, dict) else value
         for name, value in changes.items()
     }
 
@@ -213,8 +218,10 @@ def do_task(benchmark: Benchmark, file: Path) -> None:
     """Do a task in this process."""
     task = json.loads(file.read_text())
     os.environ.update(task["settings"].get("environment", {}))
-    runs = benchmark.ways[task["way"]](task["settings"])
-    file.write_text(json.dumps({**task, "runs": runs}, indent=1))
+    runs = []
+    for each in benchmark.ways[task["way"]](task["settings"]):
+        runs.append(each)
+        file.write_text(json.dumps({**task, "runs": runs}, indent=1))
 
 
 def kept_runs(folder: Path, task: Task) -> list[Run] | None:
@@ -390,8 +397,10 @@ def wait_for_device(seconds: float = 60) -> None:
 
 
 def device_memory_used() -> int:
-    """MiB in use on the fullest GPU, 0 without one. Asks the driver, since torch would use some."""
+    """MiB in use on the fullest visible GPU, 0 without one. Torch itself would use some."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=True)
     except FileNotFoundError:

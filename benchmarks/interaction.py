@@ -9,9 +9,9 @@ Ways:
   pace. Timed is the whole call: Ray Data, actors, Parquet.
 - `barrier`: the way of the original project: offline vLLM without prefix cache, one call of
   `LLM.generate` a turn over all conversations, so that each turn waits for its longest reply.
-  It reads every conversation anew each turn and may take long: `--barrier-conversations N` gives
-  it fewer, and it is repeated `--barrier-repeats` times. Where it gets fewer, the package's way
-  is run once more with as few, as `opencharacter_fewer`, and that is what is compared.
+  It reads every conversation anew each turn and takes long, so it gets fewer conversations
+  (`--barrier-conversations`); the package's way is run once more with as few, as
+  `opencharacter_fewer`, and that is what is compared.
 - `barrier_cached`: the same with the prefix cache.
 
 All have the same engine settings, lengths and sampling, and no seeds.
@@ -31,6 +31,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from typing import Any
 import engines
 import harness
 import pyarrow as pa
-from harness import Figures, Machine, Run, Series, Settings
+from harness import SUBJECT, Figures, Machine, Run, Series, Settings
 
 from opencharacter.chat import Message, system
 from opencharacter.config import Sampling
@@ -47,9 +48,8 @@ from opencharacter.introspection.interaction import view
 from opencharacter.introspection.reflection import MESSAGES
 
 SETTINGS = engines.SETTINGS | {
-    "conversations": 256,
-    "barrier_conversations": 256,
-    "barrier_repeats": 1,
+    "conversations": 512,
+    "barrier_conversations": 64,
     "warmup": 32,
     "turns": 10,
     "system_tokens": 500,
@@ -130,27 +130,26 @@ async def converse(
     }
 
 
-def opencharacter(settings: Settings) -> list[Run]:
+def opencharacter(settings: Settings) -> Iterator[Run]:
     """The package's path, with all conversations and, if the barrier gets fewer, with as few."""
-    talk = partial(converse, heads=heads(settings), sampling=settings["sampling"])
-    sizes = {"opencharacter": settings["conversations"]}
-    if settings["barrier_conversations"] != settings["conversations"]:
+    sizes = dict.fromkeys(settings["series"], settings["conversations"])
+    if settings["barrier_conversations"] != settings["conversations"] and len(sizes) == 1:
         sizes["opencharacter_fewer"] = settings["barrier_conversations"]
 
     def once(series: str, repeat: str, count: int, turns: int) -> Run:
         rows = workload(settings, f"{series} {repeat}", count, turns)
+        drawn = engines.sampling_of(settings, series)
+        talk = partial(converse, heads=heads(settings), sampling=drawn)
         with tempfile.TemporaryDirectory() as storage:
-            job = engines.make_job(settings, STAGE, Path(storage), settings["seeds"][0])
+            job = engines.make_job(settings, STAGE, Path(storage), series)
             run, table = engines.run_package(job, rows, talk, FIELDS, series)
         return run | by_side(table)
 
     with engines.ray_running(settings):
         once("warm-up", "", settings["warmup"], 2)
-        return [
-            once(series, str(repeat), count, settings["turns"])
-            for repeat in range(settings["repeats"])
-            for series, count in sizes.items()
-        ]
+        for repeat in range(settings["repeats"]):
+            for series, count in sizes.items():
+                yield once(series, str(repeat), count, settings["turns"])
 
 
 def by_side(table: pa.Table) -> Run:
@@ -161,21 +160,17 @@ def by_side(table: pa.Table) -> Run:
     }
 
 
-def barrier(settings: Settings) -> list[Run]:
+def barrier(settings: Settings) -> Iterator[Run]:
     """One call a turn, without prefix cache."""
-    count, repeats = settings["barrier_conversations"], settings["barrier_repeats"]
-    return run_barrier(settings, "barrier", False, count, repeats)
+    return run_barrier(settings, "barrier", False, settings["barrier_conversations"])
 
 
-def barrier_cached(settings: Settings) -> list[Run]:
+def barrier_cached(settings: Settings) -> Iterator[Run]:
     """One call a turn, with prefix cache."""
-    count, repeats = settings["conversations"], settings["repeats"]
-    return run_barrier(settings, "barrier_cached", True, count, repeats)
+    return run_barrier(settings, "barrier_cached", True, settings["conversations"])
 
 
-def run_barrier(
-    settings: Settings, series: str, prefix_caching: bool, count: int, repeats: int
-) -> list[Run]:
+def run_barrier(settings: Settings, series: str, prefix_caching: bool, count: int) -> Iterator[Run]:
     """Repeats of one offline engine, after a warm-up."""
     llm = engines.offline_engine(settings, prefix_caching)
 
@@ -186,7 +181,8 @@ def run_barrier(
         return {"series": series, "seconds": time.time() - began, "rows": count, "tokens": tokens}
 
     once("warm-up", settings["warmup"], 2)
-    return [once(str(repeat), count, settings["turns"]) for repeat in range(repeats)]
+    for repeat in range(settings["repeats"]):
+        yield once(str(repeat), count, settings["turns"])
 
 
 def turn_of_all(llm: Any, settings: Settings, rows: list[Row], turn: int) -> int:
@@ -213,16 +209,15 @@ def turn_of_all(llm: Any, settings: Settings, rows: list[Row], turn: int) -> int
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     """All figures that the runs allow."""
-    equal = "opencharacter_fewer" if "opencharacter_fewer" in series else "opencharacter"
+    equal = "opencharacter_fewer" if "opencharacter_fewer" in series else SUBJECT
     wanted = {
         "ratio_to_barrier": (equal, "barrier"),
-        "ratio_to_barrier_cached": ("opencharacter", "barrier_cached"),
+        "ratio_to_barrier_cached": (SUBJECT, "barrier_cached"),
     }
     found = engines.figures(series, settings, machine) | harness.ratios(series, wanted)
     for at, side in enumerate(SIDES):
         rates = [
-            run["cached_by_side"][at] / run["tokens_by_side"][at]
-            for run in series.get("opencharacter", [])
+            run["cached_by_side"][at] / run["tokens_by_side"][at] for run in series.get(SUBJECT, [])
         ]
         if rates:
             found[f"prefix_hit_rate_{side}_side"] = harness.figure(rates)

@@ -103,6 +103,20 @@ def test_the_bound_of_an_8b_model_counts_weights_and_contexts(harness):
     assert filled == pytest.approx(256 * 4.3e12 / (15.0e9 + 256 * 1000 * 131_072), rel=0.01)
 
 
+def test_a_way_that_breaks_off_keeps_the_repeats_that_it_finished(harness, tmp_path):
+    def breaks_off(settings):
+        yield {"series": "ours", "seconds": 1, "tokens": 1}
+        raise KeyboardInterrupt
+
+    task = {"way": "ours", "settings": {}}
+    (tmp_path / "ours.json").write_text(json.dumps(task))
+    made = harness.Benchmark("name", tmp_path, {}, {}, {"ours": breaks_off}, dict)
+    with pytest.raises(KeyboardInterrupt):
+        harness.do_task(made, tmp_path / "ours.json")
+    kept = harness.kept_runs(tmp_path, harness.Task("ours", "ours", {}))
+    assert kept == [{"series": "ours", "seconds": 1, "tokens": 1}]
+
+
 def test_variants_change_only_what_they_name(harness):
     import engines
 
