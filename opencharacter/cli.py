@@ -44,6 +44,7 @@ Storage = Annotated[
 Smoke = Annotated[bool, typer.Option("--smoke", help="The recipe at about 1 % of its size.")]
 
 
+GIB = 2**30
 HOURS = ("hours", "GPU-hours", "price")
 
 WIDE = 240
@@ -180,8 +181,35 @@ def plan(
         table.add_row(job.dataset, why, *map(plan_cell, numbers))
     table.add_row("total", "", *map(plan_cell, totals), style="bold")
     print_whole(table)
+    for name in type(asked.recipe.roles).model_fields:
+        console.print(engine_line(asked, name), soft_wrap=True)
     for line in missing_here(asked):
         console.print(f"missing on this machine: {line}", soft_wrap=True)
+
+
+def engine_line(asked: Run, name: str) -> str:
+    """What a role's engine will be: where, how wide, and the memory that it needs."""
+    from opencharacter.engine import EngineSpec, engine_arguments
+
+    role, pool = getattr(asked.recipe.roles, name), getattr(asked.placement.pools, name)
+    spec = EngineSpec(role, pool)
+    if not spec.has_weights:
+        return f"engine {name}: {role.endpoint or role.model}"
+    step = engine_arguments(spec)["max_num_batched_tokens"]
+    said = (
+        f"engine {name}: {role.model}, {pool.replicas} x {pool.gpus:g} GPU, each up to "
+        f"{pool.max_sequences} conversations of {role.context:,} tokens, {step:,} tokens a step"
+    )
+    path = models.there(role.model)
+    if path is None:
+        return said
+    needs = models.footprint(path)
+    cache = needs.per_token * role.context * pool.max_sequences
+    given = "" if pool.gpus else f" ({pool.kv_cache_gib:g} GiB given)"
+    return (
+        f"{said}; weights {needs.weights / GIB:.2g} GiB, "
+        f"cache {cache / GIB:.2g} GiB if all were full{given}"
+    )
 
 
 def plan_numbers(job: Job, speeds: cost.Speeds | None) -> list[float]:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opencharacter.config import ECHO, EMBEDDED, Role
 from opencharacter.errors import UserError
@@ -72,18 +72,47 @@ def check(role: Role) -> str | None:
             return str(error)
         return None
     if looks_local(role.model):
-        return None if (Path(role.model) / "config.json").is_file() else f"weights at {role.model}"
-    return None if in_hub_cache(role.model) else f"weights of {role.model} (downloaded when needed)"
+        return None if there(role.model) else f"weights at {role.model}"
+    return None if there(role.model) else f"weights of {role.model} (downloaded when needed)"
 
 
 def looks_local(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~"))
 
 
-def in_hub_cache(model: str) -> bool:
+def there(model: str) -> Path | None:
+    """The directory of a model that is on this machine already, as `resolve` would give it."""
+    if model.startswith(EMBEDDED):
+        config = cache_dir() / "models" / model.removeprefix(EMBEDDED) / "config.json"
+        return config.parent if config.is_file() else None
+    if looks_local(model):
+        path = Path(model).expanduser()
+        return path if (path / "config.json").is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(model, "config.json"), str)
+    found = try_to_load_from_cache(model, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+class Footprint(NamedTuple):
+    """Bytes that an engine needs: once, and for each token of each conversation under way."""
+
+    weights: int
+    per_token: int
+
+
+def footprint(model: Path) -> Footprint:
+    """What a model's files and configuration say of its memory, keys and values in 16 bits.
+
+    An upper bound for models some of whose layers look back over a window only.
+    """
+    whole = json.loads((model / "config.json").read_text())
+    config = whole.get("text_config", whole)
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    keys = config.get("num_key_value_heads", heads) * width
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return Footprint(weights, per_token=2 * 2 * config["num_hidden_layers"] * keys)
 
 
 def resolve(model: str) -> Path:
@@ -95,8 +124,8 @@ def resolve(model: str) -> Path:
     if model.startswith(EMBEDDED):
         return embedded(model.removeprefix(EMBEDDED))
     if looks_local(model):
-        path = Path(model).expanduser()
-        if not (path / "config.json").is_file():
+        path = there(model)
+        if path is None:
             raise UserError(f"model {model!r}: no config.json there; give a directory of weights")
         return path
     from huggingface_hub import snapshot_download

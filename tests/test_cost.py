@@ -1,5 +1,7 @@
 """What `plan` says of hours and price."""
 
+import json
+
 import pytest
 import yaml
 from samples import ECHO_ROLE, cli, recipe_of
@@ -7,6 +9,7 @@ from samples import ECHO_ROLE, cli, recipe_of
 from opencharacter.config import Placement
 from opencharacter.cost import Speeds, cost, load_speeds
 from opencharacter.errors import UserError
+from opencharacter.models import footprint
 from opencharacter.stage import Estimate
 
 SPEEDS = Speeds(teacher=100, student=1000, judge=500, expander=50, training=2000)
@@ -53,3 +56,14 @@ def test_plan_shows_hours_and_price(tmp_path):
     assert "GPU-hours" in said
     total = next(line for line in said.splitlines() if line.startswith("total"))
     assert float(total.split()[-1].replace(",", "")) > 1
+    assert "engine student: meta-llama/Llama-3.1-8B-Instruct, 1 x 1 GPU, each up to 256" in said
+    assert "8,192 tokens a step" in said
+
+
+def test_a_footprint_counts_key_value_heads_of_all_layers(tmp_path):
+    shape = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    inner = {"text_config": {**shape, "hidden_size": 4096}}
+    for config in ({**shape, "hidden_size": 4096}, {**shape, "head_dim": 128}, inner):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "model.safetensors").write_bytes(b"12345")
+        assert footprint(tmp_path) == (5, 131_072)

@@ -65,6 +65,8 @@ def test_status_and_plan_tell_what_is_there(finished):
     plan = cli("plan", recipe, "-c", "poeticism", cwd=folder).stdout
     assert "total" in plan
     assert "missing on this machine" not in plan
+    assert "engine student: embedded:smollm2-135m, 1 x 0 GPU" in plan
+    assert "weights 0.25 GiB" in plan
 
 
 def test_the_persona_answers_in_a_terminal(finished):
