@@ -373,6 +373,17 @@ def end_session(session: int, seconds: float = 30) -> None:
         psutil.wait_procs(left, timeout=1)
 
 
+def apart(work: Callable[[], None]) -> None:
+    """Do some work in a process of its own, so that its memory is not this process's."""
+    import multiprocessing
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise ProcessFailed(f"exit code {process.exitcode}")
+
+
 def members(session: int) -> list[psutil.Process]:
     """The processes of a session, less those that only wait to be forgotten."""
     found = []

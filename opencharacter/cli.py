@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -124,8 +125,8 @@ def check_training(selected: list[Job]) -> None:
         if hasattr(job.section, "optimizer"):
             config.per_step(job.section.optimizer.batch, job.placement.training)
         if job.stage.name == "persona/merge":
-            ranks = (parent.section.lora.rank for parent in job.parents)
-            models.allowed_rank(sum(ranks))
+            ranks = sum(parent.section.lora.rank for parent in job.parents)
+            models.allowed_rank(job.section.rank or ranks)
 
 
 def summary(job: Job, manifest: dict[str, Any]) -> str:
@@ -331,6 +332,30 @@ def chat(
     names = [] if persona == "base" else [persona]
     asked = Run(recipe, names, placement, storage, smoke)
     asyncio.run(terminal.talk(asked.jobs, asked.recipe, asked.placement))
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[str], typer.Argument(metavar="DIR[:WEIGHT]...")],
+    to: Annotated[Path, typer.Option(help="Folder of the new adapter; it must not exist.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Reduce to this rank, by SVD.")] = None,
+    peft_linear: Annotated[
+        bool, typer.Option("--peft-linear", help="Add the factors, as PEFT does: not exact.")
+    ] = False,
+) -> None:
+    """Blend LoRA adapters of one base model: an exact weighted sum; weights may be negative."""
+    from opencharacter.persona import merge as stage
+
+    if to.exists():
+        raise UserError(f"--to {to}: it exists already; choose another folder")
+    with models.appearing(to) as scratch:
+        parts = [stage.parse_part(text) for text in adapters]
+        made = stage.merge(parts, scratch, rank=rank, peft_linear=peft_linear)
+    console.print(
+        f"{to}: rank {made['rank']} (stored as {made['padded_to']}), "
+        f"{made['relative_error']:.2%} off the exact sum",
+        soft_wrap=True,
+    )
 
 
 def main() -> None:

@@ -293,6 +293,10 @@ class Merge(Config):
 
     dpo_weight: float = 1.0
     sft_weight: float = 0.25
+    rank: PositiveInt | None = None
+    """Of the persona's adapter, by SVD; where absent the sum is exact, its rank that of both."""
+    peft_linear: bool = False
+    """Add the factors as PEFT's `linear` combination, cross terms and all, as the original does."""
 
 
 class Answers(Config):

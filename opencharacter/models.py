@@ -222,7 +222,8 @@ def adapter_updates(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Any,
     from safetensors.torch import load_file
 
     config = json.loads((adapter / "adapter_config.json").read_text())
-    tensors = load_file(adapter / "adapter_model.safetensors")
+    # Read and not mapped, so that what a caller lets go is freed.
+    tensors = load_file(adapter / "adapter_model.safetensors", backend="pread")
     modules = sorted(k.removesuffix(LORA_A) for k in tensors if k.endswith(LORA_A))
     updates = {
         m.removeprefix(PEFT_PREFIX): (tensors[m + LORA_A], tensors[m + LORA_B]) for m in modules

@@ -67,6 +67,15 @@ def test_a_tiny_benchmark_writes_all_its_figures(name, tmp_path):
     assert len(work) == 1  # all ways made as many tokens
 
 
+def test_a_tiny_merge_is_measured(tmp_path):
+    script = [sys.executable, str(BENCHMARKS / "merging.py"), "--tiny", "--out", str(tmp_path)]
+    ran = subprocess.run(script, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads((tmp_path / "merging.json").read_text())["figures"]
+    assert figures["exact_relative_error"]["median"] == 0
+    assert 0 < figures["svd_relative_error"]["median"] < 1
+
+
 def test_repeats_ask_for_the_same_lengths_of_other_prompts(harness):
     import generation
 

@@ -3,20 +3,21 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import cli
 
 from opencharacter import models
-from opencharacter.errors import StageFailed, UserError
+from opencharacter.errors import UserError
 from opencharacter.models import allowed_rank
 from opencharacter.persona.merge import Part, merge
 
 PREFIX = models.PEFT_PREFIX
+SHAPES = {"model.layers.0.q_proj": (8, 12), "model.layers.0.up_proj": (16, 8)}
 
 
 def write_adapter(path, rank, seed, shapes=None, alpha=None):
     torch.manual_seed(seed)
-    shapes = shapes or {"model.layers.0.q_proj": (8, 12), "model.layers.0.up_proj": (16, 8)}
     tensors = {}
-    for module, (out, into) in shapes.items():
+    for module, (out, into) in (shapes or SHAPES).items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(rank, into)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(out, rank)
     path.mkdir()
@@ -50,8 +51,90 @@ def test_the_merge_is_the_exact_weighted_sum(tmp_path):
 def test_adapters_of_different_shapes_are_refused(tmp_path):
     one = write_adapter(tmp_path / "one", 4, 1)
     two = write_adapter(tmp_path / "two", 4, 2, shapes={"model.layers.0.q_proj": (8, 12)})
-    with pytest.raises(StageFailed, match="up_proj"):
+    with pytest.raises(UserError, match="up_proj"):
         merge([Part(one, 1.0), Part(two, 1.0)], tmp_path, "base")
+
+
+def merged(folder, parts, **options):
+    folder.mkdir()
+    return merge(parts, folder, "base", **options), update(folder, "model.layers.0.q_proj")
+
+
+def test_a_smaller_rank_is_the_nearest_update(tmp_path):
+    parts = [Part(write_adapter(tmp_path / str(n), 4, n), 1.0) for n in range(2)]
+    _, exact = merged(tmp_path / "exact", parts)
+    composition, got = merged(tmp_path / "small", parts, rank=3)
+    assert torch.linalg.matrix_rank(got.float(), rtol=1e-4) == 3
+    u, s, v = torch.linalg.svd(exact)
+    assert torch.allclose(got, u[:, :3] @ torch.diag(s[:3]) @ v[:3], atol=1e-4)
+    wholes = [update(tmp_path / "exact", m) for m in SHAPES]
+    lost = [w - update(tmp_path / "small", m) for w, m in zip(wholes, SHAPES, strict=True)]
+    error = torch.norm(torch.cat([x.flatten() for x in lost]))
+    error = error / torch.norm(torch.cat([x.flatten() for x in wholes]))
+    assert composition["relative_error"] == pytest.approx(float(error), rel=1e-4)
+    assert composition["rank"] == 3
+
+
+def test_the_full_rank_loses_nothing(tmp_path):
+    parts = [Part(write_adapter(tmp_path / str(n), 4, n), 1.0) for n in range(2)]
+    assert merged(tmp_path / "exact", parts)[0]["relative_error"] == 0
+    assert merged(tmp_path / "same", parts, rank=99)[0]["rank"] == 8
+
+
+def test_factors_are_added_as_peft_adds_them(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = torch.nn.Linear(12, 8)
+
+    def lora():
+        return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
+
+    torch.manual_seed(3)
+    net = get_peft_model(Net(), lora(), "one")
+    net.add_adapter("two", lora())
+    net.save_pretrained(str(tmp_path / "peft"))
+    net.add_weighted_adapter(["one", "two"], [1.0, -0.5], "both", combination_type="linear")
+    made = net.base_model.model.q_proj.get_delta_weight("both").double()
+    parts = [Part(tmp_path / "peft/one", 1.0), Part(tmp_path / "peft/two", -0.5)]
+    (tmp_path / "out").mkdir()
+    composition = merge(parts, tmp_path / "out", "base", peft_linear=True)
+    assert torch.allclose(update(tmp_path / "out", "q_proj"), made, atol=1e-5)
+    assert composition["relative_error"] > 0.1  # that it is not the sum is told
+
+
+def test_what_cannot_be_merged_is_refused(tmp_path):
+    one = write_adapter(tmp_path / "one", 4, 1)
+    two = write_adapter(tmp_path / "two", 8, 2)
+    with pytest.raises(UserError, match=r"ranks \[4, 8\]"):
+        merge([Part(one, 1.0), Part(two, 1.0)], tmp_path, peft_linear=True)
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        merge([Part(tmp_path / "three", 1.0)], tmp_path)
+    config = json.loads((two / "adapter_config.json").read_text())
+    (two / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "other"})
+    )
+    with pytest.raises(UserError, match="different bases, None and other"):
+        merge([Part(one, 1.0), Part(two, 1.0)], tmp_path)
+    (two / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(UserError, match="use_dora"):
+        merge([Part(one, 1.0), Part(two, 1.0)], tmp_path)
+
+
+def test_adapters_are_blended_on_the_command_line(tmp_path):
+    one = write_adapter(tmp_path / "one", 4, 1)
+    write_adapter(tmp_path / "two", 4, 2)
+    ran = cli("merge", "one", "two:-0.5", "--to", "out", cwd=tmp_path)
+    assert "rank 8" in ran.stdout, ran.stderr
+    wanted = update(one, "model.layers.0.q_proj") - 0.5 * update(
+        tmp_path / "two", "model.layers.0.q_proj"
+    )
+    assert torch.allclose(update(tmp_path / "out", "model.layers.0.q_proj"), wanted, atol=1e-5)
+    again = cli("merge", "one", "--to", "out", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "it exists already" in again.stdout
 
 
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (9, 16), (64, 64), (65, 128), (512, 512)])

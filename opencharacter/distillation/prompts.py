@@ -226,24 +226,25 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> Outcome:
     settings: Prompts = job.section
     traits = job.persona.traits
-    questions = [list(t.questions[: settings.questions_per_trait]) for t in traits]
+    target = settings.questions_per_trait
+    questions = [list(t.questions[:target]) for t in traits]
     figures = {}
-    if any(len(q) < settings.questions_per_trait for q in questions):
+    if any(len(q) < target for q in questions):
         from opencharacter.generation import generate
 
         requests = [
             {"id": row_id("expand", job.persona.name, t.trait), "trait": i, "text": t.trait}
             | {"questions": list(t.questions)}
             for i, t in enumerate(traits)
+            if len(t.questions) < target
         ]
         role = job.recipe.roles.expander
         begun = "" if role.endpoint or role.thinks else LIST_BEGUN
         talk = partial(expand, settings=settings, prefill=begun)
         expanded = generate(job, requests, talk, "expander", FIELDS)
         by_trait = {row["trait"]: row["questions"] for row in expanded.table().to_pylist()}
-        grown = [by_trait[i] or q for i, q in enumerate(questions)]
+        grown = [by_trait.get(i) or q for i, q in enumerate(questions)]
         unlike = without_repeats(questions, grown)
-        target = settings.questions_per_trait
         figures["repeats"] = sum(map(len, grown)) - sum(map(len, unlike))
         questions = [texts[:target] for texts in unlike]
         figures["short"] = {

@@ -2,116 +2,225 @@
 
 The sum of weighted low-rank updates is exact as one update of the summed rank:
 w1*B1@A1 + w2*B2@A2 = [w1*B1, w2*B2] @ [A1; A2]. Computed from the safetensors alone; the base
-model is not loaded.
+model is not loaded. A smaller rank is the nearest update of that rank, by SVD.
 
 Reads: distillation/dpo, introspection/sft. Writes: adapter/, with composition.json.
 Run: opencharacter run RECIPE --constitution NAME --only persona/merge
+     opencharacter merge DIR DIR:0.25 --to DIR   (any adapters)
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opencharacter import models
-from opencharacter.errors import StageFailed
+from opencharacter.errors import UserError
 from opencharacter.stage import Estimate, Job, Outcome
 
 if TYPE_CHECKING:
     import torch
 
+    Term = tuple[torch.Tensor, torch.Tensor, float]
+    """`(A, B, factor)`: an update of factor * B @ A."""
+
 SIDE_FILES = ("tokenizer", "chat_template", "special_tokens", "vocab", "merges", "added_tokens")
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 class Part(NamedTuple):
-    """An adapter folder and what it counts."""
+    """An adapter folder and what it counts; a negative weight takes its character away."""
 
     folder: Path
     weight: float
 
 
-def merge(parts: list[Part], target: Path, base: str) -> dict[str, Any]:
+class Adapter(NamedTuple):
+    """An adapter that is read."""
+
+    part: Part
+    config: dict[str, Any]
+    updates: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def factor(self) -> float:
+        """What multiplies `B @ A` in the sum."""
+        return self.part.weight * models.scale(self.config)
+
+
+def merge(
+    parts: list[Part],
+    target: Path,
+    base: str | None = None,
+    rank: int | None = None,
+    peft_linear: bool = False,
+) -> dict[str, Any]:
     """Write the weighted sum of adapters as one PEFT LoRA adapter.
 
     Args:
         parts: at least one; all must adapt the same modules with the same shapes.
         target: folder to write into.
-        base: name of the base model for the adapter's configuration.
+        base: name of the base model for the adapter's configuration; as in the parts if None.
+        rank: of the result, by SVD; None for the exact sum, whose rank is the sum of the ranks.
+        peft_linear: add the factors as PEFT's `linear` combination does, which is not the sum of
+            the updates: it has cross terms.
 
     Returns:
-        The composition: what was summed, with hashes, weights and ranks.
+        The composition: what was summed, with hashes, weights and ranks, and how far the result
+        is from the exact sum (relative Frobenius norm over all modules).
 
     Raises:
-        StageFailed: if the adapters do not fit each other.
+        UserError: if the adapters do not fit each other.
     """
     from safetensors.torch import save_file
 
-    loaded = [(*models.adapter_updates(part.folder), part.weight) for part in parts]
-    modules = check_fit([updates for _, updates, _ in loaded], [str(p.folder) for p in parts])
-    rank = sum(config["r"] for config, _, _ in loaded)
-    padded = models.allowed_rank(rank)
-    tensors = {}
+    adapters = [read(part) for part in parts]
+    modules = check_fit(adapters)
+    bases = {str(adapter.config.get("base_model_name_or_path")) for adapter in adapters}
+    if base is None and len(bases) > 1:
+        raise UserError(f"adapters are of different bases, {' and '.join(sorted(bases))}")
+    ranks = [adapter.config["r"] for adapter in adapters]
+    if peft_linear and len(set(ranks)) > 1:
+        raise UserError(f"adapters of ranks {ranks} have no linear combination of their factors")
+    summed = ranks[0] if peft_linear else sum(ranks)
+    kept = min(rank or summed, summed)
+    padded = models.allowed_rank(kept)
+    tensors, wrong, whole = {}, 0.0, 0.0
     for module in modules:
-        terms = [(*u[module], w * models.scale(config)) for config, u, w in loaded]
-        a, b = concatenate(terms, padded)
+        # Popped: what is summed is freed while the sum grows.
+        terms = [(*adapter.updates.pop(module), adapter.factor) for adapter in adapters]
+        exact = concatenate(terms)
+        made = add_factors(terms) if peft_linear else exact
+        made = truncate(*made, kept) if kept < summed else made
+        if made is not exact:
+            whole += squared_norm(*exact)
+            wrong += squared_norm(*concatenate([(*exact, 1.0), (*made, -1.0)]))
+        a, b = pad(*made, padded)
         tensors[models.PEFT_PREFIX + module + models.LORA_A] = a
         tensors[models.PEFT_PREFIX + module + models.LORA_B] = b
-    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
-    changes = {"r": padded, "lora_alpha": padded, "base_model_name_or_path": base}
-    changes |= {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    (target / "adapter_config.json").write_text(json.dumps(loaded[0][0] | changes, indent=1))
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    changes = {"r": padded, "lora_alpha": padded, "use_rslora": False}
+    changes["base_model_name_or_path"] = base or adapters[0].config.get("base_model_name_or_path")
+    (target / CONFIG).write_text(json.dumps(adapters[0].config | changes, indent=1))
     for path in parts[0].folder.iterdir():
         if path.name.startswith(SIDE_FILES):
             shutil.copy(path, target / path.name)
     composition = {
-        "rank": rank,
+        "rank": kept,
         "padded_to": padded,
+        "peft_linear": peft_linear,
+        "relative_error": math.sqrt(max(wrong, 0) / whole) if whole else 0.0,
         "parts": [
             {
-                "sha256": models.file_hash(part.folder / "adapter_model.safetensors"),
+                "sha256": models.file_hash(part.folder / WEIGHTS),
                 "weight": part.weight,
                 "rank": config["r"],
             }
-            for part, (config, _, _) in zip(parts, loaded, strict=True)
+            for part, config, _ in adapters
         ],
     }
     (target / "composition.json").write_text(json.dumps(composition, indent=1))
     return composition
 
 
-def check_fit(updates: list[dict[str, Any]], names: list[str]) -> list[str]:
-    """The modules that all adapters have, in order; a StageFailed names what does not fit."""
-    first = {module: (a.shape[1], b.shape[0]) for module, (a, b) in updates[0].items()}
-    for other, name in zip(updates[1:], names[1:], strict=True):
-        shapes = {module: (a.shape[1], b.shape[0]) for module, (a, b) in other.items()}
-        if shapes != first:
-            odd = sorted(set(first.items()) ^ set(shapes.items()))[0]
-            raise StageFailed(
-                f"adapters {names[0]} and {name} do not fit: {odd[0]} is {odd[1]} in one only; "
+def read(part: Part) -> Adapter:
+    """Read an adapter that is nothing but one rank and scale of LoRA.
+
+    Raises:
+        UserError: if it is not there or is something else.
+    """
+    if not (part.folder / CONFIG).is_file():
+        raise UserError(f"adapter {part.folder}: no {CONFIG} there")
+    adapter = Adapter(part, *models.adapter_updates(part.folder))
+    for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
+        if adapter.config.get(name):
+            raise UserError(f"adapter {part.folder}: {name} is set, which cannot be merged")
+    return adapter
+
+
+def check_fit(adapters: list[Adapter]) -> list[str]:
+    """The modules that all adapters have, in order; a UserError names what does not fit."""
+    shapes = [
+        {module: (a.shape[1], b.shape[0]) for module, (a, b) in adapter.updates.items()}
+        for adapter in adapters
+    ]
+    for adapter, other in zip(adapters[1:], shapes[1:], strict=True):
+        odd = sorted(set(shapes[0].items()) ^ set(other.items()))
+        if odd:
+            raise UserError(
+                f"adapters {adapters[0].part.folder} and {adapter.part.folder} do not fit: "
+                f"{odd[0][0]} is {odd[0][1]} in one only; "
                 "merge adapters of one base with the same target modules"
             )
-    return sorted(first)
+    return sorted(shapes[0])
 
 
-def concatenate(
-    terms: list[tuple[torch.Tensor, torch.Tensor, float]], rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack `(A, B, factor)` into one `(A, B)` of the given rank, zeros where it is larger.
+def concatenate(terms: list[Term]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact sum of updates.
 
     Returns:
-        A of shape (rank, in) and B of shape (out, rank), float32, with B @ A the exact sum.
+        A of shape (summed rank, in) and B of shape (out, summed rank), float32.
     """
     import torch
 
     a = torch.cat([a.float() for a, _, _ in terms])
     b = torch.cat([factor * b.float() for _, b, factor in terms], dim=1)
+    return a, b
+
+
+def add_factors(terms: list[Term]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of A and of B, each times the root of its factor, as PEFT's `linear` has them."""
+    a: Any = 0
+    b: Any = 0
+    for one, other, factor in terms:
+        root = math.sqrt(abs(factor))
+        a = a + math.copysign(root, factor) * one.float()
+        b = b + root * other.float()
+    return a, b
+
+
+def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest update of a smaller rank (Eckart and Young, 1936).
+
+    With B = Qb Rb and A' = Qa Ra, only Rb Ra' needs the SVD, which is as small as the rank is.
+    """
+    import torch
+
+    left, inner_left = torch.linalg.qr(b)
+    right, inner_right = torch.linalg.qr(a.T)
+    u, values, v = torch.linalg.svd(inner_left @ inner_right.T)
+    root = values[:rank].sqrt()
+    return (root[:, None] * v[:rank]) @ right.T, left @ (u[:, :rank] * root)
+
+
+def squared_norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The squared Frobenius norm of B @ A, from the factors."""
+    a, b = a.double(), b.double()
+    return float(((b.T @ b) * (a @ a.T)).sum())
+
+
+def pad(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same update with zeros up to a rank."""
+    import torch
+
     spare = rank - a.shape[0]
     a = torch.nn.functional.pad(a, (0, 0, 0, spare))
     b = torch.nn.functional.pad(b, (0, spare))
     return a.contiguous(), b.contiguous()
+
+
+def parse_part(text: str) -> Part:
+    """`DIR` or `DIR:WEIGHT`."""
+    folder, _, weight = text.rpartition(":")
+    try:
+        return Part(Path(folder), float(weight)) if folder else Part(Path(text), 1.0)
+    except ValueError:
+        return Part(Path(text), 1.0)
 
 
 def estimate(job: Job) -> Estimate:
@@ -122,7 +231,8 @@ def build(job: Job) -> Outcome:
     settings = job.section
     weights = {"distillation/dpo": settings.dpo_weight, "introspection/sft": settings.sft_weight}
     parts = [Part(job.parent(name).adapter.local(), weight) for name, weight in weights.items()]
+    base = job.recipe.roles.student.model
     with tempfile.TemporaryDirectory() as scratch:
-        composition = merge(parts, Path(scratch), job.recipe.roles.student.model)
+        composition = merge(parts, Path(scratch), base, settings.rank, settings.peft_linear)
         job.store.upload(Path(scratch), f"{job.dataset}/adapter")
-    return Outcome(rows=0, figures={"rank": composition["rank"]})
+    return Outcome(rows=0, figures={k: composition[k] for k in ("rank", "relative_error")})
