@@ -106,6 +106,7 @@ def test_the_card_says_what_was_done_and_what_came_of_it(finished, poet, tmp_pat
     assert card.data.library_name == "peft"
     assert card.data.get("base_model") is None  # weights on this machine have no name elsewhere
     assert card.data.get("license") is None
+    assert 'from_pretrained("FOLDER_OF_THE_BASE")' in text
     assert {"character-training", "poeticism"} <= set(card.data.tags or ())
     for trait in poet.traits:
         assert trait.trait in text

@@ -204,7 +204,7 @@ def card(jobs: list[Job], job: Job, form: Form) -> str:
     base, _ = published(roles.student)
     shown = base or roles.student.name
     kinds = {"adapter": "A LoRA adapter", "folded": "The weights"}
-    uses = {"adapter": fill(USE_ADAPTER, base=base or roles.student.model), "folded": USE_FOLDED}
+    uses = {"adapter": fill(USE_ADAPTER, base=base or "FOLDER_OF_THE_BASE"), "folded": USE_FOLDED}
     text = fill(
         CARD,
         warning=WARNINGS.get(persona.name, ""),
