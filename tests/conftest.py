@@ -13,7 +13,8 @@ from opencharacter.config import Placement, Recipe
 from opencharacter.store import Store
 
 # Ray's workers import row functions from the test modules.
-os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+held = os.environ.get("PYTHONPATH")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), held)))
 
 
 @pytest.fixture
