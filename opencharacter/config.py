@@ -36,6 +36,8 @@ NOT_IDENTITY = {
     "typical_tokens",
     "api_key_env",
     "endpoint_concurrency",
+    "wanted",
+    "min_agreement",
 }
 """Fields that say when to stop or what to expect, not what is made: left out of fingerprints."""
 
@@ -45,6 +47,15 @@ def check_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} may only hold a-z, 0-9, '.', '_', '-' and start with a letter")
     return name
+
+
+def with_ends(conditions: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `conditions` if base and full are there, each once; raise ValueError otherwise."""
+    if not {"base", "full"} <= set(conditions):
+        raise ValueError("needs base and full: add them")
+    if len(set(conditions)) < len(conditions):
+        raise ValueError("names a condition twice; remove one")
+    return conditions
 
 
 Name = Annotated[str, AfterValidator(check_name)]
@@ -299,8 +310,28 @@ class Merge(Config):
     """Add the factors as PEFT's `linear` combination, cross terms and all, as the original does."""
 
 
+Condition = Literal["base", "prompted", "steered", "distilled", "full"]
+CONDITIONS: tuple[Condition, ...] = ("base", "prompted", "distilled", "full")
+Conditions = Annotated[tuple[Condition, ...], AfterValidator(with_ends)]
+
+
+class Judge(Config):
+    """Stage evaluation/judge."""
+
+    items: PositiveInt = 104
+    """Gold items asked, each in both orders; as many as there are if fewer."""
+    min_agreement: Rate | None = 0.8
+    """A judge that is right in fewer of its verdicts is refused; null lets any pass."""
+    panel: tuple[Role, ...] = ()
+    """Further judges, of other families, that must pass too and whose agreement is measured."""
+    sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
+
+
 class Answers(Config):
     """Stage evaluation/answers."""
+
+    conditions: Conditions = CONDITIONS
+    """What is compared; `base` and `full` always are."""
 
     prompts: str = "embedded"
     """Evaluation prompts: the same three forms as `general_prompts`."""
@@ -314,6 +345,8 @@ class Answers(Config):
 class Preferences(Config):
     """Stage evaluation/preferences."""
 
+    conditions: Conditions = CONDITIONS
+    """As in answers."""
     games: PositiveInt = 25_000
     """Answers per condition."""
     traits: tuple[str, ...] = ()
@@ -322,6 +355,26 @@ class Preferences(Config):
     judge: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
     """Of the judge's verdict."""
     max_drop_rate: Rate = 0.5
+
+
+class Rating(Config):
+    """Stage evaluation/rating."""
+
+    start: float = 1000
+    """Everyone's first Elo rating, and the mean of the Bradley-Terry ratings."""
+    k: PositiveFloat = 32
+    """The most that one game moves an Elo rating."""
+    scale: PositiveFloat = 400
+    """Points at which the stronger wins ten times as often."""
+    prior: NonNegativeFloat = 0.1
+    """Games that each trait also plays against the average, half of them won, so that one that
+    never won has a finite Bradley-Terry rating too. 0 is plain maximum likelihood."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Of the bootstrap over games."""
+    false_discovery_rate: Rate = 0.05
+    """Share of the changes called significant that may be none."""
+    wanted: PositiveFloat = 50
+    """Points to each side of a rating, for which `plan` says the number of games."""
 
 
 class Report(Config):
@@ -361,8 +414,10 @@ class Persona(Config):
 class Evaluation(Config):
     """What changed."""
 
+    judge: Judge = Judge()
     answers: Answers = Answers()
     preferences: Preferences = Preferences()
+    rating: Rating = Rating()
     report: Report = Report()
 
 

@@ -21,6 +21,9 @@ from opencharacter.errors import StaleError, UserError
 from opencharacter.stage import Job, Outcome, Stage
 from opencharacter.store import PARTS, Store
 
+TRAINED = ("distillation/dpo", "persona/merge")
+"""What makes the conditions that are compared."""
+
 STAGES = (
     Stage("distillation/prompts", "constitution", roles=("expander",)),
     Stage("distillation/teacher", "constitution", ("distillation/prompts",), ("teacher",)),
@@ -48,12 +51,16 @@ STAGES = (
         ("student",),
     ),
     Stage("persona/merge", "persona", ("distillation/dpo", "introspection/sft"), ("student",)),
-    Stage("evaluation/answers", "persona", ("persona/merge",), ("student",)),
-    Stage("evaluation/preferences", "persona", ("persona/merge",), ("student", "judge")),
+    Stage("evaluation/judge", "student", (), ("judge",)),
+    Stage("evaluation/answers", "persona", TRAINED, ("student",)),
+    Stage(
+        "evaluation/preferences", "persona", (*TRAINED, "evaluation/judge"), ("student", "judge")
+    ),
+    Stage("evaluation/rating", "persona", ("evaluation/preferences",)),
     Stage(
         "evaluation/report",
         "student",
-        ("evaluation/answers", "evaluation/preferences"),
+        ("evaluation/judge", "evaluation/answers", "evaluation/preferences", "evaluation/rating"),
         disposable=True,
     ),
 )

@@ -5,14 +5,14 @@ import pytest
 
 from opencharacter.config import Sampling
 from opencharacter.engine import Conversation, Reply
-from opencharacter.evaluation import preferences
+from opencharacter.evaluation import judge, preferences
 from opencharacter.evaluation.report import (
     flat,
     side_by_side,
     told_apart,
     trait_shares,
-    wilson,
 )
+from opencharacter.evaluation.scores import wilson
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from opencharacter.evaluation.report import (
     ],
 )
 def test_a_verdict_that_names_one_trait_counts_and_no_other(verdict, chosen):
-    assert preferences.read_verdict(verdict, "poetic", "blunt") == chosen
+    assert judge.read_verdict(verdict, "poetic", "blunt") == chosen
 
 
 def test_games_are_drawn_by_number_from_both_orders(make_jobs, echo_recipe):
@@ -46,7 +46,7 @@ def test_the_judge_is_asked_and_its_word_is_kept():
             return Reply(" Poetic ", "stop", 1, 1, 0)
 
     row = {"prompt": "p", "answer": "a", "first": "poetic", "second": "blunt"}
-    said = asyncio.run(preferences.judge(row, Conversation(Judge(), 1), Sampling(max_tokens=3)))
+    said = asyncio.run(judge.name_trait(row, Conversation(Judge(), 1), Sampling(max_tokens=3)))
     assert said == {"verdict": "Poetic", "chosen": "poetic"}
 
 

@@ -15,6 +15,7 @@ AFTER_DPO = {
     "persona/merge",
     "evaluation/answers",
     "evaluation/preferences",
+    "evaluation/rating",
     "evaluation/report",
 }
 
@@ -138,7 +139,7 @@ def test_the_report_is_about_all_personas_of_the_run(store, echo_recipe, poet):
     other = poet.model_copy(update={"name": "other"})
     jobs = pipeline.jobs(echo_recipe, [poet, other], Placement(), store)
     (report,) = (job for job in jobs if job.stage.name == "evaluation/report")
-    assert {p.scope for p in report.parents} == {"echo/poeticism", "echo/other"}
+    assert {p.scope for p in report.parents} == {"echo", "echo/poeticism", "echo/other"}
     (dpo,) = (job for job in jobs if job.dataset == "echo/other/distillation/dpo")
     assert [p.dataset for p in dpo.parents] == ["echo/other/distillation/pairs"]
 

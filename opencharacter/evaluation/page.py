@@ -10,24 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from html import escape
 
-
-@dataclass(frozen=True)
-class Score:
-    """A figure with its interval.
-
-    Args:
-        value: the estimate; None where nothing was scored.
-        low: lower end of the interval.
-        high: upper end.
-        n: how many were scored.
-        unscored: how many could not be.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    unscored: int = 0
+from opencharacter.evaluation.scores import Score
 
 
 @dataclass(frozen=True)

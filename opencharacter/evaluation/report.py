@@ -8,7 +8,6 @@ Run: opencharacter report RECIPE --constitution NAME
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -24,16 +23,13 @@ from opencharacter.evaluation.page import (
     Quality,
     Report,
     Sample,
-    Score,
     Signature,
     StageLine,
     TraitShare,
     page,
 )
+from opencharacter.evaluation.scores import Score, wilson
 from opencharacter.stage import Estimate, Job, Outcome, kept, redone
-
-Z95 = 1.959963984540054
-"""Normal quantile of a two-sided 95 % interval."""
 
 CURVES = {
     "distillation/dpo": (
@@ -55,17 +51,6 @@ SCORES = pa.schema(
         pa.field("unscored", pa.int64(), nullable=False),
     ]
 )
-
-
-def wilson(hits: float, n: int, unscored: int = 0) -> Score:
-    """A share with its 95 % Wilson score interval (Wilson, 1927)."""
-    if not n:
-        return Score(None, None, None, 0, unscored)
-    share, z2 = hits / n, Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return Score(share, min(low, share), max(high, share), n, unscored)
 
 
 def told_apart(base: list[str], persona: list[str], folds: int) -> Score:
