@@ -182,6 +182,9 @@ def plan(
         table.add_row(job.dataset, why, *map(plan_cell, numbers))
     table.add_row("total", "", *map(plan_cell, totals), style="bold")
     print_whole(table)
+    for job in asked.jobs:
+        for line in getattr(job.stage.module, "notes", lambda _: ())(job):
+            console.print(f"{job.dataset}: {line}", soft_wrap=True)
     for name in type(asked.recipe.roles).model_fields:
         console.print(engine_line(asked, name), soft_wrap=True)
     for line in missing_here(asked):

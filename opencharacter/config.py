@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -23,6 +23,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from opencharacter.errors import UserError
@@ -311,6 +312,19 @@ class Merge(Config):
 
 
 Condition = Literal["base", "prompted", "steered", "distilled", "full"]
+Attack = Literal[
+    "plain",
+    "stop",
+    "reset",
+    "expert",
+    "test",
+    "weary",
+    "policy",
+    "honest",
+    "prefill",
+    "email",
+    "tool",
+]
 CONDITIONS: tuple[Condition, ...] = ("base", "prompted", "distilled", "full")
 Conditions = Annotated[tuple[Condition, ...], AfterValidator(with_ends)]
 
@@ -377,13 +391,46 @@ class Rating(Config):
     """Points to each side of a rating, for which `plan` says the number of games."""
 
 
+class Attacks(Config):
+    """Stage evaluation/attacks."""
+
+    conditions: Conditions = CONDITIONS
+    """As in answers, and among those."""
+    prompts: PositiveInt = 100
+    """Held-out prompts that are attacked, from the front of those answered."""
+    kinds: tuple[Attack, ...] = get_args(Attack)
+    """Eight instructions to drop the act, the prefill attack, and two tasks that are not chat."""
+    sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=250)
+    max_drop_rate: Rate = 0.5
+
+
+class Robustness(Config):
+    """Stage evaluation/robustness."""
+
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Parts into which the prompts are split: each is tested by a classifier that learned from the
+    others."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Of the bootstrap over prompts."""
+
+
+class Coherence(Config):
+    """Stage evaluation/coherence."""
+
+    prompts: PositiveInt = 100
+    """Prompts whose answers are compared, each with those of every other condition."""
+    sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
+    """Of the judge's verdict."""
+    max_drop_rate: Rate = 0.5
+
+
 class Report(Config):
     """Stage evaluation/report."""
 
     samples: PositiveInt = 20
     """Held-out prompts shown side by side."""
-    folds: Annotated[int, Field(ge=2)] = 5
-    """Of the cross-validation that tells persona from base."""
+    traits: PositiveInt = 24
+    """Traits shown, half of them the largest rises and half the largest falls."""
 
 
 class Distillation(Config):
@@ -418,7 +465,16 @@ class Evaluation(Config):
     answers: Answers = Answers()
     preferences: Preferences = Preferences()
     rating: Rating = Rating()
+    attacks: Attacks = Attacks()
+    robustness: Robustness = Robustness()
+    coherence: Coherence = Coherence()
     report: Report = Report()
+
+    @model_validator(mode="after")
+    def _attacks_what_answered(self) -> Evaluation:
+        if extra := set(self.attacks.conditions) - set(self.answers.conditions):
+            raise ValueError(f"attacks has conditions that answers lacks: {sorted(extra)}")
+        return self
 
 
 class Recipe(Config):
@@ -696,5 +752,7 @@ def shrink(recipe: Recipe) -> Recipe:
             preferences=less(
                 evaluation.preferences, games=percent(evaluation.preferences.games, 20)
             ),
+            attacks=less(evaluation.attacks, prompts=percent(evaluation.attacks.prompts, 4)),
+            coherence=less(evaluation.coherence, prompts=percent(evaluation.coherence.prompts, 10)),
         ),
     )

@@ -52,15 +52,27 @@ STAGES = (
     ),
     Stage("persona/merge", "persona", ("distillation/dpo", "introspection/sft"), ("student",)),
     Stage("evaluation/judge", "student", (), ("judge",)),
-    Stage("evaluation/answers", "persona", TRAINED, ("student",)),
+    Stage("evaluation/answers", "persona", ("distillation/prompts", *TRAINED), ("student",)),
     Stage(
         "evaluation/preferences", "persona", (*TRAINED, "evaluation/judge"), ("student", "judge")
     ),
     Stage("evaluation/rating", "persona", ("evaluation/preferences",)),
+    Stage("evaluation/attacks", "persona", (*TRAINED, "evaluation/answers"), ("student",)),
+    Stage("evaluation/robustness", "student", ("evaluation/answers", "evaluation/attacks")),
+    Stage(
+        "evaluation/coherence", "persona", ("evaluation/answers", "evaluation/judge"), ("judge",)
+    ),
     Stage(
         "evaluation/report",
         "student",
-        ("evaluation/judge", "evaluation/answers", "evaluation/preferences", "evaluation/rating"),
+        (
+            "evaluation/judge",
+            "evaluation/answers",
+            "evaluation/preferences",
+            "evaluation/rating",
+            "evaluation/robustness",
+            "evaluation/coherence",
+        ),
         disposable=True,
     ),
 )

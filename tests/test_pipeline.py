@@ -16,6 +16,9 @@ AFTER_DPO = {
     "evaluation/answers",
     "evaluation/preferences",
     "evaluation/rating",
+    "evaluation/attacks",
+    "evaluation/robustness",
+    "evaluation/coherence",
     "evaluation/report",
 }
 

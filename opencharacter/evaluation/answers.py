@@ -2,7 +2,8 @@
 
 All conditions (see conditions) answer the same prompts with the same seeds.
 
-Reads: persona/merge, distillation/dpo, the evaluation prompts. Writes: prompt, condition, answer.
+Reads: persona/merge, distillation/dpo, distillation/prompts, the evaluation prompts. Writes:
+prompt, condition, answer.
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/answers
 """
 
@@ -19,6 +20,7 @@ from opencharacter.distillation.prompts import read_source
 from opencharacter.distillation.teacher import typical
 from opencharacter.engine import Conversation, Row
 from opencharacter.evaluation.conditions import under_each_condition
+from opencharacter.filters import words
 from opencharacter.stage import Estimate, Job, Outcome
 
 FIELDS = [
@@ -40,6 +42,12 @@ def held_out(settings: Answers) -> list[str]:
     return read_source(settings.prompts, EVALUATION_FILE)[0]
 
 
+def unseen(prompts: list[str], trained: list[str]) -> list[str]:
+    """The prompts that are none of those trained on, whatever their case and punctuation."""
+    known = {tuple(words(text)) for text in trained}
+    return [text for text in prompts if tuple(words(text)) not in known]
+
+
 def identity(job: Job) -> dict[str, Any]:
     source = job.recipe.evaluation.answers.prompts
     return {"prompts": read_source(source, EVALUATION_FILE)[1][:16]}
@@ -52,10 +60,13 @@ def estimate(job: Job) -> Estimate:
 
 def build(job: Job) -> Outcome:
     settings: Answers = job.section
+    prompts = held_out(settings)
+    fresh = unseen(prompts, job.read("distillation/prompts")["prompt"].to_pylist())
     requests = [
         {"id": row_id(job.stage.name, job.scope, text), "prompt": text}
-        for text in held_out(settings)[: settings.count]
+        for text in fresh[: settings.count]
     ]
     talk = partial(answer, sampling=settings.sampling)
     table = under_each_condition(job, requests, talk, FIELDS, settings.conditions)
-    return job.write(table, gpus=job.gpus("student"))
+    seen = {"trained_on": len(prompts) - len(fresh)}
+    return job.write(table, figures=seen, gpus=job.gpus("student"))
