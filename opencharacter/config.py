@@ -341,6 +341,28 @@ class Judge(Config):
     sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
 
 
+class Steering(Config):
+    """Stage evaluation/steering; nothing is done unless a stage's conditions name `steered`."""
+
+    prompts: PositiveInt = 100
+    """Training prompts from which directions are found."""
+    held_out: PositiveInt = 30
+    """Other training prompts, with whose answers the strength is chosen; half of all at most."""
+    first_layer: Rate = 0.125
+    """Where steering begins, as a share of the depth."""
+    last_layer: Rate = 0.875
+    """Where it ends."""
+    strengths: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        0.1,
+        0.2,
+        0.4,
+        0.8,
+        1.6,
+        3.2,
+    )
+    """Tried; in lengths of the residual stream that all steered layers add together."""
+
+
 class Answers(Config):
     """Stage evaluation/answers."""
 
@@ -462,6 +484,7 @@ class Evaluation(Config):
     """What changed."""
 
     judge: Judge = Judge()
+    steering: Steering = Steering()
     answers: Answers = Answers()
     preferences: Preferences = Preferences()
     rating: Rating = Rating()

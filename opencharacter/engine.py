@@ -135,7 +135,8 @@ class VllmEngine:
         base, adapter = models.resolve(spec.role.model), spec.folded and spec.folded.local()
         models.check_parallel(base, spec.pool.tensor_parallel)
         arguments, self.adapter = engine_arguments(spec), None
-        if adapter and spec.pool.adapters == "runtime":
+        at_run_time = spec.pool.adapters == "runtime"
+        if adapter and at_run_time and not models.is_steering(adapter):
             arguments |= {"enable_lora": True, "max_lora_rank": models.engine_rank(adapter)}
             self.adapter = LoRARequest(adapter.name, 1, str(adapter))
         elif adapter:

@@ -21,7 +21,7 @@ from opencharacter.errors import StaleError, UserError
 from opencharacter.stage import Job, Outcome, Stage
 from opencharacter.store import PARTS, Store
 
-TRAINED = ("distillation/dpo", "persona/merge")
+TRAINED = ("distillation/dpo", "persona/merge", "evaluation/steering")
 """What makes the conditions that are compared."""
 
 STAGES = (
@@ -52,6 +52,7 @@ STAGES = (
     ),
     Stage("persona/merge", "persona", ("distillation/dpo", "introspection/sft"), ("student",)),
     Stage("evaluation/judge", "student", (), ("judge",)),
+    Stage("evaluation/steering", "persona", ("distillation/pairs",), ("student",)),
     Stage("evaluation/answers", "persona", ("distillation/prompts", *TRAINED), ("student",)),
     Stage(
         "evaluation/preferences", "persona", (*TRAINED, "evaluation/judge"), ("student", "judge")
