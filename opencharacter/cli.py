@@ -322,6 +322,23 @@ def report(
 
 
 @app.command()
+def compare(
+    ratings: Annotated[list[str], typer.Argument(metavar="DIR DIR...")],
+    condition: Annotated[
+        str, typer.Option(help="base, prompted, steered, distilled, full.")
+    ] = "full",
+) -> None:
+    """Rank correlation of trait ratings: folders STUDENT/PERSONA/evaluation/rating."""
+    from opencharacter.evaluation import rating
+
+    for one, two, score in rating.between(ratings, condition):
+        said = "too few traits"
+        if score.value is not None:
+            said = f"{score.value:.3f}, 95 % interval {score.low:.3f} to {score.high:.3f}"
+        console.print(f"{one} {two}: {said}, {score.n} traits", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def chat(
     recipe: RecipeName,
     persona: Annotated[str, typer.Argument(help="A trained constitution's name, or 'base'.")],

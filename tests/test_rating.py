@@ -5,6 +5,8 @@ import math
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from opencharacter.config import Rating
@@ -186,6 +188,26 @@ def test_spearman_of_known_ranks():
     assert score.value == pytest.approx(0.8)
     assert score.low < 0.8 < score.high
     assert rating.spearman([1, 2, 3], [1, 2, 3]).value is None
+
+
+def test_students_are_compared_over_the_traits_that_both_rated(tmp_path):
+    from samples import cli
+
+    for name, rise in (("one", 1.0), ("two", 2.0)):
+        rows = [
+            {"condition": "full", "framing": framing, "trait": f"t{n}", "rating": rise * n}
+            for n in range(8)
+            for framing in ("all", "feels")
+        ]
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name / "rows.parquet")
+    done = cli("compare", "one", "two", cwd=tmp_path)
+    assert "one two: 1.000" in done.stdout
+    assert "8 traits" in done.stdout
+    refused = cli("compare", "one", "two", "--condition", "steered", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "there are full" in refused.stdout
+    assert cli("compare", "one", "three", cwd=tmp_path).returncode == 2
 
 
 def test_plan_says_what_the_games_give(make_jobs, echo_recipe):

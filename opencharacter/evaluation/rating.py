@@ -16,15 +16,17 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from opencharacter.chat import row_seed
 from opencharacter.config import Rating
-from opencharacter.errors import StageFailed
+from opencharacter.errors import StageFailed, UserError
 from opencharacter.evaluation.scores import Z95, Score
 from opencharacter.stage import Estimate, Job, Outcome, kept
 
@@ -256,6 +258,40 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> Score:
         Z95 * math.sqrt((1 + r * r / 2) / (n - 3)),
     )
     return Score(r, math.tanh(z - half), math.tanh(z + half), n)
+
+
+def between(folders: Sequence[str], condition: str) -> list[tuple[str, str, Score]]:
+    """Rank correlation of every two rating datasets, over the traits that both have.
+
+    Args:
+        folders: of the datasets, `<storage>/<student>/<persona>/evaluation/rating`.
+        condition: whose ratings are compared.
+
+    Raises:
+        UserError: if a folder has no such ratings.
+    """
+    rated = [read_ratings(folder, condition) for folder in folders]
+    pairs = combinations(zip(folders, rated, strict=True), 2)
+    found = []
+    for (one, a), (two, b) in pairs:
+        shared = sorted(a.keys() & b.keys())
+        found.append((one, two, spearman([a[t] for t in shared], [b[t] for t in shared])))
+    return found
+
+
+def read_ratings(folder: str, condition: str) -> dict[str, float]:
+    """Bradley-Terry ratings by trait, over all framings, of a dataset of this stage."""
+    file = f"{folder.rstrip('/')}/rows.parquet"
+    try:
+        rows = pq.read_table(file, columns=["condition", "framing", "trait", "rating"]).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"ratings {file!r} cannot be read: {str(error).splitlines()[0]}") from None
+    wanted = (condition, ALL_FRAMINGS)
+    found = {r["trait"]: r["rating"] for r in rows if (r["condition"], r["framing"]) == wanted}
+    if not found:
+        known = ", ".join(sorted({row["condition"] for row in rows}))
+        raise UserError(f"ratings {file!r} have no condition {condition!r}; there are {known}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------ rows
