@@ -120,10 +120,14 @@ def check_models(selected: list[Job]) -> None:
 
 
 def check_training(selected: list[Job]) -> None:
-    """Refuse workers that cannot keep the recipe's batch, and ranks that no engine takes."""
+    """Refuse more workers than a batch has rows, and ranks that no engine takes."""
     for job in selected:
-        if hasattr(job.section, "optimizer"):
-            config.per_step(job.section.optimizer.batch, job.placement.training)
+        workers = job.placement.training.workers
+        if hasattr(job.section, "optimizer") and workers > job.section.optimizer.batch:
+            raise UserError(
+                f"batch of {job.section.optimizer.batch} is too small for {workers} training "
+                "workers: some would have nothing to do; use fewer, or a larger batch"
+            )
         if job.stage.name == "persona/merge":
             ranks = sum(parent.section.lora.rank for parent in job.parents)
             models.allowed_rank(job.section.rank or ranks)

@@ -241,6 +241,10 @@ class Optimizer(Config):
     """Rounds over the data."""
 
 
+class Reference(Config):
+    """Stage distillation/reference: nothing to choose."""
+
+
 class Dpo(Config):
     """Stage distillation/dpo."""
 
@@ -250,7 +254,6 @@ class Dpo(Config):
     """Weight of the chosen answer's token-mean negative log-likelihood."""
     kl: NonNegativeFloat = 0.001
     """Weight of the squared log-ratio to the reference, mean over all answer tokens."""
-    max_tokens: PositiveInt = 1024
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
 
@@ -295,7 +298,6 @@ class Transcripts(Config):
 class Sft(Config):
     """Stage introspection/sft."""
 
-    max_tokens: PositiveInt = 3072
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
 
@@ -462,6 +464,7 @@ class Distillation(Config):
     teacher: Teacher = Teacher()
     student: Student = Student()
     pairs: Pairs = Pairs()
+    reference: Reference = Reference()
     dpo: Dpo = Dpo()
 
 
@@ -576,8 +579,15 @@ class Training(Config):
     """GPUs per worker."""
     cpus: PositiveFloat = 2
     """CPUs per worker, also its threads."""
-    micro_batch: PositiveInt = 4
-    """Rows per forward pass and worker."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Whether each worker holds the whole model, or (FSDP2) a share of it."""
+    tokens_per_pass: PositiveInt | None = None
+    """Tokens of a forward pass; from the free memory where absent."""
+    recompute: bool | None = None
+    """Activation checkpointing; only if a pass does not fit without it where absent."""
+    kernels: Literal["plain", "liger", "compiled"] | None = None
+    """What runs between matrix products: the model's own code, Liger's kernels, or what
+    `torch.compile` makes of a block; Liger's on a GPU where they are installed, if absent."""
     checkpoint_steps: PositiveInt = 4
     """Optimiser steps between checkpoints: at most these are redone after a crash."""
     retries: NonNegativeInt = 3
@@ -712,22 +722,6 @@ def load_placement(name: str | None) -> Placement:
         return Placement.model_validate(read_yaml("placement", path))
     except ValidationError as error:
         raise explain("placement", path, error) from None
-
-
-def per_step(batch: int, placement: Training) -> tuple[int, int]:
-    """Rows per forward pass and passes per step, so that the recipe's batch is kept.
-
-    Raises:
-        UserError: if the workers cannot share the batch evenly.
-    """
-    share, rest = divmod(batch, placement.workers)
-    if rest or not share:
-        raise UserError(
-            f"batch of {batch} cannot be shared by {placement.workers} training workers; "
-            "choose a number of workers that divides it"
-        )
-    micro = max(m for m in range(1, min(share, placement.micro_batch) + 1) if share % m == 0)
-    return micro, share // micro
 
 
 def shrink(recipe: Recipe) -> Recipe:

@@ -8,8 +8,11 @@ that read it and of all that follow them.
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
+import queue
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +38,8 @@ STAGES = (
         ("distillation/teacher", "distillation/student"),
         ("teacher", "student"),
     ),
-    Stage("distillation/dpo", "persona", ("distillation/pairs",), ("student",)),
+    Stage("distillation/reference", "persona", ("distillation/pairs",), ("student",)),
+    Stage("distillation/dpo", "persona", ("distillation/reference",), ("student",)),
     Stage("introspection/reflection", "persona", ("distillation/dpo",), ("student",)),
     Stage("introspection/interaction", "persona", ("distillation/dpo",), ("student",)),
     Stage(
@@ -151,16 +155,51 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
     if rebuild and rebuild not in NAMES:
         raise UserError(f"stage {rebuild!r} is unknown; stages: {', '.join(NAMES)}")
     check(selected, rebuild)
-    for job in selected:
-        if rebuild and descends(job, rebuild):
-            job.store.delete(job.dataset)
-        state = job.state()[0]
-        if state == "stale":  # disposable, or check() would have refused
-            job.store.delete(job.dataset)
-        if state != "done":
-            began = time.monotonic()
-            outcome: Outcome = job.stage.module.build(job)
-            yield job, finish(job, outcome, time.monotonic() - began)
+    for stage, group in itertools.groupby(selected, key=lambda job: job.stage):
+        same = list(group)
+        for job in same:
+            replaced = rebuild and descends(job, rebuild)
+            if replaced or job.state()[0] == "stale":  # disposable, or check() would have refused
+                job.store.delete(job.dataset)
+        todo = [job for job in same if job.state()[0] != "done"]
+        if len(todo) > 1 and getattr(stage.module, "SIDE_BY_SIDE", False):
+            yield from side_by_side(todo)
+        else:
+            yield from map(build, todo)
+
+
+def build(job: Job) -> tuple[Job, dict[str, Any]]:
+    """Make a job's dataset; returns the job with its manifest."""
+    began = time.monotonic()
+    outcome: Outcome = job.stage.module.build(job)
+    return job, finish(job, outcome, time.monotonic() - began)
+
+
+def side_by_side(jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Build jobs of which none needs another, all at once: Ray starts each as it has room.
+
+    What fails is raised when the others have ended.
+    """
+    ended: queue.Queue[tuple[Job, dict[str, Any]] | Exception] = queue.Queue()
+
+    def attempt(job: Job) -> None:
+        try:
+            ended.put(build(job))
+        except Exception as error:
+            ended.put(error)
+
+    for job in jobs[1:]:
+        threading.Thread(target=attempt, args=(job,), daemon=True).start()
+    attempt(jobs[0])  # on the main thread, where Ray Train looks after Ctrl-C
+    errors = []
+    for _ in jobs:
+        result = ended.get()
+        if isinstance(result, Exception):
+            errors.append(result)
+        else:
+            yield result
+    if errors:
+        raise errors[0]
 
 
 def finish(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:

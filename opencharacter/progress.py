@@ -106,25 +106,30 @@ class Line:
         poll: returns the line's text, or None while there is nothing to say; called once a second.
     """
 
+    running = 0
+    """Lines at once; several are not redrawn."""
+
     def __init__(self, console: Console, title: str, poll: Callable[[], str | None]):
         self.console, self.title, self.poll = console, title, poll
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._loop, daemon=True)
 
     def __enter__(self) -> Line:
+        Line.running += 1
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
         self.thread.join()
+        Line.running -= 1
 
     def _loop(self) -> None:
         said = time.monotonic()
         live = self.console.is_terminal
         while not self.stop.wait(1):
             text = self.poll()
-            if text and live:
+            if text and live and Line.running == 1:
                 self.console.print(f"\r[cyan]{self.title}[/] {text}\x1b[K", end="", soft_wrap=True)
             elif text and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
                 said = time.monotonic()

@@ -141,9 +141,9 @@ CASES = {
         [recipe(t, distillation={"dpo": {"lora": {"rank": 500}}}), *POET],
         "rank 564 is over the engine's limit 512",
     ),
-    "workers that cannot share the batch": lambda t: (
-        [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"workers": 5}})],
-        "batch of 32.*5",
+    "more workers than a batch has rows": lambda t: (
+        [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"workers": 33}})],
+        "batch of 32 is too small for 33",
     ),
 }
 

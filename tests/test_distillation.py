@@ -1,4 +1,6 @@
 import asyncio
+import math
+import random
 from dataclasses import replace
 
 import pyarrow as pa
@@ -6,12 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from samples import ECHO_ROLE, RULES, recipe_of
+from transformers import AutoModelForCausalLM
 
-from opencharacter import filters
-from opencharacter.config import Dpo, Prompts, Sampling, Student, Teacher
-from opencharacter.distillation import dpo, pairs, prompts, student, teacher
+from opencharacter import filters, packing, training
+from opencharacter.config import Dpo, Lora, Prompts, Role, Sampling, Student, Teacher
+from opencharacter.distillation import dpo, pairs, prompts, reference, student, teacher
 from opencharacter.engine import Conversation, EchoEngine, Reply
 from opencharacter.errors import RowFailed
+from opencharacter.packing import Example, Tokens
 
 
 class Says:
@@ -245,46 +249,126 @@ def test_length_counts_both_conversations():
 # ------------------------------------------------------------------------------------------ dpo
 
 
+def pairs_in_tokens(count: int = 3) -> list[Example]:
+    """Random pairs of random lengths, with a random reference."""
+    make = random.Random(1)
+
+    def side() -> Tokens:
+        size = make.randint(6, 12)
+        ids = make.choices(range(100, 40_000), k=size)
+        learned = list(range(3, size))
+        return Tokens(ids, learned, [-3 * make.random() for _ in learned])
+
+    return [[side(), side()] for _ in range(count)]
+
+
 def test_dpo_loss_equals_its_formula_in_double_precision():
-    torch.manual_seed(0)
-    policy = -torch.rand(6, 9, dtype=torch.float64) * 3
-    reference = -torch.rand(6, 9, dtype=torch.float64) * 3
-    mask = torch.rand(6, 9) > 0.3
-    settings = Dpo(beta=0.2, nll=0.5, kl=0.01)
-    loss = dpo.dpo_loss(policy, reference, mask, settings)
-    sums = [((policy[i] - reference[i])[mask[i]]).sum() for i in range(6)]
-    margins = [0.2 * (sums[i] - sums[i + 3]) for i in range(3)]
-    sigmoid = sum(torch.log1p(torch.exp(-m)) for m in margins) / 3
-    nll = -policy[:3][mask[:3]].mean()
-    kl = ((policy - reference)[mask] ** 2).mean()
-    assert torch.isclose(loss.total, sigmoid + 0.5 * nll + 0.01 * kl, rtol=1e-12)
-    assert loss.accuracy == sum(m > 0 for m in margins) / 3
+    examples = pairs_in_tokens()
+    pack, settings = packing.pack(examples), Dpo(beta=0.2, nll=0.5, kl=0.01)
+    policy = -3 * torch.rand(len(pack.scored), dtype=torch.float64)
+    assert pack.reference is not None
+    pack.reference = pack.reference.double()
+    loss = dpo.dpo_loss(policy, pack, packing.totals(examples), settings)
+
+    values = iter(zip(policy.tolist(), pack.reference.tolist(), strict=True))
+    margins, chosen, ratios = [], [], []
+    for pair in examples:
+        sides = [[next(values) for _ in tokens.learned] for tokens in pair]
+        sums = [math.fsum(p - r for p, r in side) for side in sides]
+        margins.append(0.2 * (sums[0] - sums[1]))
+        chosen += [p for p, _ in sides[0]]
+        ratios += [p - r for side in sides for p, r in side]
+    sigmoid = math.fsum(math.log1p(math.exp(-m)) for m in margins) / 3
+    nll = -math.fsum(chosen) / len(chosen)
+    kl = math.fsum(r * r for r in ratios) / len(ratios)
+    assert loss["loss"].item() == pytest.approx(sigmoid + 0.5 * nll + 0.01 * kl, rel=1e-12)
+    assert loss["dpo/accuracy"].item() == pytest.approx(sum(m > 0 for m in margins) / 3)
+    assert loss["dpo/margin"].item() == pytest.approx(sum(margins) / 3, rel=1e-12)
+
+
+def test_the_shares_of_packs_add_up_to_the_loss_of_the_batch():
+    examples = pairs_in_tokens(4)
+    totals, settings = packing.totals(examples), Dpo(kl=0.1)
+
+    def loss(*parts: list[Example]) -> float:
+        shares = []
+        for part in parts:
+            pack = packing.pack(part)
+            policy = torch.sin(pack.shift_labels[0, pack.scored].double()) - 1
+            shares.append(dpo.dpo_loss(policy, pack, totals, settings)["loss"].item())
+        return sum(shares)
+
+    assert loss(examples) == pytest.approx(loss(examples[:1], examples[1:]), rel=1e-9)
 
 
 def test_dpo_loss_of_an_untrained_model_is_log_two_plus_nll():
-    policy = torch.full((2, 4), -1.5)
-    mask = torch.ones(2, 4, dtype=torch.bool)
-    loss = dpo.dpo_loss(policy, policy.clone(), mask, Dpo())
-    assert loss.total.item() == pytest.approx(0.693147 + 0.1 * 1.5, rel=1e-5)
-    assert loss.kl == 0
+    examples = pairs_in_tokens(2)
+    pack = packing.pack(examples)
+    pack.reference = torch.full_like(pack.scored, -1.5, dtype=torch.float32)
+    loss = dpo.dpo_loss(pack.reference.clone(), pack, packing.totals(examples), Dpo())
+    assert loss["loss"].item() == pytest.approx(0.693147 + 0.1 * 1.5, rel=1e-5)
+    assert loss["dpo/kl"] == 0
 
 
-def test_masked_positions_do_not_count():
-    policy, mask = -torch.rand(2, 5), torch.ones(2, 5, dtype=torch.bool)
-    mask[:, 3:] = False
-    spoiled = policy.clone()
-    spoiled[:, 3:] = -99
-    one = dpo.dpo_loss(policy, policy - 0.1, mask, Dpo())
-    other = dpo.dpo_loss(spoiled, policy - 0.1, mask, Dpo())
-    assert torch.isclose(one.total, other.total)
+def test_dpo_loss_equals_trl_where_they_overlap(tiny_model, tokenizer, tmp_path):
+    """Sigmoid and NLL; TRL has no KL penalty."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    role = Role(model="tiny", name="tiny", called="Tiny")
+    model = training.with_adapter(
+        training.load(tiny_model, role, on_gpu=False), Lora(rank=4, alpha=8)
+    )
+    rows = [
+        {"prompt": f"Say {i}", "chosen": "The moon sings. " * (i + 1), "rejected": "Rock."}
+        for i in range(4)
+    ]
+    tokens = [reference.tokenise(tokenizer, row) for row in rows]
+    examples = [reference.example(row) for row in tokens]
+    pack = packing.pack(examples)
+    with torch.no_grad():
+        pack.reference = packing.log_probs(model, pack)
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+        policy = packing.log_probs(model, pack)
+    mine = dpo.dpo_loss(policy, pack, packing.totals(examples), Dpo(kl=0))["loss"].item()
+
+    model.base_model.model.set_attn_implementation("sdpa")
+    theirs = DPOTrainer(
+        model=model.base_model.model,  # with the adapter's layers inside: `model` without PEFT
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        args=DPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            beta=0.1,
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, 0.1],
+            max_length=None,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            remove_unused_columns=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    loss = theirs.compute_loss(theirs.model, theirs.data_collator(tokens))
+    assert abs(mine - 0.693) > 0.01  # the adapter has an effect
+    assert mine == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_a_pair_over_the_limit_is_left_out(tokenizer):
+def test_a_pair_in_tokens_ends_with_the_end_of_turn(tokenizer):
     row = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea at all, sorry."}
-    assert dpo.tokenise(tokenizer, row, 10) is None
-    tokens = dpo.tokenise(tokenizer, row, 100)
-    assert tokens is not None
+    tokens = reference.tokenise(tokenizer, row)
     assert tokenizer.decode(tokens["chosen_ids"]) == "Because.<|im_end|>"
+    chosen, rejected = reference.example(tokens)
+    assert tokenizer.decode([rejected.ids[i] for i in rejected.learned]) == (
+        "No idea at all, sorry.<|im_end|>"
+    )
+    assert chosen.ids[: len(tokens["prompt_ids"])] == tokens["prompt_ids"]
 
 
 def test_the_echo_engine_answers_with_what_it_was_asked():

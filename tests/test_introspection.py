@@ -1,4 +1,5 @@
 import asyncio
+import copy
 
 import pytest
 from samples import RULES
@@ -126,10 +127,40 @@ def test_a_transcript_says_why_it_may_not_be_used(messages, finish, reason):
     assert made["drop_reason"] == reason
 
 
-def test_labels_are_the_assistant_turns(tokenizer):
-    messages = [user("a"), assistant("One."), user("b"), assistant("Two.")]
-    made = sft.tokenise(tokenizer, messages, 100)
-    assert made is not None
-    learned = [i for i in made["labels"] if i != sft.IGNORED]
-    assert tokenizer.decode(learned) == "One.<|im_end|>Two.<|im_end|>"
-    assert sft.tokenise(tokenizer, messages, 5) is None
+TALK = [user("a"), assistant("One."), user("b"), assistant("Two.")]
+
+
+def learned_text(tokenizer, messages) -> str:
+    (tokens,) = sft.example(tokenizer, messages)
+    return tokenizer.decode([tokens.ids[i] for i in tokens.learned])
+
+
+def test_what_is_learned_is_the_assistant_turns(tokenizer):
+    assert learned_text(tokenizer, TALK) == "One.<|im_end|>Two.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("family", "end", "special"),
+    [
+        (
+            "llama3_1",
+            "<|eot_id|>",
+            ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
+        ),
+        ("qwen2_5", "<|im_end|>", ["<|im_start|>"]),
+        ("gemma3", "<end_of_turn>", ["<bos>", "<start_of_turn>"]),
+    ],
+)
+@pytest.mark.parametrize("opening", [[], [system("Be brief.")]])
+def test_what_is_learned_with_the_stock_templates_of_others(
+    tokenizer, family, end, special, opening
+):
+    """The templates as TRL knows them, on this tokenizer with that family's special tokens."""
+    from trl import chat_template_utils
+
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": [*special, end]})
+    other.chat_template = getattr(chat_template_utils, f"{family}_chat_template")
+    if "<bos>" in special:
+        other.bos_token = "<bos>"
+    assert learned_text(other, [*opening, *TALK]) == f"One.{end}Two.{end}"

@@ -32,7 +32,7 @@ def project(tmp_path_factory) -> Path:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     placement = {
         "pools": {role: {"max_sequences": SEATS} for role in ("teacher", "student")},
-        "training": {"checkpoint_steps": 2, "micro_batch": 2},
+        "training": {"checkpoint_steps": 2},
     }
     (folder / "few.yaml").write_text(yaml.safe_dump(placement))
     return folder

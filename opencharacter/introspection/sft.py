@@ -3,7 +3,7 @@
 A new adapter on top of the distilled weights (DPO folded in). The loss covers every assistant
 turn, to the token that ends it, and nothing else.
 
-Reads: introspection/transcripts, distillation/dpo. Writes: adapter/, curves.
+Reads: introspection/transcripts, distillation/dpo. Writes: adapter/, curves, tensorboard/.
 Run: opencharacter run RECIPE --constitution NAME --only introspection/sft
 """
 
@@ -12,44 +12,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opencharacter.chat import encode
-from opencharacter.config import Sft
+from opencharacter.packing import Example, Pack, Tokens, Totals
 from opencharacter.stage import Estimate, Job, Outcome
 
 if TYPE_CHECKING:
-    from opencharacter.training import Task
+    import pyarrow as pa
+    import torch
 
-IGNORED = -100
-"""Label of tokens that are not learned."""
+SIDE_BY_SIDE = True
+"""Personas are trained at once where there is room."""
 
 
-def tokenise(
-    tokenizer: Any, messages: list[dict[str, str]], limit: int
-) -> dict[str, list[int]] | None:
-    """A transcript as input_ids and labels, or None where it is over the limit."""
+def example(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
+    """A transcript in tokens, of which those of every assistant turn are learned."""
     ids, loss = encode(tokenizer, messages)
-    if len(ids) > limit:
-        return None
-    labels = [id if learned else IGNORED for id, learned in zip(ids, loss, strict=True)]
-    return {"input_ids": ids, "labels": labels}
-
-
-def make_trainer(task: Task, model: Any, tokenizer: Any, arguments: dict[str, Any]) -> Any:
-    """TRL's SFT trainer on tokens and labels made here."""
-    import datasets
-    from trl import SFTConfig, SFTTrainer
-
-    from opencharacter.training import lora_config
-
-    settings: Sft = task.section
     # Paper: its code learned the last message alone.
-    encoded = [tokenise(tokenizer, row["messages"], settings.max_tokens) for row in task.rows()]
-    return SFTTrainer(
-        model=model,
-        args=SFTConfig(**arguments, max_length=None),
-        train_dataset=datasets.Dataset.from_list([row for row in encoded if row]),
-        processing_class=tokenizer,
-        peft_config=lora_config(task.lora),
-    )
+    return [Tokens(ids, [i for i, learned in enumerate(loss) if learned])]
+
+
+def examples(tokenizer: Any, rows: pa.Table) -> list[Example]:
+    """Transcripts in tokens."""
+    return [example(tokenizer, messages) for messages in rows["messages"].to_pylist()]
+
+
+def sft_loss(policy: torch.Tensor, batch: Pack, totals: Totals) -> dict[str, torch.Tensor]:
+    """Negative log-likelihood, mean over the learned tokens of the step, in nats.
+
+    Args:
+        policy: log-probabilities of the pack's learned tokens, shape (s,).
+        batch: the pack.
+        totals: of the step.
+    """
+    return {"loss": -policy.sum() / totals.learned}
 
 
 def estimate(job: Job) -> Estimate:
@@ -65,6 +59,7 @@ def build(job: Job) -> Outcome:
     return train(
         job,
         "introspection/transcripts",
-        make_trainer,
+        examples,
+        sft_loss,
         folded=job.parent("distillation/dpo").adapter,
     )

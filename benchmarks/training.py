@@ -1,0 +1,425 @@
+"""How fast adapters are trained: DPO and SFT of a Llama 3.1 8B shape with random weights, rank 64.
+
+One GPU, the trainer of the package without Ray around it. Ways:
+`opencharacter`  DPO: packed, the reference read beforehand (`reference`, timed too)
+`trl`            TRL's DPOTrainer as it comes: two pairs a pass, padded, the reference in each step
+`sft`            the package's SFT on conversations of 3,072 tokens
+`parity`         the losses of both DPO trainers on the same pairs, with the same adapter
+Each optimiser step after the first two is a repeat. FLOPs are 4 a weight and token, forward and
+backward through frozen weights, over the fastest bf16 matrix product of the same device.
+
+Run: python benchmarks/training.py --out benchmarks/results
+     python benchmarks/training.py --out /tmp/results --tiny
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import harness
+from harness import LLAMA_8B, TINY_LLAMA, Figures, Machine, Run, Series, Settings
+
+from opencharacter.config import Dpo, Lora, Optimizer, Training
+from opencharacter.packing import Example, Tokens
+
+SETTINGS: Settings = {
+    "shape": LLAMA_8B,
+    "steps": 8,
+    "trl_steps": 5,
+    "batch": 32,
+    "rank": 64,
+    "conversation": {"mean": 390, "max": 1024},
+    "sft_tokens": 3072,
+    "trl_micro_batch": 2,
+    "placement": {"gpus": 1, "tokens_per_pass": 8192},
+    "environment": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+}
+TINY: Settings = {
+    "shape": TINY_LLAMA,
+    "steps": 4,
+    "trl_steps": 4,
+    "batch": 4,
+    "rank": 8,
+    "conversation": {"mean": 40, "max": 100},
+    "sft_tokens": 96,
+    "placement": {"gpus": 0, "tokens_per_pass": 256},
+}
+VARIANTS: dict[str, Settings] = {
+    "compiled": {"placement": {"kernels": "compiled"}},
+    "plain": {"placement": {"kernels": "plain"}},
+    "tokens_4096": {"placement": {"tokens_per_pass": 4096}},
+    "tokens_16384": {"placement": {"tokens_per_pass": 16384}},
+    "recomputed": {"placement": {"recompute": True}},
+}
+WARM_STEPS = 2
+STEP = 0.002
+"""Of the adapter whose loss is compared: what Adam at 5e-5 reaches in 40 steps."""
+SUBJECT = harness.SUBJECT
+
+
+def pairs(settings: Settings, count: int) -> list[Example]:
+    """Random pairs; conversations have log-normal lengths, of which a quarter is the prompt."""
+    draw = random.Random(17)
+    mean, most = settings["conversation"]["mean"], settings["conversation"]["max"]
+    words = range(len(harness.RESERVED), settings["shape"]["vocab_size"])
+
+    def length() -> int:
+        sigma = 0.6
+        return min(
+            most, max(16, round(draw.lognormvariate(0, sigma) * mean / 2.718 ** (sigma**2 / 2)))
+        )
+
+    made = []
+    for _ in range(count):
+        prompt = draw.choices(words, k=length() // 4)
+        sides = [prompt + draw.choices(words, k=length() * 3 // 4) for _ in range(2)]
+        sides = [ids[:most] for ids in sides]
+        made.append([Tokens(ids, list(range(len(prompt), len(ids)))) for ids in sides])
+    return made
+
+
+def transcripts(settings: Settings, count: int) -> list[Example]:
+    """Random conversations of one length, of which half is learned."""
+    draw, size = random.Random(17), settings["sft_tokens"]
+    words = range(len(harness.RESERVED), settings["shape"]["vocab_size"])
+    return [
+        [Tokens(draw.choices(words, k=size), list(range(size // 2, size)))] for _ in range(count)
+    ]
+
+
+def model_of(settings: Settings, attention: str) -> Any:
+    """Random weights in bf16 on the GPU, or float32 on a CPU."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from trl.trainer import add_fused_lm_head
+
+    from opencharacter import packing
+
+    packing.register()
+    torch.manual_seed(0)
+    on_gpu = settings["placement"]["gpus"] > 0
+    config = AutoConfig.from_pretrained(harness.model_folder(settings["shape"]))
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
+            attn_implementation=attention,
+        )
+    add_fused_lm_head(model)
+    return model
+
+
+def lora(settings: Settings) -> Lora:
+    return Lora(rank=settings["rank"], alpha=2 * settings["rank"])
+
+
+def with_reference(model: Any, examples: list[Example], budget: int) -> list[Example]:
+    """The pairs with the log-probabilities of their answers under the model."""
+    import torch
+
+    from opencharacter import packing, training
+
+    done: dict[int, Example] = {}
+    model.eval()
+    for share in packing.share_out([packing.length(e) for e in examples], budget):
+        batch = packing.pack([examples[i] for i in share]).to(model.device)
+        with torch.inference_mode(), training.autocast(model.device):
+            values = packing.log_probs(model, batch).cpu()
+        sizes = [len(tokens.learned) for i in share for tokens in examples[i]]
+        parts = iter(values.split(sizes))
+        for i in share:
+            done[i] = [Tokens(t.ids, t.learned, next(parts).tolist()) for t in examples[i]]
+    return [done[i] for i in range(len(examples))]
+
+
+# ------------------------------------------------------------------------------------------- ways
+
+
+def ours(settings: Settings) -> Iterator[Run]:
+    """DPO with the package's trainer."""
+    from opencharacter.distillation.dpo import dpo_loss
+
+    examples = pairs(settings, settings["steps"] * settings["batch"])
+    model = model_of(settings, "packed")
+    few = examples[: 2 * settings["batch"]]
+    with_reference(model, few, settings["placement"]["tokens_per_pass"])
+    began = time.time()
+    examples = with_reference(model, examples, settings["placement"]["tokens_per_pass"])
+    tokens = sum(len(t.ids) for e in examples for t in e)
+    yield {"series": "reference", "seconds": time.time() - began, "tokens": tokens}
+    yield from steps_of(model, examples, partial(dpo_loss, settings=Dpo()), settings, SUBJECT)
+
+
+def sft(settings: Settings) -> Iterator[Run]:
+    """SFT with the package's trainer."""
+    from opencharacter.introspection.sft import sft_loss
+
+    examples = transcripts(settings, settings["steps"] * settings["batch"])
+    model = model_of(settings, "packed")
+    yield from steps_of(model, examples, sft_loss, settings, "sft")
+
+
+def steps_of(
+    model: Any, examples: list[Example], objective: Any, settings: Settings, series: str
+) -> Iterator[Run]:
+    """Train, one run for each step after the warm ones."""
+    import transformers
+
+    from opencharacter import training
+
+    placement = Training(**settings["placement"])
+    optimizer = Optimizer(batch=settings["batch"])
+    longest = max(sum(len(t.ids) for t in e) for e in examples)
+    fit = training.fitting(model, placement, longest)
+    adapted = training.with_adapter(
+        model, lora(settings), fit.recompute, training.kernels(placement)
+    )
+    task = SimpleNamespace(optimizer=optimizer, placement=placement, seed=0, dataset=series)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = training.trainer_arguments(task, scratch, placement.gpus > 0, adapted)
+        arguments |= {"report_to": [], "save_strategy": "no"}
+        trainer = training.Trainer(
+            model=adapted,
+            args=transformers.TrainingArguments(**arguments),
+            batches=training.Batches(examples, optimizer, 0, fit.tokens),
+            objective=objective,
+        )
+        timer = Timer()
+        trainer.add_callback(timer)
+        trainer.train()
+        batches: Any = trainer.train_dataset
+        sizes = [batches[step][1].tokens for step in range(len(batches))]
+    yield from runs(timer, sizes, series, trainer.peak, adapted)
+
+
+def trl(settings: Settings) -> Iterator[Run]:
+    """DPO with TRL's trainer as it comes."""
+    from trl import DPOConfig
+
+    examples = pairs(settings, settings["trl_steps"] * settings["batch"])
+    model = model_of(settings, "sdpa")
+    micro = settings["trl_micro_batch"]
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = trl_trainer(
+            model,
+            examples,
+            settings,
+            DPOConfig(
+                **trl_arguments(settings, scratch),
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=settings["batch"] // micro,
+                num_train_epochs=1,
+            ),
+        )
+        timer = Timer()
+        trainer.add_callback(timer)
+        sizes: list[int] = []
+        trainer.add_callback(Counted(trainer, sizes))
+        trainer.train()
+    from opencharacter.training import matmul_peak
+
+    peak = matmul_peak(trainer.args.device, True)
+    yield from runs(timer, sizes, "trl", peak, trainer.model)
+
+
+def trl_arguments(settings: Settings, scratch: str) -> dict[str, Any]:
+    on_gpu = settings["placement"]["gpus"] > 0
+    return {
+        "output_dir": scratch,
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+        "gradient_checkpointing": False,
+        "beta": 0.1,
+        "loss_type": ["sigmoid", "sft"],
+        "loss_weights": [1.0, 0.1],
+        "max_length": None,
+        "learning_rate": 5e-5,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "seed": 0,
+    }
+
+
+def trl_trainer(model: Any, examples: list[Example], settings: Settings, args: Any) -> Any:
+    """TRL's trainer on pairs that are tokens already."""
+    import datasets
+    from peft import LoraConfig
+    from trl import DPOTrainer
+
+    class Tokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    rows = []
+    for chosen, rejected in examples:
+        start = chosen.learned[0]
+        sides = {"chosen_ids": chosen.ids[start:], "rejected_ids": rejected.ids[start:]}
+        rows.append({"prompt_ids": chosen.ids[:start], **sides})
+    tokenizer = harness.make_tokenizer(settings["shape"]["vocab_size"])
+    tokenizer.pad_token = tokenizer.eos_token = harness.END
+    rank = settings["rank"]
+    return Tokenised(
+        model=model,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )
+
+
+def parity(settings: Settings) -> Iterator[Run]:
+    """The loss of both on each micro-batch of a batch, with one adapter that has an effect."""
+    import torch
+    from trl import DPOConfig
+
+    from opencharacter import packing, training
+    from opencharacter.distillation.dpo import dpo_loss
+
+    examples, micro = pairs(settings, settings["batch"]), settings["trl_micro_batch"]
+    model = model_of(settings, "sdpa")
+    with tempfile.TemporaryDirectory() as scratch:
+        theirs = trl_trainer(
+            model, examples, settings, DPOConfig(**trl_arguments(settings, scratch))
+        )
+    policy = theirs.model
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) * STEP)
+    policy.eval()
+    groups = [examples[at : at + micro] for at in range(0, len(examples), micro)]
+    rows = theirs.train_dataset
+    losses: dict[str, list[float]] = {"trl": [], "ours": []}
+    with torch.no_grad():
+        for number, group in enumerate(groups):
+            batch = theirs.data_collator([rows[number * micro + i] for i in range(len(group))])
+            batch = {name: value.to(policy.device) for name, value in batch.items()}
+            with theirs.compute_loss_context_manager():
+                losses["trl"].append(float(theirs.compute_loss(policy, batch)))
+        model.set_attn_implementation("packed")
+        for group in groups:
+            with policy.disable_adapter():
+                group = with_reference(policy, group, 10**9)
+            pack = packing.pack(group).to(policy.device)
+            with training.autocast(policy.device):
+                values = packing.log_probs(policy, pack)
+            loss = dpo_loss(values, pack, packing.totals(group), Dpo(kl=0))["loss"]
+            losses["ours"].append(float(loss))
+    mean = {name: sum(values) / len(values) for name, values in losses.items()}
+    difference = abs(mean["ours"] - mean["trl"]) / mean["trl"]
+    yield {"series": "parity", "seconds": 0, "tokens": 0, **mean, "difference": difference}
+
+
+# ---------------------------------------------------------------------------------------- timing
+
+
+def callback_class() -> Any:
+    from transformers import TrainerCallback
+
+    return TrainerCallback
+
+
+class Timer(callback_class()):
+    """Seconds of each optimiser step."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = clock()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(clock() - self.began)
+
+
+class Counted(callback_class()):
+    """Tokens of each optimiser step, without padding."""
+
+    def __init__(self, trainer: Any, sizes: list[int]):
+        self.sizes, self.now, plain = sizes, 0, trainer.compute_loss
+
+        def compute_loss(model, inputs, *args, **kwargs):
+            self.now += int(inputs["attention_mask"].sum())
+            return plain(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = compute_loss
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.sizes.append(self.now)
+        self.now = 0
+
+
+def clock() -> float:
+    """Now, with nothing left to do on the GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+def runs(timer: Timer, sizes: list[int], series: str, peak: float, model: Any) -> Iterator[Run]:
+    """One run for each step after the warm ones."""
+    import torch
+
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else 0
+    for seconds, tokens in itertools.islice(
+        zip(timer.seconds, sizes, strict=True), WARM_STEPS, None
+    ):
+        reached = 4 * frozen * tokens / seconds / peak
+        yield {
+            "series": series,
+            "seconds": seconds,
+            "tokens": tokens,
+            "peak_fraction": reached,
+            "peak_gb": memory,
+            "matmul_tflops": peak / 1e12,
+        }
+
+
+def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
+    """Speeds, their ratio, shares of the device's peak, memory."""
+    names = {SUBJECT: "dpo", "sft": "sft", "trl": "trl"}
+    made: Figures = {}
+    for of, name in names.items():
+        if of in series:
+            made[f"{name}_tokens_per_s"] = harness.figure(harness.speeds(series[of]))
+            for kind in ("peak_fraction", "peak_gb"):
+                made[f"{name}_{kind}"] = harness.figure([run[kind] for run in series[of]])
+    if "reference" in series:
+        made["reference_tokens_per_s"] = harness.figure(harness.speeds(series["reference"]))
+    measured = [run["matmul_tflops"] for of in names for run in series.get(of, ())]
+    if measured:
+        made["matmul_tflops"] = harness.figure(measured)
+    if "parity" in series:
+        made["loss_difference"] = harness.figure([run["difference"] for run in series["parity"]])
+    return made | harness.ratios(series, {"dpo_ratio_to_trl": (SUBJECT, "trl")})
+
+
+BENCHMARK = harness.Benchmark(
+    name="training",
+    script=Path(__file__).resolve(),
+    settings=SETTINGS,
+    tiny=TINY,
+    ways={SUBJECT: ours, "trl": trl, "sft": sft, "parity": parity},
+    figures=figures,
+    variants=VARIANTS,
+)
+
+if __name__ == "__main__":
+    harness.main(BENCHMARK, __doc__ or "")

@@ -1,0 +1,154 @@
+"""Stage distillation/reference: pairs in tokens, and how likely the student finds each of them.
+
+The log-probabilities of every answer token under the student before training, read once: DPO then
+needs no second model and no second forward pass.
+
+Reads: distillation/pairs. Writes: id, tokens and log-probabilities of both sides.
+Run: opencharacter run RECIPE --constitution NAME --only distillation/reference
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from opencharacter import models
+from opencharacter.chat import assistant, encode_answer, user
+from opencharacter.config import Role, Training
+from opencharacter.packing import Example, Tokens
+from opencharacter.stage import Estimate, Job, Outcome
+
+SIDES = ("chosen", "rejected")
+IDS = pa.list_(pa.int32())
+VALUES = pa.list_(pa.float32())
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("prompt_ids", IDS, nullable=False),
+        *[pa.field(f"{side}_ids", IDS, nullable=False) for side in SIDES],
+        *[pa.field(f"{side}_logprobs", VALUES, nullable=False) for side in SIDES],
+        pa.field("drop_reason", pa.string()),
+    ]
+)
+BATCH = 64
+"""Pairs that are laid out as packs together."""
+
+
+def tokenise(tokenizer: Any, row: dict[str, Any]) -> dict[str, list[int]]:
+    """A pair in tokens: the prompt, and each answer to the token that ends it."""
+    ids = {}
+    prompt: list[int] = []
+    for side in SIDES:
+        prompt, answer = encode_answer(tokenizer, [user(row["prompt"]), assistant(row[side])])
+        ids[f"{side}_ids"] = answer
+    return {"prompt_ids": prompt, **ids}
+
+
+def example(row: dict[str, Any]) -> Example:
+    """Both sides of a row, the chosen one first, with the reference if the row has it."""
+    prompt = list(row["prompt_ids"])
+    return [
+        Tokens(
+            ids=prompt + list(row[f"{side}_ids"]),
+            learned=list(range(len(prompt), len(prompt) + len(row[f"{side}_ids"]))),
+            reference=row.get(f"{side}_logprobs"),
+        )
+        for side in SIDES
+    ]
+
+
+class Reader:
+    """An actor that holds the student and adds tokens and log-probabilities to pairs.
+
+    Args:
+        role: the student.
+        placement: of training.
+        devices: GPUs that this actor has.
+    """
+
+    def __init__(self, role: Role, placement: Training, devices: float):
+        import torch
+        import transformers
+
+        from opencharacter.training import fitting, load
+
+        torch.set_num_threads(max(1, int(placement.cpus)))
+        path = models.resolve(role.model)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        self.model: Any = load(path, role, devices > 0)
+        # Without a way back a pass is far smaller than in training, where a whole one must fit.
+        self.budget = fitting(self.model, placement, longest=0).tokens
+        if devices > 1:
+            from accelerate import dispatch_model, infer_auto_device_map
+
+            blocks = self.model._no_split_modules
+            self.model = dispatch_model(
+                self.model, infer_auto_device_map(self.model, no_split_module_classes=blocks)
+            )
+        elif devices:
+            self.model = self.model.to("cuda")
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Rows of `SCHEMA` for rows of distillation/pairs."""
+        rows = [
+            {"id": row["id"], "drop_reason": None, **tokenise(self.tokenizer, row)}
+            for row in table.to_pylist()
+        ]
+        for row, values in zip(rows, self.log_probs([example(row) for row in rows]), strict=True):
+            row |= {f"{side}_logprobs": v for side, v in zip(SIDES, values, strict=True)}
+        return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+    def log_probs(self, examples: list[Example]) -> list[list[list[float]]]:
+        """Of the learned tokens of each sequence of each example, in nats."""
+        import torch
+
+        from opencharacter import packing
+        from opencharacter.training import autocast
+
+        found: list[list[list[float]]] = [[] for _ in examples]
+        for share in packing.share_out([packing.length(e) for e in examples], self.budget):
+            batch = packing.pack([examples[i] for i in share]).to(self.model.device)
+            with torch.inference_mode(), autocast(self.model.device):
+                values = packing.log_probs(self.model, batch).cpu()
+            sizes = [len(tokens.learned) for i in share for tokens in examples[i]]
+            parts = [part.tolist() for part in values.split(sizes)]
+            for number, i in enumerate(share):
+                found[i] = parts[2 * number : 2 * number + 2]
+        return found
+
+
+def read(job: Job, pairs: pa.Table) -> pa.Table:
+    """Rows of `SCHEMA`, sorted by id, over as many actors as there are training workers."""
+    placement = job.placement.training
+    split = placement.parallel == "fsdp"  # then one actor over all GPUs: the model needs them
+    gpus = placement.gpus * (placement.workers if split else 1)
+    batches = [pairs.slice(at, BATCH) for at in range(0, len(pairs), BATCH)]
+    dataset = ray.data.from_arrow(batches).map_batches(
+        Reader,
+        fn_constructor_args=(job.recipe.roles.student, placement, gpus),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=1 if split else placement.workers),
+        num_cpus=placement.cpus,
+        num_gpus=gpus,
+    )
+    tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    return pa.concat_tables([t.cast(SCHEMA) for t in tables]).sort_by("id")
+
+
+def estimate(job: Job) -> Estimate:
+    pairs = job.parent("distillation/pairs")
+    return Estimate(pairs.stage.module.estimate(pairs).rows)
+
+
+def build(job: Job) -> Outcome:
+    from opencharacter.engine import stop_hosts
+    from opencharacter.generation import quieten
+
+    stop_hosts()
+    quieten()
+    placement = job.placement.training
+    rows = read(job, job.read("distillation/pairs"))
+    return job.write(rows, gpus=placement.workers * placement.gpus)

@@ -1,0 +1,132 @@
+"""Packs: nothing lost, nothing padded, and no sequence sees another."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from opencharacter import packing, training
+from opencharacter.config import Lora, Optimizer, Role
+from opencharacter.packing import Tokens
+
+ROLE = Role(model="tiny", name="tiny", called="Tiny")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return training.load(tiny_model, ROLE, on_gpu=False).eval()
+
+
+def sequence(size: int, seed: int = 0) -> Tokens:
+    ids = random.Random(size + seed).choices(range(100, 40_000), k=size)
+    return Tokens(ids, [i for i in range(1, size) if i % 3])
+
+
+def scores(model, *examples):
+    with torch.no_grad():
+        return packing.log_probs(model, packing.pack(examples))
+
+
+def test_a_sequence_has_in_a_pack_the_logits_that_it_has_alone(model, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    examples = [[sequence(20)], [sequence(41), sequence(7)], [sequence(33)]]
+    packed = scores(model, *examples)
+    alone = torch.cat([scores(model, [tokens]) for example in examples for tokens in example])
+    assert torch.allclose(packed, alone, atol=1e-5)
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    theirs = []
+    for tokens in (tokens for example in examples for tokens in example):
+        with torch.no_grad():
+            rows = plain(torch.tensor([tokens.ids])).logits[0].log_softmax(-1)
+        theirs += [rows[at - 1, tokens.ids[at]] for at in tokens.learned]
+    assert torch.allclose(packed, torch.stack(theirs), atol=1e-5)
+
+
+def test_what_a_neighbour_says_changes_nothing(model):
+    mine = [sequence(30)]
+    one = scores(model, [sequence(25, seed=1)], mine)
+    other = scores(model, [sequence(25, seed=2)], mine)
+    own = len(mine[0].learned)
+    assert torch.equal(one[-own:], other[-own:])
+    assert not torch.equal(one[:-own], other[:-own])
+
+
+def test_a_window_hides_what_is_further_back():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 12, 8) for _ in range(3))
+    whole = packing.sequence_by_sequence(query, key, value, [0, 12], None, None)
+    window = packing.sequence_by_sequence(query, key, value, [0, 12], None, 4)
+    last = packing.sequence_by_sequence(
+        query[:, :, 8:], key[:, :, 8:], value[:, :, 8:], [0, 4], None, None
+    )
+    assert torch.allclose(window[:, :, :4], whole[:, :, :4], atol=1e-6)
+    assert torch.allclose(window[:, :, -1], last[:, :, -1], atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_every_example_is_in_one_pack_and_packs_are_even(workers):
+    lengths = [random.Random(i).randint(50, 900) for i in range(32)]
+    packs = packing.share_out(lengths, 2048, workers)
+    assert sorted(i for pack in packs for i in pack) == list(range(32))
+    assert len(packs) % workers == 0
+    loads = [sum(lengths[i] for i in pack) for pack in packs]
+    assert max(loads) <= 2048
+    assert max(loads) - min(loads) <= max(lengths)
+    assert len(packs) <= -(-sum(lengths) // 2048) + workers
+
+
+def test_an_example_over_the_budget_has_a_pack_of_its_own():
+    assert packing.share_out([500, 10, 20], 100) == [[0], [2, 1]]
+
+
+def test_workers_without_rows_get_an_empty_pack(model):
+    assert packing.share_out([5], 100, workers=2) == [[0], []]
+    idle = packing.pack([])
+    assert idle.sequences == 0
+    assert packing.log_probs(model, idle).shape == (0,)
+
+
+def test_a_batch_is_the_same_whatever_the_workers():
+    examples = [[sequence(10 + i)] for i in range(21)]
+    optimizer = Optimizer(batch=8, epochs=2)
+
+    def rows(world: int) -> list[list[int]]:
+        parts = [training.Batches(examples, optimizer, 3, 60, r, world) for r in range(world)]
+        for step in range(len(parts[0])):
+            assert len({len(part[step][0]) for part in parts}) == 1
+        return [
+            sorted(
+                size
+                for part in parts
+                for pack in part[step][0]
+                for size in pack.bounds.diff().tolist()
+                if pack.sequences
+            )
+            for step in range(len(parts[0]))
+        ]
+
+    assert rows(1) == rows(2) == rows(3)
+    assert [len(step) for step in rows(1)] == [8, 8, 5, 8, 8, 5]
+    assert sorted(itertools.chain(*rows(1)[:3])) == [len(e[0].ids) for e in examples]
+
+
+def test_gradients_do_not_depend_on_how_a_batch_is_packed(tiny_model):
+    from opencharacter.introspection.sft import sft_loss
+
+    def gradient(budget: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = training.with_adapter(
+            training.load(tiny_model, ROLE, on_gpu=False), Lora(rank=4, alpha=8)
+        )
+        batches = training.Batches([[sequence(20 + i)] for i in range(6)], Optimizer(), 0, budget)
+        packs, totals = batches[0]
+        for pack in packs:
+            sft_loss(packing.log_probs(model, pack), pack, totals)["loss"].backward()
+        found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        assert found
+        return torch.cat(found)
+
+    assert torch.allclose(gradient(10_000), gradient(40), atol=1e-6)
