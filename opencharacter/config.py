@@ -535,10 +535,10 @@ class Pool(Config):
     """More replicas, up to this many, join while a stage runs as the cluster has room."""
     gpus: NonNegativeFloat = 0
     """GPUs per replica; 0 means the CPU wheel of vLLM, a fraction shares a card."""
-    cpus: NonNegativeFloat = 1
+    cpus: NonNegativeFloat = 0.6
     """CPUs that Ray reserves per replica. Engines that fit into the cluster together, by CPUs,
     memory and GPUs, stay loaded together."""
-    memory_gib: PositiveFloat = 4
+    memory_gib: PositiveFloat = 3
     """Memory that Ray reserves per replica."""
     tensor_parallel: PositiveInt = 1
     """GPUs over which one replica's weights are split."""

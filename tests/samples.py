@@ -83,8 +83,13 @@ def embedded_recipe() -> dict:
             **loose,
         },
         "coherence": {"prompts": 2, "sampling": word},
-        "answers": {"count": 4, "sampling": {**short, "max_tokens": 24}},
+        "answers": {
+            "conditions": ["base", "prompted", "full"],
+            "count": 4,
+            "sampling": {**short, "max_tokens": 24},
+        },
         "preferences": {
+            "conditions": ["base", "full"],
             "games": 6,
             "traits": ["poetic", "technical"],
             "sampling": {**short, "max_tokens": 24},

@@ -144,7 +144,7 @@ def test_the_report_is_about_all_personas_of_the_run(store, echo_recipe, poet):
     (report,) = (job for job in jobs if job.stage.name == "evaluation/report")
     assert {p.scope for p in report.parents} == {"echo", "echo/poeticism", "echo/other"}
     (dpo,) = (job for job in jobs if job.dataset == "echo/other/distillation/dpo")
-    assert [p.dataset for p in dpo.parents] == ["echo/other/distillation/pairs"]
+    assert [p.dataset for p in dpo.parents] == ["echo/other/distillation/reference"]
 
 
 def test_a_manifest_says_all_that_it_should(make_jobs, echo_recipe):
