@@ -8,7 +8,7 @@ from opencharacter.config import Sampling
 from opencharacter.distillation import prompts
 from opencharacter.engine import Conversation, Reply
 from opencharacter.evaluation import answers, conditions, judge, preferences
-from opencharacter.evaluation.report import flat, largest, side_by_side, trait_changes
+from opencharacter.evaluation.report import flat, largest, side_by_side, trait_changes, trust
 from opencharacter.evaluation.scores import wilson
 
 
@@ -126,3 +126,11 @@ def test_samples_need_an_answer_of_both():
 
 def test_settings_are_flattened_to_dotted_names():
     assert flat({"a": {"b": 1, "c": None}, "d": "x"}) == {"a.b": "1", "d": "x"}
+
+
+@pytest.mark.parametrize(
+    ("right", "said"), [(11, "cannot be told from guessing"), (15, "weak judge"), (20, "100%.")]
+)
+def test_the_page_says_how_far_the_judge_can_be_trusted(right, said):
+    assert said in trust("small", wilson(right, 20))
+    assert "nothing is known" in trust("small", None)

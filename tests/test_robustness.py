@@ -85,6 +85,11 @@ def test_a_persona_that_holds_and_one_that_gives_way_differ():
     assert tables["full"]["poet"]["poet"] >= 18
 
 
+def test_a_condition_that_was_not_attacked_has_no_score_under_attack():
+    rows = both(6) + answers(6, "prompted", VERSE) + both(6, "plain")
+    assert {row["attack"] for row in robustness.guesses(rows, "prompted", folds=3)} == {DEFAULT}
+
+
 def test_like_answers_are_not_told_apart():
     rows = answers(40, "base", VERSE) + answers(40, "full", VERSE)
     score = robustness.told_apart(robustness.guesses(rows, "full", folds=5))

@@ -141,7 +141,7 @@ def persona_report(job: Job, parents: list[Job]) -> PersonaReport:
         samples=samples[: job.section.samples],
         traits=largest(changes, job.section.traits),
         traits_in_all=len(changes),
-        tables=score_tables(scores),
+        tables=[*score_tables(scores), confusion(by_name["evaluation/robustness"])],
         settings=flat(job.recipe.identity()),
     )
 
@@ -250,12 +250,38 @@ def score_tables(rows: list[dict[str, Any]]) -> list[ScoreTable]:
         ),
         ScoreTable(
             "How far the judge can be trusted",
-            [JUDGE_NOTE],
+            [JUDGE_NOTE, *(trust(j, pick(rows, "judge_agreement", None, j)) for j in judges)],
             "Verdicts on texts whose trait is known",
             ["Right", "First of two named", "Same in both orders", "Right, short", "Right, long"],
             [Line(j, [pick(rows, f"judge_{name}", None, j) for name in gold]) for j in judges],
         ),
     ]
+
+
+def trust(judge: str, score: Score | None) -> str:
+    """What a judge's agreement on the gold items allows to be said."""
+    if score is None or score.value is None or score.low is None:
+        return f"{judge} was not tested: nothing is known of its verdicts."
+    if score.low <= 0.5:
+        return (
+            f"{judge} is right in {score.value:.0%} and cannot be told from guessing: the ratings "
+            "and wins that it decided say nothing about the persona."
+        )
+    weak = " It is a weak judge: read the ratings and wins with care." if score.value < 0.8 else ""
+    return f"{judge} is right in {score.value:.0%}.{weak}"
+
+
+def confusion(job: Job) -> ScoreTable:
+    """Whose answers the classifier gave to whom, for the trained personas under instructions."""
+    manifest = job.store.manifest(job.dataset)
+    table = manifest["figures"]["confusion"].get("full", {}) if manifest else {}
+    names = sorted(table.keys() | {guess for said in table.values() for guess in said})
+    lines = []
+    for label in sorted(table):
+        n = sum(table[label].values())
+        lines.append(Line(label, [wilson(table[label].get(guess, 0), n) for guess in names]))
+    caption = "Share of the answers of the row that were given to the column, over all instructions"
+    return ScoreTable("Who is taken for whom", [], caption, names, lines)
 
 
 def ratings_of(job: Job) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from opencharacter.chat import row_id, row_seed
 from opencharacter.config import Robustness
 from opencharacter.engine import Row
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation.attacks import INSTRUCTIONS
+from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
 from opencharacter.evaluation.scores import SCORES, Score, score_row, wilson
 from opencharacter.filters import words
 from opencharacter.stage import Estimate, Job, Outcome
@@ -30,8 +30,10 @@ from opencharacter.stage import Estimate, Job, Outcome
 BASE = "base"
 DEFAULT = "default"
 """The attack that is none."""
-MEAN = "instructions"
+MEAN = "all instructions"
 """The mean over the eight instructions, as the paper reports it."""
+
+ORDER = (DEFAULT, *INSTRUCTIONS, PREFILL, *TASKS)
 
 SCHEMA = pa.schema(
     [
@@ -102,7 +104,8 @@ def guesses(rows: list[Row], condition: str, folds: int) -> list[Row]:
         condition: other than base.
         folds: of the cross-fitting.
     """
-    mine = [row for row in rows if row["condition"] in (BASE, condition)]
+    asked = {row["attack"] for row in rows if row["condition"] == condition}
+    mine = [r for r in rows if r["condition"] in (BASE, condition) and r["attack"] in asked]
     fold_of = folds_of((row["prompt"] for row in mine), folds)
     found = [
         {**row, "condition": condition, "label": label(row), "fold": fold_of[normal(row["prompt"])]}
@@ -194,7 +197,8 @@ def scores(guessed: list[Row], settings: Robustness, seed: int) -> list[dict[str
         labels = sorted({row["label"] for row in mine})
         by_attack = {
             attack: [row for row in mine if row["attack"] == attack]
-            for attack in dict.fromkeys(row["attack"] for row in mine)
+            for attack in ORDER
+            if any(row["attack"] == attack for row in mine)
         }
         asked = [by_attack[name] for name in INSTRUCTIONS if name in by_attack]
         groups = {name: [part] for name, part in by_attack.items()} | (
