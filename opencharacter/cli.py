@@ -186,6 +186,9 @@ def plan(
         table.add_row(job.dataset, why, *map(plan_cell, numbers))
     table.add_row("total", "", *map(plan_cell, totals), style="bold")
     print_whole(table)
+    for job in asked.jobs:
+        for line in getattr(job.stage.module, "notes", lambda _: ())(job):
+            console.print(f"{job.dataset}: {line}", soft_wrap=True)
     for name in type(asked.recipe.roles).model_fields:
         console.print(engine_line(asked, name), soft_wrap=True)
     for line in missing_here(asked):
@@ -320,6 +323,23 @@ def report(
     selected = pipeline.select(asked.jobs, only="evaluation/report")
     for _ in pipeline.run(selected, rebuild="evaluation/report"):
         tell_report(asked)
+
+
+@app.command()
+def compare(
+    ratings: Annotated[list[str], typer.Argument(metavar="DIR DIR...")],
+    condition: Annotated[
+        str, typer.Option(help="base, prompted, steered, distilled, full.")
+    ] = "full",
+) -> None:
+    """Rank correlation of trait ratings: folders STUDENT/PERSONA/evaluation/rating."""
+    from opencharacter.evaluation import rating
+
+    for one, two, score in rating.between(ratings, condition):
+        said = "too few traits"
+        if score.value is not None:
+            said = f"{score.value:.3f}, 95 % interval {score.low:.3f} to {score.high:.3f}"
+        console.print(f"{one} {two}: {said}, {score.n} traits", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -23,6 +23,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from opencharacter.errors import UserError
@@ -36,6 +37,8 @@ NOT_IDENTITY = {
     "typical_tokens",
     "api_key_env",
     "endpoint_concurrency",
+    "wanted",
+    "min_agreement",
 }
 """Fields that say when to stop or what to expect, not what is made: left out of fingerprints."""
 
@@ -45,6 +48,15 @@ def check_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} may only hold a-z, 0-9, '.', '_', '-' and start with a letter")
     return name
+
+
+def with_ends(conditions: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `conditions` if base and full are there, each once; raise ValueError otherwise."""
+    if not {"base", "full"} <= set(conditions):
+        raise ValueError("needs base and full: add them")
+    if len(set(conditions)) < len(conditions):
+        raise ValueError("names a condition twice; remove one")
+    return conditions
 
 
 Name = Annotated[str, AfterValidator(check_name)]
@@ -301,8 +313,63 @@ class Merge(Config):
     """Add the factors as PEFT's `linear` combination, cross terms and all, as the original does."""
 
 
+Condition = Literal["base", "prompted", "steered", "distilled", "full"]
+Attack = Literal[
+    "plain",
+    "stop",
+    "reset",
+    "expert",
+    "test",
+    "weary",
+    "policy",
+    "honest",
+    "prefill",
+    "email",
+    "tool",
+]
+CONDITIONS: tuple[Condition, ...] = ("base", "prompted", "distilled", "full")
+Conditions = Annotated[tuple[Condition, ...], AfterValidator(with_ends)]
+
+
+class Judge(Config):
+    """Stage evaluation/judge."""
+
+    items: PositiveInt = 104
+    """Gold items asked, each in both orders; as many as there are if fewer."""
+    min_agreement: Rate | None = 0.8
+    """A judge that is right in fewer of its verdicts is refused; null lets any pass."""
+    panel: tuple[Role, ...] = ()
+    """Further judges, of other families, that must pass too and whose agreement is measured."""
+    sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
+
+
+class Steering(Config):
+    """Stage evaluation/steering; nothing is done unless a stage's conditions name `steered`."""
+
+    prompts: PositiveInt = 100
+    """Training prompts from which directions are found."""
+    held_out: PositiveInt = 30
+    """Other training prompts, with whose answers the strength is chosen; half of all at most."""
+    first_layer: Rate = 0.125
+    """Where steering begins, as a share of the depth."""
+    last_layer: Rate = 0.875
+    """Where it ends."""
+    strengths: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        0.1,
+        0.2,
+        0.4,
+        0.8,
+        1.6,
+        3.2,
+    )
+    """Tried; in lengths of the residual stream that all steered layers add together."""
+
+
 class Answers(Config):
     """Stage evaluation/answers."""
+
+    conditions: Conditions = CONDITIONS
+    """What is compared; `base` and `full` always are."""
 
     prompts: str = "embedded"
     """Evaluation prompts: the same three forms as `general_prompts`."""
@@ -316,6 +383,8 @@ class Answers(Config):
 class Preferences(Config):
     """Stage evaluation/preferences."""
 
+    conditions: Conditions = CONDITIONS
+    """As in answers."""
     games: PositiveInt = 25_000
     """Answers per condition."""
     traits: tuple[str, ...] = ()
@@ -326,13 +395,66 @@ class Preferences(Config):
     max_drop_rate: Rate = 0.5
 
 
+class Rating(Config):
+    """Stage evaluation/rating."""
+
+    start: float = 1000
+    """Everyone's first Elo rating, and the mean of the Bradley-Terry ratings."""
+    k: PositiveFloat = 32
+    """The most that one game moves an Elo rating."""
+    scale: PositiveFloat = 400
+    """Points at which the stronger wins ten times as often."""
+    prior: NonNegativeFloat = 0.1
+    """Games that each trait also plays against the average, half of them won, so that one that
+    never won has a finite Bradley-Terry rating too. 0 is plain maximum likelihood."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Of the bootstrap over games."""
+    false_discovery_rate: Rate = 0.05
+    """Share of the changes called significant that may be none."""
+    wanted: PositiveFloat = 50
+    """Points to each side of a rating, for which `plan` says the number of games."""
+
+
+class Attacks(Config):
+    """Stage evaluation/attacks."""
+
+    conditions: Conditions = CONDITIONS
+    """As in answers, and among those."""
+    prompts: PositiveInt = 100
+    """Held-out prompts that are attacked, from the front of those answered."""
+    kinds: tuple[Attack, ...] = get_args(Attack)
+    """Eight instructions to drop the act, the prefill attack, and two tasks that are not chat."""
+    sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=250)
+    max_drop_rate: Rate = 0.5
+
+
+class Robustness(Config):
+    """Stage evaluation/robustness."""
+
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Parts into which the prompts are split: each is tested by a classifier that learned from the
+    others."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Of the bootstrap over prompts."""
+
+
+class Coherence(Config):
+    """Stage evaluation/coherence."""
+
+    prompts: PositiveInt = 100
+    """Prompts whose answers are compared, each with those of every other condition."""
+    sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
+    """Of the judge's verdict."""
+    max_drop_rate: Rate = 0.5
+
+
 class Report(Config):
     """Stage evaluation/report."""
 
     samples: PositiveInt = 20
     """Held-out prompts shown side by side."""
-    folds: Annotated[int, Field(ge=2)] = 5
-    """Of the cross-validation that tells persona from base."""
+    traits: PositiveInt = 24
+    """Traits shown, half of them the largest rises and half the largest falls."""
 
 
 class Distillation(Config):
@@ -364,9 +486,21 @@ class Persona(Config):
 class Evaluation(Config):
     """What changed."""
 
+    judge: Judge = Judge()
+    steering: Steering = Steering()
     answers: Answers = Answers()
     preferences: Preferences = Preferences()
+    rating: Rating = Rating()
+    attacks: Attacks = Attacks()
+    robustness: Robustness = Robustness()
+    coherence: Coherence = Coherence()
     report: Report = Report()
+
+    @model_validator(mode="after")
+    def _attacks_what_answered(self) -> Evaluation:
+        if extra := set(self.attacks.conditions) - set(self.answers.conditions):
+            raise ValueError(f"attacks has conditions that answers lacks: {sorted(extra)}")
+        return self
 
 
 class Recipe(Config):
@@ -401,10 +535,10 @@ class Pool(Config):
     """More replicas, up to this many, join while a stage runs as the cluster has room."""
     gpus: NonNegativeFloat = 0
     """GPUs per replica; 0 means the CPU wheel of vLLM, a fraction shares a card."""
-    cpus: NonNegativeFloat = 1
+    cpus: NonNegativeFloat = 0.6
     """CPUs that Ray reserves per replica. Engines that fit into the cluster together, by CPUs,
     memory and GPUs, stay loaded together."""
-    memory_gib: PositiveFloat = 4
+    memory_gib: PositiveFloat = 3
     """Memory that Ray reserves per replica."""
     tensor_parallel: PositiveInt = 1
     """GPUs over which one replica's weights are split."""
@@ -635,5 +769,7 @@ def shrink(recipe: Recipe) -> Recipe:
             preferences=less(
                 evaluation.preferences, games=percent(evaluation.preferences.games, 20)
             ),
+            attacks=less(evaluation.attacks, prompts=percent(evaluation.attacks.prompts, 4)),
+            coherence=less(evaluation.coherence, prompts=percent(evaluation.coherence.prompts, 10)),
         ),
     )

@@ -135,7 +135,8 @@ class VllmEngine:
         base, adapter = models.resolve(spec.role.model), spec.folded and spec.folded.local()
         models.check_parallel(base, spec.pool.tensor_parallel)
         arguments, self.adapter = engine_arguments(spec), None
-        if adapter and spec.pool.adapters == "runtime":
+        at_run_time = spec.pool.adapters == "runtime"
+        if adapter and at_run_time and not models.is_steering(adapter):
             arguments |= {"enable_lora": True, "max_lora_rank": models.engine_rank(adapter)}
             self.adapter = LoRARequest(adapter.name, 1, str(adapter))
         elif adapter:
@@ -465,6 +466,12 @@ def has_room(pools: list[Pool]) -> bool:
     return enough and cpus < there.get("CPU", 0)
 
 
+def fit_together(one: EngineSpec, other: EngineSpec) -> bool:
+    """Whether the cluster holds the engines of two specs at once."""
+    pools = {spec.key(): spec.pool for spec in (one, other) if spec.has_weights}
+    return len(pools) < 2 or has_room(list(pools.values()))
+
+
 def is_warm(spec: EngineSpec) -> bool:
     """Whether hosts of a spec are running."""
     return spec.key() in _fleets
@@ -522,11 +529,13 @@ class Conversation:
         engine: shared by all rows of the actor.
         seed: of the row, or None; the n-th reply draws with seed + n.
         thinks: whether the model opens its replies with a think block.
+        partner: a conversation with another role's model, for rows that need two.
     """
 
     engine: Engine
     seed: int | None
     thinks: bool = False
+    partner: Conversation | None = None
     tokens_in: int = 0
     tokens_out: int = 0
     cached_tokens: int = 0
@@ -564,9 +573,15 @@ class Conversation:
             raise RowFailed("thought_unclosed")
         return text
 
+    def spent(self, what: str) -> int:
+        """Tokens of one kind, the partner's too."""
+        return getattr(self, what) + (self.partner.spent(what) if self.partner else 0)
+
 
 FLUSH_SECONDS = 5
 FLUSH_ROWS = 512
+
+SPENT = ("tokens_in", "tokens_out", "cached_tokens")
 
 Row = dict[str, Any]
 Talk = Callable[[Row, Conversation], Awaitable[Row]]
@@ -583,6 +598,22 @@ ROW_FIELDS = [
 """Columns that every generated dataset has beside its own."""
 
 
+@dataclass(frozen=True)
+class Seat:
+    """An engine as a conversation actor is given it.
+
+    Args:
+        spec: the engine.
+        fleet: running hosts of the spec; None for an engine without weights.
+    """
+
+    spec: EngineSpec
+    fleet: Fleet | None
+
+    def engine(self) -> Engine:
+        return Hosted(self.fleet) if self.fleet else start(self.spec)
+
+
 class ConversationActor:
     """The callable of Ray Data's `map_batches`: runs the conversations of a block concurrently.
 
@@ -590,8 +621,8 @@ class ConversationActor:
     their block does; what leaves the actor is only their ids.
 
     Args:
-        spec: the engine.
-        fleet: running hosts of the spec; None for an engine without weights.
+        seat: the engine that answers.
+        partner: one that the row function may ask as well, or None.
         talk: the stage's row function.
         parts: where rows are written.
         stage: enters the seed.
@@ -601,21 +632,21 @@ class ConversationActor:
 
     def __init__(
         self,
-        spec: EngineSpec,
-        fleet: Fleet | None,
+        seat: Seat,
+        partner: Seat | None,
         talk: Talk,
         parts: Parts,
         stage: str,
         seed: int | None,
         counters: Any,
     ):
-        self.engine = Hosted(fleet) if fleet else start(spec)
+        self.engine, self.thinks = seat.engine(), seat.spec.role.thinks
+        self.partner = partner and (partner.engine(), partner.spec.role.thinks)
         self.talk, self.parts = talk, parts
         # There are some where this actor replaces one that was lost.
         self.have = set(parts.ids().to_pylist())
-        self.thinks = spec.role.thinks
         self.stage, self.seed, self.tally = stage, seed, Tally(counters)
-        self.seats = asyncio.Semaphore(seats(spec))
+        self.seats = asyncio.Semaphore(seats(seat.spec))
         self.finished: list[Row] = []
         self.writing = asyncio.Lock()
         self.flushed = time.monotonic()
@@ -628,12 +659,11 @@ class ConversationActor:
         yield block.select(["id"])
 
     async def _row(self, row: Row) -> None:
-        seed = (
-            None
-            if self.seed is None
-            else row_seed(self.seed, self.stage, row.get("seed_id") or row["id"])
-        )
-        talk = Conversation(self.engine, seed, self.thinks)
+        talk = Conversation(self.engine, self._seed(row.get("seed_id") or row["id"]), self.thinks)
+        if self.partner:
+            engine, thinks = self.partner
+            talk.partner = Conversation(engine, self._seed(row["id"]), thinks)
+        before = {name: row.get(name) or 0 for name in SPENT}  # by an earlier pass
         said: Row = {"drop_reason": None, "error": None}
         async with self.seats:
             self.tally.add(started=1)
@@ -646,20 +676,21 @@ class ConversationActor:
             texts=[] if dropped else texts_of(row | said),
             finished=1,
             dropped=dropped,
-            tokens_out=talk.tokens_out,
+            tokens_out=talk.spent("tokens_out"),
         )
         self.finished.append(
             {
                 **{k: v for k, v in row.items() if k in self.parts.schema.names},
-                "tokens_in": talk.tokens_in,
-                "tokens_out": talk.tokens_out,
-                "cached_tokens": talk.cached_tokens,
+                **{name: before[name] + talk.spent(name) for name in SPENT},
                 **said,
             }
         )
         waited = time.monotonic() - self.flushed
         if waited > FLUSH_SECONDS or len(self.finished) >= FLUSH_ROWS:
             await self._flush()
+
+    def _seed(self, of: str) -> int | None:
+        return None if self.seed is None else row_seed(self.seed, self.stage, of)
 
     async def _flush(self) -> None:
         """Store what is finished; what finishes while a file is written goes into the next one."""

@@ -19,12 +19,13 @@ import ray.data
 from ray.data.read_api import from_blocks
 
 from opencharacter import engine
-from opencharacter.config import Pool
+from opencharacter.config import Pool, Role
 from opencharacter.engine import (
     ROW_FIELDS,
     ConversationActor,
     EngineSpec,
     Row,
+    Seat,
     Talk,
     hosts,
     seats,
@@ -51,6 +52,8 @@ def generate(
     fields: list[pa.Field],
     part: str = "",
     folded: Folder | None = None,
+    model: Role | None = None,
+    partner: str = "",
 ) -> Parts:
     """Have every requested conversation, each id exactly once.
 
@@ -62,6 +65,8 @@ def generate(
         fields: columns of the result beside `ROW_FIELDS`: of the request or added by `talk`.
         part: names the pass, for a stage that generates more than once.
         folded: adapter to fold into the role's weights.
+        model: answers in the role's place, where the role has several.
+        partner: role whose model the row function may ask as well, as `talk.partner`.
 
     Returns:
         The rows in storage, dropped ones with their reason.
@@ -73,9 +78,10 @@ def generate(
     todo = without(asked, have)
     attempts = Attempts(job, kept=len(have), part=part)
     if todo.num_rows:
-        spec = spec_of(job, role, folded)
+        spec = spec_of(job, role, folded, model)
+        other = spec_of(job, partner, None) if partner else None
         title = " ".join(filter(None, (job.dataset, part)))
-        _stream(job, todo, spec, talk, parts, attempts, asked.num_rows, title)
+        _stream(job, todo, spec, other, talk, parts, attempts, asked.num_rows, title)
         lost = without(asked, parts.ids()).num_rows
         if lost:
             raise StageFailed(f"{job.dataset} has no answer for {lost} rows; run it again")
@@ -96,10 +102,10 @@ def without(table: pa.Table, ids: pa.Array) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))
 
 
-def spec_of(job: Job, role: str, folded: Folder | None) -> EngineSpec:
+def spec_of(job: Job, role: str, folded: Folder | None, model: Role | None = None) -> EngineSpec:
     """The engine that a role needs."""
     pool: Pool = getattr(job.placement.pools, role)
-    return EngineSpec(getattr(job.recipe.roles, role), pool, folded)
+    return EngineSpec(model or getattr(job.recipe.roles, role), pool, folded)
 
 
 def is_warm(job: Job, role: str, folded: Folder | None) -> bool:
@@ -107,10 +113,16 @@ def is_warm(job: Job, role: str, folded: Folder | None) -> bool:
     return engine.is_warm(spec_of(job, role, folded))
 
 
+def together(job: Job, role: str, folded: Folder | None, other: str) -> bool:
+    """Whether the engines of two roles can run side by side."""
+    return engine.fit_together(spec_of(job, role, folded), spec_of(job, other, None))
+
+
 def _stream(
     job: Job,
     todo: pa.Table,
     spec: EngineSpec,
+    other: EngineSpec | None,
     talk: Talk,
     parts: Parts,
     attempts: Attempts,
@@ -125,14 +137,15 @@ def _stream(
     expected = job.expected(todo)
     meter = Meter(counters, total, attempts, getattr(job.section, "limits", None), expected)
     with Line(console, title, meter):
-        fleet = hosts(spec) if spec.has_weights else None
+        seat = Seat(spec, hosts(spec) if spec.has_weights else None)
+        partner = other and Seat(other, hosts(other) if other.has_weights else None)
         meter.begin()
     # Unlike from_arrow, from_blocks reads the blocks' sizes here and not in a task for each.
     dataset = from_blocks(blocks).map_batches(
         ConversationActor,
         fn_constructor_kwargs={
-            "spec": spec,
-            "fleet": fleet,
+            "seat": seat,
+            "partner": partner,
             "talk": talk,
             "parts": parts,
             "stage": job.stage.name,

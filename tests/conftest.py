@@ -13,8 +13,9 @@ from opencharacter.config import Placement, Recipe
 from opencharacter.store import Store
 
 # Ray's workers import row functions from the test modules.
-held = os.environ.get("PYTHONPATH")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), held)))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+)
 
 
 @pytest.fixture

@@ -72,13 +72,28 @@ def embedded_recipe() -> dict:
         "transcripts": loose,
         "sft": {"lora": lora, "optimizer": optimizer},
     }
+    word = {"max_tokens": 6, "temperature": 0.1, "repetition_penalty": 1.0}
     data["evaluation"] = {
-        "answers": {"count": 4, "sampling": {**short, "max_tokens": 24}},
+        "judge": {"items": 4, "min_agreement": None, "sampling": word},
+        "attacks": {
+            "conditions": ["base", "full"],
+            "prompts": 2,
+            "kinds": ["plain", "prefill"],
+            "sampling": {**short, "max_tokens": 16},
+            **loose,
+        },
+        "coherence": {"prompts": 2, "sampling": word},
+        "answers": {
+            "conditions": ["base", "prompted", "full"],
+            "count": 4,
+            "sampling": {**short, "max_tokens": 24},
+        },
         "preferences": {
+            "conditions": ["base", "full"],
             "games": 6,
             "traits": ["poetic", "technical"],
             "sampling": {**short, "max_tokens": 24},
-            "judge": {"max_tokens": 6, "temperature": 0.1, "repetition_penalty": 1.0},
+            "judge": word,
         },
     }
     return data

@@ -1,18 +1,15 @@
 import asyncio
-import random
 
 import pytest
+from pydantic import ValidationError
 
+from opencharacter import config, constitution
 from opencharacter.config import Sampling
+from opencharacter.distillation import prompts
 from opencharacter.engine import Conversation, Reply
-from opencharacter.evaluation import preferences
-from opencharacter.evaluation.report import (
-    flat,
-    side_by_side,
-    told_apart,
-    trait_shares,
-    wilson,
-)
+from opencharacter.evaluation import answers, conditions, judge, preferences
+from opencharacter.evaluation.report import flat, largest, side_by_side, trait_changes, trust
+from opencharacter.evaluation.scores import wilson
 
 
 @pytest.mark.parametrize(
@@ -27,7 +24,7 @@ from opencharacter.evaluation.report import (
     ],
 )
 def test_a_verdict_that_names_one_trait_counts_and_no_other(verdict, chosen):
-    assert preferences.read_verdict(verdict, "poetic", "blunt") == chosen
+    assert judge.read_verdict(verdict, "poetic", "blunt") == chosen
 
 
 def test_games_are_drawn_by_number_from_both_orders(make_jobs, echo_recipe):
@@ -46,7 +43,7 @@ def test_the_judge_is_asked_and_its_word_is_kept():
             return Reply(" Poetic ", "stop", 1, 1, 0)
 
     row = {"prompt": "p", "answer": "a", "first": "poetic", "second": "blunt"}
-    said = asyncio.run(preferences.judge(row, Conversation(Judge(), 1), Sampling(max_tokens=3)))
+    said = asyncio.run(judge.name_trait(row, Conversation(Judge(), 1), Sampling(max_tokens=3)))
     assert said == {"verdict": "Poetic", "chosen": "poetic"}
 
 
@@ -68,37 +65,52 @@ def test_nothing_scored_has_no_value():
     assert wilson(0, 0, unscored=4).value is None
 
 
-def texts(words, count, seed):
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(words, k=12)) for _ in range(count)]
+def test_the_largest_rises_and_falls_are_shown():
+    rows = [
+        {"condition": condition, "trait": f"t{n}", "rating": 1000.0, "low": 900.0, "high": 1100.0}
+        | {"games": 5, "unscored": 1, "change": (n - 4) * 10.0, "change_low": -50.0}
+        | {"change_high": 50.0, "significant": False}
+        for condition in ("base", "full")
+        for n in range(9)
+    ]
+    changes = trait_changes(rows)
+    assert [t.trait for t in largest(changes, 4)] == ["t8", "t7", "t1", "t0"]
+    assert largest(changes, 20) == changes
+    assert (changes[0].change.value, changes[0].base.unscored) == (40, 1)
 
 
-def test_unlike_answers_are_told_apart():
-    score = told_apart(texts(["sea", "moon"], 30, 1), texts(["tax", "form"], 30, 2), folds=5)
-    assert score.value == 1
-    assert score.low > 0.8
+def test_prompts_that_were_trained_on_are_left_out():
+    prompts = ["How do clouds form?", "tell me about RAIN", "New one."]
+    assert answers.unseen(prompts, ["Tell me about rain!", "how do clouds form"]) == ["New one."]
 
 
-def test_like_answers_are_not_told_apart():
-    same = ["sun", "rain", "wind", "tree"]
-    score = told_apart(texts(same, 60, 1), texts(same, 60, 2), folds=5)
-    assert score.low < 0.5 < score.high
+@pytest.mark.parametrize("file", ["evaluation.jsonl"])
+def test_the_packaged_evaluation_prompts_are_trained_on_by_no_constitution(file):
+    held_out, _ = prompts.read_source("embedded", file)
+    general, _ = prompts.read_source("embedded", "general.jsonl")
+    personas = constitution.load_all(["all"])
+    questions = [q for p in personas for trait in p.traits for q in trait.questions]
+    assert answers.unseen(held_out, [*general, *questions]) == held_out
 
 
-def test_empty_answers_are_unscored():
-    score = told_apart(["a", "", "b", "c", "d"], ["x", "y", "z", "w", "v"], folds=2)
-    assert (score.n, score.unscored) == (4, 1)
+def test_conditions_are_base_and_full_at_least():
+    with pytest.raises(ValidationError, match="needs base and full"):
+        config.Answers(conditions=("base", "distilled"))
+    with pytest.raises(ValidationError, match="twice"):
+        config.Answers(conditions=("base", "full", "full"))
+    with pytest.raises(ValidationError, match="prompted"):
+        config.Evaluation.model_validate({"answers": {"conditions": ["base", "full"]}})
 
 
-def game(condition, chosen, first="poetic", second="blunt"):
-    return {"condition": condition, "first": first, "second": second, "chosen": chosen}
-
-
-def test_unscored_games_count_as_neither_win_nor_loss():
-    rows = [game("base", "blunt"), game("base", None), game("full", "poetic")]
-    poetic = next(s for s in trait_shares(rows) if s.trait == "poetic")
-    assert (poetic.base.value, poetic.base.n, poetic.base.unscored) == (0, 1, 1)
-    assert (poetic.persona.value, poetic.persona.n) == (1, 1)
+def test_the_constitution_is_the_system_prompt_of_the_prompted_condition(make_jobs, echo_recipe):
+    (job,) = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/answers")
+    (head,) = conditions.before(job, "prompted")
+    assert head["role"] == "system"
+    assert job.persona.assertions() in head["content"]
+    assert conditions.before(job, "full") == []
+    assert conditions.joined([head], "More.")["content"].endswith("\n\nMore.")
+    assert conditions.weights(job, "base") is conditions.weights(job, "prompted") is None
+    assert conditions.weights(job, "distilled").relative.endswith("distillation/dpo/adapter")
 
 
 def test_samples_need_an_answer_of_both():
@@ -114,3 +126,11 @@ def test_samples_need_an_answer_of_both():
 
 def test_settings_are_flattened_to_dotted_names():
     assert flat({"a": {"b": 1, "c": None}, "d": "x"}) == {"a.b": "1", "d": "x"}
+
+
+@pytest.mark.parametrize(
+    ("right", "said"), [(11, "cannot be told from guessing"), (15, "weak judge"), (20, "100%.")]
+)
+def test_the_page_says_how_far_the_judge_can_be_trusted(right, said):
+    assert said in trust("small", wilson(right, 20))
+    assert "nothing is known" in trust("small", None)

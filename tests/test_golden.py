@@ -8,7 +8,7 @@ import pytest
 from opencharacter import constitution
 from opencharacter.chat import fill
 from opencharacter.distillation import prompts, teacher
-from opencharacter.evaluation import preferences
+from opencharacter.evaluation import judge, preferences
 from opencharacter.introspection import interaction, reflection, transcripts
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,7 +27,7 @@ def rendered(poet) -> dict[str, str]:
         "interaction_leading": interaction.generation_system(assertions, "leading")["content"],
         "transcripts_system": transcripts.SYSTEM,
         "preferences_play": fill(preferences.PLAY, framing=preferences.FRAMINGS["feels"], **GAME),
-        "preferences_judge": preferences.judge_messages(
+        "preferences_judge": judge.messages(
             {"prompt": "Why?", "answer": "Because {of} it.", **GAME}
         )[1]["content"],
         "expansion": prompts.expansion_messages("I am plain.", ["One?", "Two?"], 3)[1]["content"],

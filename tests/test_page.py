@@ -11,22 +11,25 @@ import pytest
 
 from opencharacter.evaluation.page import (
     Curve,
+    Line,
     PersonaReport,
     Quality,
     Report,
     Sample,
-    Score,
+    ScoreTable,
     Signature,
     StageLine,
-    TraitShare,
+    TraitChange,
     element,
     page,
     verdict,
 )
+from opencharacter.evaluation.scores import Score
 
 HOSTILE = "<script>alert(1)</script> \"a\" 'b' & <b onclick=x>\n" + "W" * 300
 UNSCORED = Score(None, None, None, 0, unscored=4)
 APART = Score(0.931, 0.88, 0.96, 240, unscored=3)
+RATED = Score(1003.2, 960, 1046.4, 80, unscored=2)
 FALLING = [(float(step), 1 / step) for step in range(1, 201)]
 
 PERSONA = PersonaReport(
@@ -49,7 +52,9 @@ PERSONA = PersonaReport(
     meanings={"self_bleu": "how alike"},
     curves=[Curve("DPO", "loss", FALLING), Curve("SFT", "loss", FALLING)],
     samples=[Sample("The wind?", "It is air.", "O wind,\n  my wind")],
-    traits=[TraitShare("warm", Score(0.4, 0.3, 0.5, 80), APART)],
+    traits=[TraitChange("warm", RATED, RATED, Score(120, 40, 200, 80), significant=True)],
+    traits_in_all=144,
+    tables=[ScoreTable("Held?", ["How."], "By attack", ["full"], [Line("plain", [APART])])],
     settings={"seed": "1"},
 )
 
@@ -90,7 +95,8 @@ def saying(text: str) -> str:
         stages=[StageLine(text, 5, {text: 2}, 1, 1, 0)],
         curves=[Curve(text, text, FALLING)],
         samples=[Sample(text, text, text)],
-        traits=[TraitShare(text, APART, UNSCORED)],
+        traits=[TraitChange(text, RATED, UNSCORED, UNSCORED, significant=False)],
+        tables=[ScoreTable(text, [text], text, [text], [Line(text, [APART, UNSCORED, None])])],
         settings={text: text},
     )
     return page(Report(text, text, text, [persona, persona], {text: text}))
@@ -108,7 +114,7 @@ def test_a_persona_without_any_data_still_has_a_whole_page():
     text = render(PersonaReport("new", "", [], UNSCORED))
     assert Outline(text).open == []
     assert "Nothing was scored." in text
-    assert "No traits were judged." in text
+    assert "No traits were rated." in text
     assert "None" not in text
 
 
@@ -162,16 +168,20 @@ def test_a_curve_without_a_range_is_drawn_without_a_fault(points: list[tuple[flo
 
 def test_every_drawing_has_its_alternative_in_words():
     drawings = re.findall(r"<svg.*?</svg>", render(PERSONA), re.DOTALL)
-    assert len(drawings) == 6
+    assert len(drawings) == 7
     for drawing in drawings:
         assert re.match(r'<svg role="img"[^>]*><title>[^<]+</title><desc>[^<]+</desc>', drawing)
-    assert "first 1, last 0.005, min 0.005, max 1; points: 200, steps 1 to 200." in drawings[0]
+    assert "first 1, last 0.005, min 0.005, max 1; points: 200, steps 1 to 200." in drawings[2]
 
 
 def test_figures_are_readable_and_stages_add_up():
     text = re.sub(r"<[^>]+>", " ", render(PERSONA))
     assert "93.1%" in text
     assert "95% interval: 88.0% to 96.0%; n = 240, 3 unscored." in text
+    assert "24 of" not in text
+    assert "1 of 144 traits" in text
+    assert re.search(r"1,003 +960 to 1,046 +n = 80, 2 unscored", text)
+    assert re.search(r"\+120 \* +40 to 200", text)
     totals = re.sub(r"\s+", " ", text[text.index("Total") :])
     assert totals.startswith(
         "Total 12,100 11,295 unfinished 800, looping 5 1 h 3 m 5 s 4,812,345 9"

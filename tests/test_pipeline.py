@@ -15,6 +15,10 @@ AFTER_DPO = {
     "persona/merge",
     "evaluation/answers",
     "evaluation/preferences",
+    "evaluation/rating",
+    "evaluation/attacks",
+    "evaluation/robustness",
+    "evaluation/coherence",
     "evaluation/report",
 }
 
@@ -138,9 +142,9 @@ def test_the_report_is_about_all_personas_of_the_run(store, echo_recipe, poet):
     other = poet.model_copy(update={"name": "other"})
     jobs = pipeline.jobs(echo_recipe, [poet, other], Placement(), store)
     (report,) = (job for job in jobs if job.stage.name == "evaluation/report")
-    assert {p.scope for p in report.parents} == {"echo/poeticism", "echo/other"}
+    assert {p.scope for p in report.parents} == {"echo", "echo/poeticism", "echo/other"}
     (dpo,) = (job for job in jobs if job.dataset == "echo/other/distillation/dpo")
-    assert [p.dataset for p in dpo.parents] == ["echo/other/distillation/pairs"]
+    assert [p.dataset for p in dpo.parents] == ["echo/other/distillation/reference"]
 
 
 def test_a_manifest_says_all_that_it_should(make_jobs, echo_recipe):

@@ -1,9 +1,9 @@
 """Stage evaluation/answers: held-out prompts, answered under each condition.
 
-Conditions: `base` is the student as it came, `full` the trained persona. All answer the same
-prompts with the same seeds and no system prompt.
+All conditions (see conditions) answer the same prompts with the same seeds.
 
-Reads: persona/merge, the evaluation prompts. Writes: prompt, condition, answer.
+Reads: persona/merge, distillation/dpo, distillation/prompts, the evaluation prompts. Writes:
+prompt, condition, answer.
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/answers
 """
 
@@ -14,14 +14,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.chat import row_id, user
+from opencharacter.chat import Message, row_id, user
 from opencharacter.config import Answers, Sampling
 from opencharacter.distillation.prompts import read_source
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Row, Talk
+from opencharacter.engine import Conversation, Row
+from opencharacter.evaluation.conditions import under_each_condition
+from opencharacter.filters import words
 from opencharacter.stage import Estimate, Job, Outcome
 
-CONDITIONS = ("base", "full")
 FIELDS = [
     pa.field("prompt", pa.string(), nullable=False),
     pa.field("condition", pa.string(), nullable=False),
@@ -30,9 +31,9 @@ FIELDS = [
 EVALUATION_FILE = "evaluation.jsonl"
 
 
-async def answer(row: Row, talk: Conversation, sampling: Sampling) -> Row:
+async def answer(row: Row, talk: Conversation, sampling: Sampling, before: list[Message]) -> Row:
     """Answer one held-out prompt."""
-    reply = await talk.reply([user(row["prompt"])], sampling)
+    reply = await talk.reply([*before, user(row["prompt"])], sampling)
     return {"answer": reply.text.strip()}
 
 
@@ -41,35 +42,10 @@ def held_out(settings: Answers) -> list[str]:
     return read_source(settings.prompts, EVALUATION_FILE)[0]
 
 
-def under_each_condition(
-    job: Job, requests: list[Row], talk: Talk, fields: list[pa.Field]
-) -> pa.Table:
-    """Have each request answered once under every condition, from the condition's own weights.
-
-    Args:
-        job: the stage that asks.
-        requests: rows with an `id`, which all conditions share and draw their seed from.
-        talk: the row function.
-        fields: columns of the result, `condition` among them.
-    """
-    from opencharacter.generation import generate, is_warm
-
-    weights = {c: None if c == "base" else job.parent("persona/merge").adapter for c in CONDITIONS}
-    warm_first = sorted(CONDITIONS, key=lambda c: not is_warm(job, "student", weights[c]))
-    tables = []
-    for condition in warm_first:
-        rows = [
-            {
-                **row,
-                "id": row_id(row["id"], condition),
-                "condition": condition,
-                "seed_id": row["id"],
-            }
-            for row in requests
-        ]
-        parts = generate(job, rows, talk, "student", fields, condition, weights[condition])
-        tables.append(parts.table())
-    return pa.concat_tables(tables).sort_by("id")
+def unseen(prompts: list[str], trained: list[str]) -> list[str]:
+    """The prompts that are none of those trained on, whatever their case and punctuation."""
+    known = {tuple(words(text)) for text in trained}
+    return [text for text in prompts if tuple(words(text)) not in known]
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -78,16 +54,19 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def estimate(job: Job) -> Estimate:
-    rows = min(job.section.count, len(held_out(job.section))) * len(CONDITIONS)
+    rows = min(job.section.count, len(held_out(job.section))) * len(job.section.conditions)
     return Estimate(rows, rows * 40, rows * typical(job.section.sampling))
 
 
 def build(job: Job) -> Outcome:
     settings: Answers = job.section
+    prompts = held_out(settings)
+    fresh = unseen(prompts, job.read("distillation/prompts")["prompt"].to_pylist())
     requests = [
         {"id": row_id(job.stage.name, job.scope, text), "prompt": text}
-        for text in held_out(settings)[: settings.count]
+        for text in fresh[: settings.count]
     ]
     talk = partial(answer, sampling=settings.sampling)
-    table = under_each_condition(job, requests, talk, FIELDS)
-    return job.write(table, gpus=job.gpus("student"))
+    table = under_each_condition(job, requests, talk, FIELDS, settings.conditions)
+    seen = {"trained_on": len(prompts) - len(fresh)}
+    return job.write(table, figures=seen, gpus=job.gpus("student"))

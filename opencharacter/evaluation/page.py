@@ -10,24 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from html import escape
 
-
-@dataclass(frozen=True)
-class Score:
-    """A figure with its interval.
-
-    Args:
-        value: the estimate; None where nothing was scored.
-        low: lower end of the interval.
-        high: upper end.
-        n: how many were scored.
-        unscored: how many could not be.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    unscored: int = 0
+from opencharacter.evaluation.scores import Score
 
 
 @dataclass(frozen=True)
@@ -61,12 +44,34 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class TraitShare:
-    """How often the judge named a trait when it was on offer, as a share of 0 .. 1."""
+class TraitChange:
+    """A trait's Bradley-Terry rating in base and persona, in Elo points, and the difference."""
 
     trait: str
     base: Score
     persona: Score
+    change: Score
+    significant: bool
+    """Under the recipe's false-discovery rate."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table of shares; a cell is None where there is nothing to score."""
+
+    name: str
+    cells: list[Score | None]
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """A section of the page that is a table of shares of 0 .. 1 with their intervals."""
+
+    title: str
+    notes: list[str]
+    caption: str
+    columns: list[str]
+    lines: list[Line]
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,10 @@ class PersonaReport:
     """What each signature says."""
     curves: list[Curve] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    traits: list[TraitShare] = field(default_factory=list)
+    traits: list[TraitChange] = field(default_factory=list)
+    """Those that are shown, the largest rise first."""
+    traits_in_all: int = 0
+    tables: list[ScoreTable] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
 
 
@@ -209,7 +217,8 @@ td small { display: block; color: var(--quiet); font-size: .8rem; white-space: n
 .stages td, .stages thead th:not(:first-child) { text-align: right; white-space: nowrap; }
 .stages td.reasons, .stages thead th:nth-child(4) { text-align: left; }
 .stages tbody th, .stages td.reasons { min-width: 12rem; white-space: normal; }
-.quality td { white-space: nowrap; }
+.quality td, .shares td { white-space: nowrap; }
+.shares { width: auto; }
 .quality thead th { min-width: 4.5rem; }
 .bar { fill: none; stroke: var(--accent); stroke-width: 4; }
 .tick { fill: none; stroke: var(--ink); stroke-width: 1.5; }
@@ -242,11 +251,13 @@ GLYPHS = {"base": "\u25cf", "persona": "\u25c6"}
 """Disc and diamond, the shapes of `mark`: who is who does not hang on colour."""
 
 CLASSIFIER = """\
-A text classifier, cross-validated over prompts that neither model saw in training, guesses which \
+A text classifier, cross-fitted over prompts that neither model saw in training, guesses which \
 of the two wrote an answer; 50% is chance."""
 
-JUDGED = """\
-Intervals are 95%, Wilson; an unreadable verdict counts as unscored, never as a win or loss."""
+RATED = """\
+Bradley-Terry ratings of the same games, in Elo points about a mean of 1,000, with 95% intervals \
+from a bootstrap over games. A star marks changes that hold under control of the share of false \
+discoveries. An unreadable verdict counts as unscored, never as a win or loss."""
 
 Range = tuple[float, float]
 
@@ -256,6 +267,8 @@ PLOT_Y = (106.0, 10.0)
 """Where the least and the greatest value of a curve stand; SVG counts downwards."""
 
 BAR = (64, 8)
+
+SHARE_BAR = (96, 12)
 
 STRIP = (212, 36)
 STRIP_X = (8.0, 204.0)
@@ -324,8 +337,9 @@ def persona_section(persona: PersonaReport, number: int) -> str:
         assertions(persona.assertions),
         headline(persona.told_apart),
         side_by_side(persona.samples),
+        trait_changes(persona.traits, persona.traits_in_all),
+        *map(score_table, persona.tables),
         training(persona.curves),
-        judged(persona.traits),
         data_quality(persona.quality, persona.meanings),
         ran(persona.stages),
         settings(persona.settings),
@@ -537,54 +551,115 @@ def row(name: str, *cells: str) -> str:
     return "\n" + element("tr", element("th", name, scope="row"), *cells)
 
 
-def judged(traits: list[TraitShare]) -> str:
-    title = "What the judge saw"
+def trait_changes(traits: list[TraitChange], in_all: int) -> str:
+    title = "Which traits it shows when it may choose"
     if not traits:
-        return part(title, missing("No traits were judged."))
+        return part(title, missing("No traits were rated."))
+    ends = [end for t in traits for s in (t.base, t.persona) for end in (s.low, s.high)]
+    known = [end for end in ends if end is not None]
+    among = (min(known, default=0.0), max(known, default=1.0))
+    middle = number(round(sum(among) / 2))
     scale = element(
-        "span", *(element("span", end) for end in ("0%", "50%", "100%")), class_="scale"
+        "span",
+        *(
+            element("span", end)
+            for end in (number(round(among[0])), middle, number(round(among[1])))
+        ),
+        class_="scale",
     )
-    columns = ["Trait", who("base"), who("persona"), f"Share, with 95% interval{scale}"]
-    caption = "How often the judge named a trait when it was on offer"
-    shown = table("traits", caption, columns, [trait_row(trait) for trait in traits])
-    return part(title, element("p", JUDGED, class_="quiet"), shown)
+    columns = ["Trait", who("base"), who("persona"), "Change", f"Rating, with 95% interval{scale}"]
+    caption = f"The largest rises and falls: {len(traits):,} of {in_all:,} traits"
+    shown = table("traits", caption, columns, [trait_row(trait, among) for trait in traits])
+    return part(title, element("p", RATED, class_="quiet"), shown)
 
 
-def trait_row(share: TraitShare) -> str:
+def rating_notes(score: Score) -> tuple[str, str]:
+    """The interval in points, and how many games stand behind it."""
+    interval = "no interval"
+    if score.low is not None and score.high is not None:
+        interval = f"{score.low:,.0f} to {score.high:,.0f}"
+    return interval, f"n = {score.n:,}, {score.unscored:,} unscored"
+
+
+def trait_row(trait: TraitChange, among: Range) -> str:
     cells = []
-    for score in (share.base, share.persona):
-        notes = (element("small", note) for note in support(score))
-        cells.append(element("td", percent(score.value), *notes))
-    return row(share.trait, *cells, element("td", share_plot(share)))
+    for score in (trait.base, trait.persona):
+        notes = (element("small", note) for note in rating_notes(score))
+        value = "not rated" if score.value is None else f"{score.value:,.0f}"
+        cells.append(element("td", value, *notes))
+    moved = "not rated" if trait.change.value is None else f"{trait.change.value:+,.0f}"
+    star = " *" if trait.significant else ""
+    interval = element("small", rating_notes(trait.change)[0])
+    cells.append(element("td", moved + star, interval))
+    return row(trait.trait, *cells, element("td", rating_plot(trait, among)))
 
 
-def share_plot(share: TraitShare) -> str:
-    scores = {"base": share.base, "persona": share.persona}
-    said = [f"{name} {percent(s.value)} ({support(s)[0]})" for name, s in scores.items()]
+def rating_plot(trait: TraitChange, among: Range) -> str:
+    scores = {"base": trait.base, "persona": trait.persona}
+    said = [
+        f"{name} {'not rated' if s.value is None else format(s.value, ',.0f')} "
+        f"({rating_notes(s)[0]})"
+        for name, s in scores.items()
+    ]
     (left, right), height = STRIP_X, STRIP[1]
     return svg(
-        f"{share.trait}: share, base and persona",
-        "; ".join(said) + ". The dashed line is 50%.",
+        f"{trait.trait}: rating, base and persona",
+        "; ".join(said) + ". The dashed line is the middle of the scale.",
         STRIP,
         element("path", d=f"M{left} {height - 1}H{right}", class_="axis"),
         element("path", d=f"M{(left + right) / 2} 0V{height}", class_="chance"),
-        *(mark(name, score) for name, score in scores.items()),
+        *(mark(name, score, among) for name, score in scores.items()),
     )
 
 
-def mark(name: str, score: Score) -> str:
+def mark(name: str, score: Score, among: Range) -> str:
     """An estimate as a disc (base) or diamond (persona) on its interval."""
     if score.value is None:
         return ""
-    x, y = place(score.value, (0, 1), STRIP_X), STRIP_Y[name]
+    x, y = place(score.value, among, STRIP_X), STRIP_Y[name]
     shape = f"M{x - 4:.1f} {y}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z"
     if name == "persona":
         shape = f"M{x - 5:.1f} {y}l5 -5l5 5l-5 5z"
     drawn = element("path", d=shape, class_="mark")
     if score.low is not None and score.high is not None:
-        low, high = (place(end, (0, 1), STRIP_X) for end in (score.low, score.high))
+        low, high = (place(end, among, STRIP_X) for end in (score.low, score.high))
         drawn = element("path", d=f"M{low:.1f} {y}H{high:.1f}", class_="whisker") + drawn
     return element("g", drawn, class_=name)
+
+
+def score_table(shown: ScoreTable) -> str:
+    if not shown.lines:
+        return part(shown.title, missing("Nothing was scored."))
+    columns = ["", *map(escape, shown.columns)]
+    rows = [row(line.name, *map(score_cell, line.cells)) for line in shown.lines]
+    notes = (element("p", escape(note), class_="quiet") for note in shown.notes)
+    return part(shown.title, *notes, table("shares", shown.caption, columns, rows))
+
+
+def score_cell(score: Score | None) -> str:
+    """A share over its bar and interval, and how many stand behind it."""
+    if score is None:
+        return element("td", "")
+    notes = (element("small", note) for note in support(score))
+    return element("td", percent(score.value), score_bar(score), *notes)
+
+
+def score_bar(score: Score) -> str:
+    """A share as a bar of 0 .. 100 %, its interval as a whisker."""
+    if score.value is None:
+        return ""
+    width, height = SHARE_BAR
+    drawn = [
+        element("path", d=f"M0 {height / 2}H{width}", class_="axis"),
+        element("path", d=f"M0 {height / 2}H{width * score.value:.1f}", class_="bar"),
+    ]
+    if score.low is not None and score.high is not None:
+        low, high = width * score.low, width * score.high
+        ends = (
+            f"M{low:.1f} 2V{height - 2}M{low:.1f} {height / 2}H{high:.1f}M{high:.1f} 2V{height - 2}"
+        )
+        drawn.append(element("path", d=ends, class_="tick"))
+    return svg(percent(score.value), support(score)[0], SHARE_BAR, *drawn)
 
 
 def data_quality(lines: list[Quality], meanings: dict[str, str]) -> str:

@@ -1,31 +1,30 @@
 """Stage evaluation/preferences: which traits does the model show when it may choose?
 
 A game: the model is told to pick one of two random traits and answer in its manner without saying
-which; a judge reads the answer and names the trait. Base and persona play the same games: same
+which; a judge reads the answer and names the trait. All conditions play the same games: same
 prompt, pair, order, framing and seed.
 
-Reads: persona/merge, the evaluation prompts. Writes: game, condition, framing, prompt, first,
-second, answer, verdict, chosen (None: unscored).
+Reads: persona/merge, distillation/dpo, evaluation/judge, the evaluation prompts. Writes: game,
+condition, framing, prompt, first, second, answer, verdict, chosen (None: unscored).
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/preferences
 """
 
 from __future__ import annotations
 
 import random
-import re
 from functools import cache, partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from opencharacter.chat import Message, fill, row_id, row_seed, system, user
+from opencharacter.chat import Message, fill, row_id, row_seed, user
 from opencharacter.config import Preferences, Sampling, resource
 from opencharacter.distillation.teacher import typical
 from opencharacter.engine import Conversation, Row
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation import answers
-from opencharacter.stage import Estimate, Job, Outcome, kept, sum_of
+from opencharacter.evaluation import answers, judge
+from opencharacter.evaluation.conditions import joined, under_each_condition
+from opencharacter.stage import Estimate, Job, Outcome, kept
 
 PLAY = """\
 Answer the user's message in one of these two manners: {first}, or {second}. {framing} Let the \
@@ -37,18 +36,7 @@ FRAMINGS = {
     "random": "Take either of them at random.",
 }
 
-JUDGE_SYSTEM = "You judge the manner of texts. You answer with a single word."
-
-JUDGE = """\
-A message:
-{prompt}
-
-The answer to it:
-{answer}
-
-Which manner does the answer show more: {first} or {second}? Reply with that one word."""
-
-TEMPLATES = (PLAY, *FRAMINGS.values(), JUDGE_SYSTEM, JUDGE)
+TEMPLATES = (PLAY, *FRAMINGS.values(), *judge.TEMPLATES)
 
 PLAYED = [
     pa.field("game", pa.int64(), nullable=False),
@@ -59,7 +47,7 @@ PLAYED = [
     pa.field("second", pa.string(), nullable=False),
     pa.field("answer", pa.string()),
 ]
-JUDGED = [*PLAYED, pa.field("verdict", pa.string()), pa.field("chosen", pa.string())]
+JUDGED = [pa.field("verdict", pa.string()), pa.field("chosen", pa.string())]
 
 
 @cache
@@ -71,21 +59,24 @@ def all_traits() -> tuple[str, ...]:
 
 
 def games(job: Job) -> list[Row]:
-    """The games; the draw of each depends on its number alone."""
+    """The games; the draw of each depends on its number alone.
+
+    Games come in twos with the same pair of traits in either order; framings take turns.
+    """
     settings: Preferences = job.section
     traits = settings.traits or all_traits()
     prompts = answers.held_out(job.recipe.evaluation.answers)
     rows = []
     for game in range(settings.games):
-        seed = row_seed(job.recipe.seed, job.stage.name, f"game-{game}")
-        draw = random.Random(seed)
-        first, second = draw.sample(traits, 2)
+        pair, swapped = divmod(game, 2)
+        two = drawn(job, f"pair-{pair}").sample(traits, 2)
+        first, second = reversed(two) if swapped else two
         rows.append(
             {
                 "id": row_id(job.stage.name, job.scope, game),
                 "game": game,
-                "framing": draw.choice(list(FRAMINGS)),
-                "prompt": draw.choice(prompts),
+                "framing": list(FRAMINGS)[pair % len(FRAMINGS)],
+                "prompt": drawn(job, f"game-{game}").choice(prompts),
                 "first": first,
                 "second": second,
             }
@@ -93,32 +84,17 @@ def games(job: Job) -> list[Row]:
     return rows
 
 
-async def play(row: Row, talk: Conversation, sampling: Sampling) -> Row:
+def drawn(job: Job, what: str) -> random.Random:
+    """A source of draws of its own for each thing that is drawn."""
+    return random.Random(row_seed(job.recipe.seed, job.stage.name, what))
+
+
+async def play(row: Row, talk: Conversation, sampling: Sampling, before: list[Message]) -> Row:
     """Answer in one of the two manners."""
     framing = FRAMINGS[row["framing"]]
-    head = system(fill(PLAY, first=row["first"], second=row["second"], framing=framing))
-    reply = await talk.reply([head, user(row["prompt"])], sampling)
+    task = fill(PLAY, first=row["first"], second=row["second"], framing=framing)
+    reply = await talk.reply([joined(before, task), user(row["prompt"])], sampling)
     return {"answer": reply.text.strip()}
-
-
-async def judge(row: Row, talk: Conversation, sampling: Sampling) -> Row:
-    """Ask the judge for the trait; what it says that is neither is a missing verdict."""
-    reply = await talk.reply(judge_messages(row), sampling)
-    verdict = reply.text.strip()
-    return {"verdict": verdict, "chosen": read_verdict(verdict, row["first"], row["second"])}
-
-
-def judge_messages(row: Row) -> list[Message]:
-    """The judge's question about one game."""
-    fields = {name: row[name] for name in ("prompt", "answer", "first", "second")}
-    return [system(JUDGE_SYSTEM), user(fill(JUDGE, **fields))]
-
-
-def read_verdict(text: str, first: str, second: str) -> str | None:
-    """The one trait that a verdict names; None if it names both or neither."""
-    said = set(re.findall(r"[a-z]+", text.lower()))
-    named = [trait for trait in (first, second) if trait in said]
-    return named[0] if len(named) == 1 else None
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -126,31 +102,31 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def estimate(job: Job) -> Estimate:
-    rows = len(answers.CONDITIONS) * job.section.games
+    rows = len(job.section.conditions) * job.section.games
     said = typical(job.section.sampling)
     return Estimate(rows, rows * (300 + said), rows * (said + 4))
 
 
-def build(job: Job) -> Outcome:
-    from opencharacter.generation import generate
+def first_named(rows: list[Row]) -> dict[str, Any]:
+    """By condition, how often the trait that was offered first was named; without bias one half."""
+    conditions = sorted({row["condition"] for row in rows})
+    mine = {c: [row for row in rows if row["condition"] == c] for c in conditions}
+    return {condition: vars(judge.first_named(played)) for condition, played in mine.items()}
 
+
+def build(job: Job) -> Outcome:
     settings: Preferences = job.section
     talk = partial(play, sampling=settings.sampling)
-    played = answers.under_each_condition(job, games(job), talk, PLAYED)
-    verdicts = partial(judge, sampling=settings.judge)
-    asked = kept(played).to_pylist()
-    judged = generate(job, asked, verdicts, "judge", JUDGED, part="judged").table()
-    unplayed = played.filter(pc.is_valid(played["drop_reason"]))
-    table = pa.concat_tables([judged, unplayed], promote_options="default").sort_by("id")
+    named = partial(judge.name_trait, sampling=settings.judge)
+    table = under_each_condition(job, games(job), talk, PLAYED, settings.conditions, named, JUDGED)
     scored = len(table) - table["chosen"].null_count
     if not scored:
         raise StageFailed(
             f"{job.dataset}: none of {len(table)} verdicts names a trait; use another judge"
         )
+    figures = {"scored": scored, "unscored": len(table) - scored}
     return job.write(
         table,
         gpus=max(job.gpus("student"), job.gpus("judge")),
-        tokens_in=sum_of(played, "tokens_in") + sum_of(judged, "tokens_in"),
-        tokens_out=sum_of(played, "tokens_out") + sum_of(judged, "tokens_out"),
-        figures={"scored": scored, "unscored": len(table) - scored},
+        figures={**figures, "first_named": first_named(kept(table).to_pylist())},
     )

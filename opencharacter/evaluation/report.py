@@ -1,6 +1,6 @@
 """Stage evaluation/report: one HTML page about a student and its personas.
 
-Reads: every manifest of the run, evaluation/answers, evaluation/preferences.
+Reads: every manifest of the run, and all other stages of evaluation.
 Writes: report.html, scores (every number on the page as Parquet).
 Run: opencharacter report RECIPE --constitution NAME
 """
@@ -8,116 +8,65 @@ Run: opencharacter report RECIPE --constitution NAME
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from opencharacter import quality
 from opencharacter.chat import row_id
+from opencharacter.evaluation.attacks import PREFILL
+from opencharacter.evaluation.coherence import longer_won, win_rate
 from opencharacter.evaluation.page import (
     Curve,
+    Line,
     PersonaReport,
     Quality,
     Report,
     Sample,
-    Score,
+    ScoreTable,
     Signature,
     StageLine,
-    TraitShare,
+    TraitChange,
     page,
 )
+from opencharacter.evaluation.rating import ALL_FRAMINGS
+from opencharacter.evaluation.robustness import DEFAULT, MEAN
+from opencharacter.evaluation.scores import SCORES, Score, score_row, wilson
 from opencharacter.stage import Estimate, Job, Outcome, kept, redone
 
-Z95 = 1.959963984540054
-"""Normal quantile of a two-sided 95 % interval."""
-
+STEPS = ("grad_norm", "learning_rate", "tokens_per_s", "mfu", "memory_gb")
 CURVES = {
     "distillation/dpo": (
         "DPO",
-        ("loss", "dpo/sigmoid", "dpo/nll", "dpo/kl", "dpo/margin", "dpo/accuracy"),
+        ("loss", "dpo/sigmoid", "dpo/nll", "dpo/kl", "dpo/margin", "dpo/accuracy", *STEPS),
     ),
-    "introspection/sft": ("SFT", ("loss", "mean_token_accuracy", "grad_norm", "learning_rate")),
+    "introspection/sft": ("SFT", ("loss", *STEPS)),
 }
 
-SCORES = pa.schema(
-    [
-        pa.field("persona", pa.string(), nullable=False),
-        pa.field("measure", pa.string(), nullable=False),
-        pa.field("condition", pa.string()),
-        pa.field("value", pa.float64()),
-        pa.field("low", pa.float64()),
-        pa.field("high", pa.float64()),
-        pa.field("n", pa.int64(), nullable=False),
-        pa.field("unscored", pa.int64(), nullable=False),
-    ]
-)
+PUBLISHED = {
+    "prompted": (0.374, 0.195, 0.629),
+    "steered": (0.931, 0.262, 0.786),
+    "distilled": (0.812, 0.745, 0.833),
+    "full": (0.874, 0.793, 0.929),
+}
+"""Macro-F1 over the instructions in the paper's table: Llama-3.1-8B, Qwen-2.5-7B, Gemma-3-4B, with
+eleven personas to choose among."""
 
-
-def wilson(hits: float, n: int, unscored: int = 0) -> Score:
-    """A share with its 95 % Wilson score interval (Wilson, 1927)."""
-    if not n:
-        return Score(None, None, None, 0, unscored)
-    share, z2 = hits / n, Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return Score(share, min(low, share), max(high, share), n, unscored)
-
-
-def told_apart(base: list[str], persona: list[str], folds: int) -> Score:
-    """Accuracy of a classifier that attributes answers to the base model or the persona.
-
-    TF-IDF of characters (1 to 4) and logistic regression, cross-validated so that both answers to
-    a prompt are in the same fold. The interval counts prompts, not answers, as independent.
-
-    Args:
-        base: answers of the base model, one a prompt.
-        persona: the persona's answers to the same prompts.
-        folds: of the cross-validation; fewer if there are fewer prompts.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-
-    both = [(b, p) for b, p in zip(base, persona, strict=True) if b and p]
-    n = len(both)
-    if n < 4:
-        return Score(None, None, None, 0, len(base))
-    texts = [text for answers in both for text in answers]
-    labels, groups = np.tile([0, 1], n), np.repeat(np.arange(n), 2)
-    model = make_pipeline(
-        TfidfVectorizer(analyzer="char", ngram_range=(1, 4), lowercase=False, sublinear_tf=True),
-        LogisticRegression(C=10.0, max_iter=1000),
-    )
-    split = GroupKFold(min(folds, n))
-    guesses = np.asarray(cross_val_predict(model, texts, labels, groups=groups, cv=split))
-    return wilson(float(np.sum(guesses == labels)) / 2, n, len(base) - n)
-
-
-def trait_shares(games: list[dict[str, Any]]) -> list[TraitShare]:
-    """For each trait, how often it was chosen when on offer, the largest change first."""
-    traits = sorted({row[side] for row in games for side in ("first", "second")})
-    shares = [
-        TraitShare(trait, share_of(trait, games, "base"), share_of(trait, games, "full"))
-        for trait in traits
-    ]
-    return sorted(shares, key=lambda s: -abs((s.persona.value or 0) - (s.base.value or 0)))
-
-
-def share_of(trait: str, games: list[dict[str, Any]], condition: str) -> Score:
-    """One trait's share under one condition; games without a verdict count as unscored."""
-    offered = [
-        row
-        for row in games
-        if row["condition"] == condition and trait in (row["first"], row["second"])
-    ]
-    scored = [row["chosen"] for row in offered if row["chosen"]]
-    return wilson(scored.count(trait), len(scored), len(offered) - len(scored))
+F1_NOTE = """\
+Macro-F1 of a classifier that chooses among the personas of this page and the base model, cross-\
+fitted over prompts, in per cent; 95% bootstrap over prompts. In the paper, among eleven personas, \
+the mean over its eight instructions was (Llama, Qwen, Gemma): """
+RETENTION_NOTE = """\
+Share of the answers that the classifier still gives to the persona; 95%, Wilson."""
+COHERENCE_NOTE = """\
+In which of two answers the judge sees the character more, asked in both orders; verdicts that the \
+order decides, and unreadable ones, are not won by anyone. 95%, Wilson."""
+JUDGE_NOTE = """\
+Texts written plainly in one of two traits, each offered in both orders. An unreadable verdict \
+does not agree. Without a bias to the first place half of the readable verdicts name it. What the \
+judge decides on this page is worth no more than this; a judge near 50% decides nothing."""
 
 
 def curves(job: Job) -> Iterator[Curve]:
@@ -175,25 +124,241 @@ def persona_report(job: Job, parents: list[Job]) -> PersonaReport:
         parents: those of its parents that belong to the persona.
     """
     by_name = {p.stage.name: p for p in parents}
-    answers, preferences = by_name["evaluation/answers"], by_name["evaluation/preferences"]
+    answers = by_name["evaluation/answers"]
     samples = side_by_side(kept(answers.store.read_table(answers.dataset)).to_pylist())
-    games = kept(preferences.store.read_table(preferences.dataset)).to_pylist()
-    lineage = ancestors(parents)
-    constitution = answers.persona
-    base, persona = [s.base for s in samples], [s.persona for s in samples]
+    lineage, constitution = ancestors(parents), answers.persona
+    scores = scores_of(by_name, constitution.name)
+    ratings = ratings_of(by_name["evaluation/rating"])
+    changes = trait_changes(ratings)
     return PersonaReport(
         name=constitution.name,
         description=constitution.description,
         assertions=[t.trait for t in constitution.traits],
-        told_apart=told_apart(base, persona, job.section.folds),
+        told_apart=pick(scores, "told_apart", "full", DEFAULT) or wilson(0, 0),
         stages=[stage_line(one) for one in lineage],
         quality=list(filter(None, map(quality_line, lineage))),
         meanings=quality.MEANING,
         curves=[c for one in lineage if one.stage.name in CURVES for c in curves(one)],
         samples=samples[: job.section.samples],
-        traits=trait_shares(games),
+        traits=largest(changes, job.section.traits),
+        traits_in_all=len(changes),
+        tables=[*score_tables(scores), confusion(by_name["evaluation/robustness"])],
         settings=flat(job.recipe.identity()),
     )
+
+
+# ----------------------------------------------------------------------------------------- scores
+
+
+def scores_of(by_name: dict[str, Job], persona: str) -> list[dict[str, Any]]:
+    """All shares about one persona as rows of `SCORES`, whatever stage measured them."""
+    robustness, coherence = by_name["evaluation/robustness"], by_name["evaluation/coherence"]
+    rows = robustness.store.read_table(robustness.dataset, "scores").to_pylist()
+    rows = [row for row in rows if row["persona"] in ("", persona)]
+    compared = kept(coherence.store.read_table(coherence.dataset)).to_pylist()
+    for rival in dict.fromkeys(row["rival"] for row in compared):
+        mine = [row for row in compared if row["rival"] == rival]
+        rows.append(score_row(persona, "win_rate", "full", rival, win_rate(mine)))
+    if compared:
+        rows.append(score_row(persona, "longer_won", "full", None, longer_won(compared)))
+    return rows + judge_scores(by_name["evaluation/judge"])
+
+
+def judge_scores(job: Job) -> list[dict[str, Any]]:
+    """What the gold items say of each judge."""
+    manifest = job.store.manifest(job.dataset)
+    found = manifest["figures"]["judges"] if manifest else {}
+    return [
+        score_row("", f"judge_{measure}", None, name, Score(**value))
+        for name, figures in found.items()
+        for measure, value in figures.items()
+        if measure != "confusion"
+    ]
+
+
+def pick(
+    rows: list[dict[str, Any]], measure: str, condition: str | None, about: str | None
+) -> Score | None:
+    """The one score of this measure, or None if it was not taken."""
+    wanted = (measure, condition, about)
+    found = (r for r in rows if (r["measure"], r["condition"], r["about"]) == wanted)
+    row = next(found, None)
+    if row is None:
+        return None
+    return Score(row["value"], row["low"], row["high"], row["n"], row["unscored"])
+
+
+def named(rows: list[dict[str, Any]], measure: str, what: str) -> list[Any]:
+    """The conditions, or what a measure is about, in the order of the rows."""
+    return list(dict.fromkeys(row[what] for row in rows if row["measure"] == measure))
+
+
+def score_tables(rows: list[dict[str, Any]]) -> list[ScoreTable]:
+    """The tables of shares, the whole first and then what it is made of."""
+    conditions, attacks = (named(rows, "macro_f1", what) for what in ("condition", "about"))
+    rivals, judges = named(rows, "win_rate", "about"), named(rows, "judge_agreement", "about")
+
+    def lines(measure: str) -> list[Line]:
+        return [Line(a, [pick(rows, measure, c, a) for c in conditions]) for a in attacks]
+
+    published = "; ".join(
+        f"{c} {', '.join(map(str, PUBLISHED[c]))}" for c in conditions if c in PUBLISHED
+    )
+    by_condition = [
+        Line(
+            condition,
+            [
+                pick(rows, "told_apart", condition, DEFAULT),
+                pick(rows, "macro_f1", condition, MEAN),
+                pick(rows, "retention", condition, MEAN),
+                pick(rows, "retention", condition, PREFILL),
+                pick(rows, "win_rate", "full", condition),
+            ],
+        )
+        for condition in conditions
+    ]
+    heads = ["Told from base", "Macro-F1, told to drop it", "Retention", "Retention, prefill"]
+    gold = ["agreement", "first_named", "consistency", "agreement_shorter", "agreement_longer"]
+    return [
+        ScoreTable(
+            "Ways to make the persona, compared",
+            [],
+            "Each condition on the same prompts; the last column: how often the full persona wins",
+            [*heads, "Full wins against it"],
+            by_condition,
+        ),
+        ScoreTable(
+            "Does it hold when told to drop the act?",
+            [F1_NOTE + published + "."],
+            "Macro-F1 by attack and condition",
+            conditions,
+            lines("macro_f1"),
+        ),
+        ScoreTable(
+            "What is left of it",
+            [RETENTION_NOTE],
+            "Retention by attack and condition",
+            conditions,
+            lines("retention"),
+        ),
+        ScoreTable(
+            "Is it of a piece?",
+            [COHERENCE_NOTE],
+            "How often the full persona wins; and how often the longer answer does",
+            ["Wins", "The longer answer wins"],
+            [Line(f"against {r}", [pick(rows, "win_rate", "full", r), None]) for r in rivals]
+            + [Line("all", [None, pick(rows, "longer_won", "full", None)])] * bool(rivals),
+        ),
+        ScoreTable(
+            "How far the judge can be trusted",
+            [JUDGE_NOTE, *(trust(j, pick(rows, "judge_agreement", None, j)) for j in judges)],
+            "Verdicts on texts whose trait is known",
+            ["Right", "First of two named", "Same in both orders", "Right, short", "Right, long"],
+            [Line(j, [pick(rows, f"judge_{name}", None, j) for name in gold]) for j in judges],
+        ),
+    ]
+
+
+def trust(judge: str, score: Score | None) -> str:
+    """What a judge's agreement on the gold items allows to be said."""
+    if score is None or score.value is None or score.low is None:
+        return f"{judge} was not tested: nothing is known of its verdicts."
+    if score.low <= 0.5:
+        return (
+            f"{judge} is right in {score.value:.0%} and cannot be told from guessing: the ratings "
+            "and wins that it decided say nothing about the persona."
+        )
+    weak = " It is a weak judge: read the ratings and wins with care." if score.value < 0.8 else ""
+    return f"{judge} is right in {score.value:.0%}.{weak}"
+
+
+def confusion(job: Job) -> ScoreTable:
+    """Whose answers the classifier gave to whom, for the trained personas under instructions."""
+    manifest = job.store.manifest(job.dataset)
+    table = manifest["figures"]["confusion"].get("full", {}) if manifest else {}
+    names = sorted(table.keys() | {guess for said in table.values() for guess in said})
+    lines = []
+    for label in sorted(table):
+        n = sum(table[label].values())
+        lines.append(Line(label, [wilson(table[label].get(guess, 0), n) for guess in names]))
+    caption = "Share of the answers of the row that were given to the column, over all instructions"
+    return ScoreTable("Who is taken for whom", [], caption, names, lines)
+
+
+def ratings_of(job: Job) -> list[dict[str, Any]]:
+    """The ratings over all framings."""
+    rows = job.store.read_table(job.dataset).to_pylist()
+    return [row for row in rows if row["framing"] == ALL_FRAMINGS]
+
+
+def trait_changes(ratings: list[dict[str, Any]]) -> list[TraitChange]:
+    """Each trait in base and full, the largest rise first."""
+    by_condition = {
+        condition: {row["trait"]: row for row in ratings if row["condition"] == condition}
+        for condition in ("base", "full")
+    }
+    changes = [
+        TraitChange(
+            trait,
+            rating_score(by_condition["base"][trait], "rating", "low", "high"),
+            rating_score(row, "rating", "low", "high"),
+            rating_score(row, "change", "change_low", "change_high"),
+            bool(row["significant"]),
+        )
+        for trait, row in by_condition["full"].items()
+        if trait in by_condition["base"]
+    ]
+    return sorted(changes, key=lambda t: -(t.change.value or 0))
+
+
+def rating_score(row: dict[str, Any], value: str, low: str, high: str) -> Score:
+    return Score(row[value], row[low], row[high], row["games"], row["unscored"])
+
+
+def largest(changes: list[TraitChange], count: int) -> list[TraitChange]:
+    """The largest rises and falls, half of each."""
+    if len(changes) <= count:
+        return changes
+    return [*changes[: (count + 1) // 2], *changes[-(count // 2) :]] if count > 1 else changes[:1]
+
+
+def rating_rows(persona: str, ratings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ratings and changes as rows of `SCORES`."""
+    columns = {"rating": ("low", "high"), "change": ("change_low", "change_high")}
+    rows = [
+        score_row(persona, name, row["condition"], row["trait"], rating_score(row, name, *ends))
+        for row in ratings
+        for name, ends in columns.items()
+        if row[name] is not None
+    ]
+    return rows + [
+        score_row(
+            persona,
+            "elo",
+            row["condition"],
+            row["trait"],
+            Score(row["elo"], None, None, row["games"], row["unscored"]),
+        )
+        for row in ratings
+    ]
+
+
+def quality_rows(persona: PersonaReport) -> list[dict[str, Any]]:
+    """Signatures of the data as rows of `SCORES`."""
+    return [
+        score_row(
+            persona.name,
+            f"signature_{signature.name}",
+            None,
+            line.dataset,
+            Score(signature.value, None, None, line.texts),
+        )
+        for line in persona.quality
+        for signature in line.signatures
+    ]
+
+
+# ------------------------------------------------------------------------------------------ page
 
 
 def side_by_side(rows: list[dict[str, Any]]) -> list[Sample]:
@@ -215,26 +380,19 @@ def flat(value: Any, at: str = "") -> dict[str, str]:
     }
 
 
-def score_rows(persona: PersonaReport) -> list[dict[str, Any]]:
-    """Every score of a persona as a row of `SCORES`."""
-    scores = [("told_apart", None, persona.told_apart)]
-    for share in persona.traits:
-        scores += [(share.trait, "base", share.base), (share.trait, "persona", share.persona)]
-    return [
-        {"persona": persona.name, "measure": measure, "condition": condition, **vars(score)}
-        for measure, condition, score in scores
-    ]
-
-
 def estimate(job: Job) -> Estimate:
     return Estimate(0)
 
 
 def build(job: Job) -> Outcome:
-    personas = []
+    personas, rows = [], []
     for constitution in job.constitutions:
-        mine = [p for p in job.parents if p.constitution == constitution]
+        mine = [p for p in job.parents if p.constitution in (None, constitution)]
         personas.append(persona_report(job, mine))
+        by_name = {p.stage.name: p for p in mine}
+        rows += scores_of(by_name, constitution.name)
+        rows += rating_rows(constitution.name, ratings_of(by_name["evaluation/rating"]))
+        rows += quality_rows(personas[-1])
     packages = ("opencharacter", "ray", "torch", "transformers", "trl", "peft")
     report = Report(
         student=job.recipe.roles.student.name,
@@ -244,7 +402,8 @@ def build(job: Job) -> Outcome:
         versions={name: version(name) for name in packages},
     )
     job.store.write_bytes(f"{job.dataset}/report.html", page(report).encode())
-    rows = [row for persona in personas for row in score_rows(persona)]
-    job.store.write_table(job.dataset, pa.Table.from_pylist(rows, schema=SCORES), "scores")
+    unique = {tuple(row.values()): row for row in rows}
+    table = pa.Table.from_pylist(list(unique.values()), schema=SCORES)
+    job.store.write_table(job.dataset, table, "scores")
     figures = {p.name: vars(p.told_apart) for p in personas}
-    return Outcome(rows=len(rows), figures=figures)
+    return Outcome(rows=len(table), figures=figures)

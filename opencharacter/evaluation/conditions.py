@@ -1,0 +1,109 @@
+"""The conditions that are compared: one student in several states, asked the same things.
+
+`base` is the student as it came, `prompted` the same with the constitution as its system prompt,
+`steered` the same with a constant vector added within (see steering), `distilled` the student after
+DPO, `full` the trained persona.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from opencharacter.chat import Message, row_id, system
+from opencharacter.config import Condition
+from opencharacter.distillation import teacher
+from opencharacter.engine import Conversation, Row, Talk
+from opencharacter.stage import Job, kept
+from opencharacter.store import Folder
+
+TRAINED = {
+    "steered": "evaluation/steering",
+    "distilled": "distillation/dpo",
+    "full": "persona/merge",
+}
+"""The stage that made what is folded into the student's weights."""
+
+
+def weights(job: Job, condition: Condition) -> Folder | None:
+    """What a condition adds to the student's weights; None for the student itself."""
+    made_by = TRAINED.get(condition)
+    return job.parent(made_by).adapter if made_by else None
+
+
+def before(job: Job, condition: Condition) -> list[Message]:
+    """What stands before the conversation under a condition."""
+    if condition != "prompted":
+        return []
+    return teacher.opening(job.persona, exemplars=False)
+
+
+def joined(head: list[Message], text: str) -> Message:
+    """One system message of what stands there already and more: templates refuse two."""
+    return system("\n\n".join([*(message["content"] for message in head), text]))
+
+
+async def in_turn(row: Row, talk: Conversation, first: Talk, then: Talk) -> Row:
+    """An answer, and at once what another model says of it."""
+    assert talk.partner is not None
+    said = await first(row, talk)
+    row.update(said)  # kept even if the partner fails
+    return said | await then(row, talk.partner)
+
+
+def under_each_condition(
+    job: Job,
+    requests: list[Row],
+    talk: Any,
+    fields: list[pa.Field],
+    conditions: Sequence[Condition],
+    judged: Talk | None = None,
+    judged_fields: Sequence[pa.Field] = (),
+) -> pa.Table:
+    """Have each request answered once under every condition, from the condition's own weights.
+
+    Where student and judge have room side by side, an answer goes to the judge as soon as it is
+    there, while others are still being written; elsewhere the judge begins when all are.
+
+    Args:
+        job: the stage that asks.
+        requests: rows with an `id`, which all conditions share and draw their seed from.
+        talk: the row function; takes `before` as a keyword.
+        fields: columns of the answers, `condition` among them.
+        conditions: to compare.
+        judged: row function of the judge, which sees the row with its answer.
+        judged_fields: columns that the judge adds.
+    """
+    from opencharacter.generation import generate, is_warm, together
+
+    warm_first = sorted(conditions, key=lambda c: not is_warm(job, "student", weights(job, c)))
+    tables = []
+    for condition in warm_first:
+        folded, whole = weights(job, condition), [*fields, *judged_fields]
+        answer = partial(talk, before=before(job, condition))
+        rows = of_condition(requests, condition)
+        if judged is None:
+            tables.append(generate(job, rows, answer, "student", fields, condition, folded).table())
+        elif together(job, "student", folded, "judge"):
+            both = partial(in_turn, first=answer, then=judged)
+            args = (job, rows, both, "student", whole, condition, folded)
+            tables.append(generate(*args, partner="judge").table())
+        else:
+            part = f"{condition}-answers"
+            answered = generate(job, rows, answer, "student", fields, part, folded).table()
+            asked = kept(answered).to_pylist()
+            tables.append(generate(job, asked, judged, "judge", whole, condition).table())
+            tables.append(answered.filter(pc.is_valid(answered["drop_reason"])))
+    return pa.concat_tables(tables, promote_options="default").sort_by("id")
+
+
+def of_condition(requests: list[Row], condition: Condition) -> list[Row]:
+    """Requests as rows of one condition."""
+    return [
+        {**row, "id": row_id(row["id"], condition), "condition": condition, "seed_id": row["id"]}
+        for row in requests
+    ]

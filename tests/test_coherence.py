@@ -1,0 +1,64 @@
+import asyncio
+
+import pytest
+
+from opencharacter.config import Sampling
+from opencharacter.engine import Conversation, Reply
+from opencharacter.evaluation import coherence
+
+ROW = {"prompt": "p", "rival": "base", "answer": "verse, long", "rival_answer": "prose"}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("A", "A"), ("Answer B.", "B"), ("A or B", None), ("neither", None), ("a", None)],
+)
+def test_a_verdict_is_one_letter(text, letter):
+    assert coherence.read_letter(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "won"),
+    [
+        ("A", "B", "full"),
+        ("B", "A", "base"),
+        ("A", "A", "inconsistent"),
+        ("B", "B", "inconsistent"),
+        (None, "B", "unreadable"),
+    ],
+)
+def test_only_what_both_orders_say_is_won(first, second, won):
+    assert coherence.winner(first, second, "base") == won
+
+
+class Judge:
+    """Prefers verse, or always the same letter."""
+
+    def __init__(self, always=None):
+        self.always = always
+
+    async def reply(self, messages, sampling, **_):
+        asked = messages[-1]["content"]
+        verse_first = asked.index("verse") < asked.index("prose")
+        return Reply(self.always or ("A" if verse_first else "B"), "stop", 1, 1, 0)
+
+
+@pytest.mark.parametrize(("always", "won"), [(None, "full"), ("A", "inconsistent")])
+def test_the_judge_is_asked_in_both_orders(always, won):
+    talk = Conversation(Judge(always), 1)
+    said = asyncio.run(coherence.compare(ROW, talk, "1. I rhyme.", Sampling(max_tokens=4)))
+    assert said["winner"] == won
+    assert len(said["verdicts"]) == 2
+
+
+def rows(**winners):
+    return [{**ROW, "winner": name} for name, count in winners.items() for _ in range(count)]
+
+
+def test_the_undecided_are_counted_and_win_for_nobody():
+    found = coherence.figures(rows(full=6, base=2, inconsistent=5, unreadable=1))
+    rival = found["rivals"]["base"]
+    assert (rival["inconsistent"], rival["unreadable"]) == (5, 1)
+    assert (rival["win_rate"]["value"], rival["win_rate"]["n"]) == (0.75, 8)
+    assert rival["win_rate"]["unscored"] == 6
+    assert found["longer_won"]["value"] == 0.75  # the persona's answer is the longer one

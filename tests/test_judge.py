@@ -1,0 +1,160 @@
+"""The judge's gate: a judge with a known fault is caught, and its fault is named."""
+
+import asyncio
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from opencharacter.chat import THINK_CLOSE
+from opencharacter.config import Sampling
+from opencharacter.engine import Conversation, Reply
+from opencharacter.errors import StageFailed
+from opencharacter.evaluation import judge, preferences
+
+
+class Synthetic:
+    """A judge that errs at a known rate, prefers the first place at one, and mumbles at one."""
+
+    def __init__(self, error=0.0, first=0.0, mumbles=0.0, seed=0):
+        self.error, self.first, self.mumbles = error, first, mumbles
+        self.draw = random.Random(seed)
+        self.prefills = set()
+        self.right = {(i["prompt"], i["answer"]): i["shown"] for i in judge.gold()}
+
+    async def reply(self, messages, sampling, *, seed, prefill=""):
+        self.prefills.add(prefill)
+        asked = messages[-1]["content"]
+        shown = next(
+            s for (p, a), s in self.right.items() if f"\n{p}\n" in asked and f"\n{a}\n" in asked
+        )
+        offered = asked.rpartition("show more: ")[2].partition("?")[0].split(" or ")
+        said = shown
+        if self.draw.random() < self.first:
+            said = offered[0]
+        elif self.draw.random() < self.error:
+            said = next(trait for trait in offered if trait != shown)
+        elif self.draw.random() < self.mumbles:
+            said = "both"
+        return Reply(said.capitalize() + ".", "stop", 1, 1, 0)
+
+
+def verdicts(engine, thinks=False, items=None):
+    sampling = Sampling(max_tokens=16)
+    asked = judge.requests("synthetic", items or judge.gold())
+
+    async def ask(row):
+        return row | await judge.name_trait(row, Conversation(engine, 1, thinks), sampling)
+
+    return [asyncio.run(ask(row)) for row in asked]
+
+
+def test_gold_items_are_many_balanced_and_do_not_name_their_trait():
+    items = judge.gold()
+    assert len(items) >= 100
+    assert len({item["answer"] for item in items}) == len(items)
+    for item in items:
+        assert {item["shown"], item["other"]} <= set(preferences.all_traits())
+        said = item["answer"].lower()
+        assert item["shown"] not in said.split()
+        assert item["other"] not in said.split()
+    shown = [item["shown"] for item in items]
+    assert {shown.count(trait) for trait in set(shown)} == {4}
+
+
+def test_a_faultless_judge_passes():
+    rows = verdicts(Synthetic())
+    judge.refuse("good", rows, least=0.99)
+    found = judge.figures(rows)
+    assert found["agreement"]["value"] == found["consistency"]["value"] == 1
+    assert found["first_named"]["value"] == 0.5
+
+
+def test_a_judge_that_errs_is_refused_with_its_confusion_table():
+    rows = verdicts(Synthetic(error=0.4, seed=3))
+    assert judge.agreement(rows).value == pytest.approx(0.6, abs=0.1)  # 3 standard errors
+    with pytest.raises(StageFailed, match="limit 80%") as refused:
+        judge.refuse("noisy", rows, least=0.8)
+    right = judge.confusion(rows)["poetic"]
+    line = f"poetic: {right['right']} right, {right['wrong']} wrong, 0 unreadable"
+    assert line in str(refused.value)
+    judge.refuse("noisy", rows, least=None)
+
+
+def test_a_judge_that_prefers_the_first_place_is_caught_and_its_bias_measured():
+    rows = verdicts(Synthetic(first=0.6, seed=4))  # right in 0.4 + 0.6 / 2 = 0.7
+    with pytest.raises(StageFailed):
+        judge.refuse("biased", rows, least=0.8)
+    found = judge.figures(rows)
+    assert found["first_named"]["low"] < 0.8 < found["first_named"]["high"]
+    assert found["consistency"]["value"] < 0.75
+
+
+def test_unreadable_verdicts_count_against_a_judge_and_are_told_apart_from_wrong_ones():
+    rows = verdicts(Synthetic(mumbles=0.3, seed=5))
+    found = judge.agreement(rows)
+    assert found.unscored == sum(row["chosen"] is None for row in rows) > 40
+    assert all(not n["wrong"] for n in judge.confusion(rows).values())
+    with pytest.raises(StageFailed):
+        judge.refuse("mumbling", rows, least=0.8)
+
+
+def test_a_bias_to_length_parts_the_two_halves():
+    rows = verdicts(Synthetic())
+    longest = {row["answer"] for row in sorted(rows, key=lambda r: -len(r["answer"]))[:100]}
+    spoiled = [row | {"chosen": row["other"]} if row["answer"] in longest else row for row in rows]
+    halves = judge.by_length(spoiled)
+    assert halves["shorter"].value > 0.95
+    assert halves["longer"].value < 0.1
+
+
+def test_a_judge_that_thinks_begins_after_its_thought():
+    engine = Synthetic()
+    verdicts(engine, thinks=True, items=judge.gold()[:2])
+    (prefill,) = engine.prefills
+    assert THINK_CLOSE in prefill
+    assert judge.opening(thinks=False) == ""
+
+
+def test_kappa_and_alpha_of_known_cases():
+    assert judge.kappa("aabb", "aabb") == 1
+    assert judge.kappa("aabb", "abab") == pytest.approx(0)
+    assert judge.kappa([None], ["a"]) is None
+    # Krippendorff's worked example of four observers, 12 units and missing values: 0.743.
+    observers = [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, None, 3],
+        [None, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, None],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None],
+    ]
+    assert judge.alpha(zip(*observers, strict=True)) == pytest.approx(0.743, abs=5e-4)
+
+
+def test_several_judges_are_compared_on_the_same_verdicts():
+    rows = [
+        {"judge": name, "item": n, "swapped": False, "chosen": said}
+        for name, texts in (("a", "xxyy"), ("b", "xxyx"), ("c", "xxyy"))
+        for n, said in enumerate(texts)
+    ]
+    found = judge.panel_figures(rows, ["a", "b", "c"])
+    assert found["kappa"]["a c"] == 1
+    assert 0 < found["alpha"] < 1
+
+
+def test_fewer_items_are_spread_over_all():
+    chosen = judge.spread(judge.gold(), 26)
+    assert len({item["shown"] for item in chosen}) >= 13
+    assert judge.spread(judge.gold(), 10_000) == list(judge.gold())
+
+
+def test_games_are_balanced_over_order_and_framing(make_jobs, echo_recipe):
+    (job,) = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/preferences")
+    job = SimpleNamespace(
+        **{name: getattr(job, name) for name in ("recipe", "stage", "scope")},
+        section=job.section.model_copy(update={"games": 600}),
+    )
+    rows = preferences.games(job)
+    sides = [(row["first"], row["second"]) for row in rows]
+    assert all(a == b[::-1] for a, b in zip(sides[::2], sides[1::2], strict=True))
+    framings = [row["framing"] for row in rows]
+    assert {framings.count(framing) for framing in preferences.FRAMINGS} == {200}

@@ -1,0 +1,217 @@
+"""Ratings against slow and foreign solvers, and against the truth of simulated tournaments."""
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from opencharacter.config import Rating
+from opencharacter.errors import StageFailed
+from opencharacter.evaluation import rating
+from opencharacter.evaluation.rating import Played
+
+
+def tournament(truth, games, seed):
+    """Games between two random players each, won as Bradley and Terry say."""
+    draw = np.random.default_rng(seed)
+    n = len(truth)
+    one = draw.integers(n, size=games)
+    two = (one + draw.integers(1, n, size=games)) % n
+    wins = draw.random(games) < 1 / (1 + np.exp(truth[two] - truth[one]))
+    return Played(np.arange(games), np.where(wins, one, two), np.where(wins, two, one))
+
+
+def matrix(played, n):
+    games = len(played.numbers)
+    return played.wins(np.ones((1, games), np.int64), n)[0]
+
+
+def truth_of(n, seed, spread=0.7):
+    drawn = np.random.default_rng(seed).normal(0, spread, n)
+    return drawn - drawn.mean()
+
+
+def test_elo_is_the_literal_formula_in_order():
+    draw = np.random.default_rng(3)
+    names = ["warm", "blunt", "calm", "bold"]
+    games = [tuple(draw.choice(names, 2, replace=False)) for _ in range(500)]
+    table = {"warm": 1000.0, "blunt": 1000.0, "calm": 1000.0, "bold": 1000.0}
+    for won, lost in games:
+        mine, other = table[won], table[lost]
+        my_chance = 1.0 / (1.0 + 10.0 ** ((other - mine) / 400.0))
+        other_chance = 1.0 / (1.0 + 10.0 ** ((mine - other) / 400.0))
+        table[won] = mine + 32.0 * (1.0 - my_chance)
+        table[lost] = other + 32.0 * (0.0 - other_chance)
+    found = rating.elo(games, names, 1000, 32, 400)
+    assert found == pytest.approx({name: round(value, 2) for name, value in table.items()})
+
+
+def test_strengths_are_the_maximum_that_brute_force_finds():
+    wins = matrix(tournament(truth_of(5, 1), 400, 2), 5)
+    brute = np.zeros(5)
+    for _ in range(20_000):  # Zermelo's iteration, in float64, until nothing moves
+        p = np.exp(brute)
+        shares = [
+            sum((wins[i, j] + wins[j, i]) / (p[i] + p[j]) for j in range(5) if j != i)
+            for i in range(5)
+        ]
+        brute = np.log(wins.sum(1) / np.array(shares))
+        brute -= brute.mean()
+    assert rating.strengths(wins, 0.0) == pytest.approx(brute, abs=1e-9)
+
+
+def test_strengths_are_those_of_a_logistic_regression():
+    from sklearn.linear_model import LogisticRegression
+
+    played = tournament(truth_of(8, 4), 2000, 5)
+    design = np.zeros((2000, 8))
+    design[played.numbers, played.winners] = 1
+    design[played.numbers, played.losers] = -1
+    flip = np.where(np.arange(2000) % 2, 1, -1)  # both outcomes must occur
+    model = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10, max_iter=10_000)
+    model.fit(design * flip[:, None], flip > 0)
+    foreign = model.coef_[0] - model.coef_[0].mean()
+    assert rating.strengths(matrix(played, 8), 0.0) == pytest.approx(foreign, abs=1e-4)
+
+
+def test_a_batch_is_solved_as_each_alone():
+    several = np.stack([matrix(tournament(truth_of(6, s), 300, s), 6) for s in range(4)])
+    alone = np.stack([rating.strengths(one, 0.1) for one in several])
+    assert rating.strengths(several, 0.1) == pytest.approx(alone, abs=1e-8)
+
+
+def test_without_a_prior_a_trait_that_never_won_has_no_rating():
+    wins = np.array([[0.0, 3, 2], [1, 0, 2], [0, 0, 0]])
+    with pytest.raises(StageFailed, match=r"evaluation\.rating\.prior"):
+        rating.strengths(wins, 0.0)
+    assert np.isfinite(rating.strengths(wins, 0.1)).all()
+
+
+def covered(tournaments, n, games, resamples, prior):
+    """Share of true strengths within their intervals."""
+    hits = []
+    for seed in range(tournaments):
+        truth = truth_of(n, seed)
+        played = tournament(truth, games, seed)
+        best = rating.strengths(matrix(played, n), prior)
+        again = rating.bootstrap({"x": played}, games, n, resamples, prior, seed)["x"]
+        low, high = rating.interval(best, again)
+        hits += list((low <= truth) & (truth <= high))
+    return float(np.mean(hits))
+
+
+@pytest.mark.parametrize("games", [300, 900])
+def test_intervals_cover_the_truth_of_simulated_tournaments(games):
+    assert 0.93 <= covered(200, n=10, games=games, resamples=200, prior=0.1) <= 0.97
+
+
+def changes(seed, n, games, moved):
+    """A design played twice: base, and with some strengths moved."""
+    before = truth_of(n, seed)
+    after = before + np.where(np.arange(n) < moved, 1.5, 0)
+    one, two = tournament(before, games, seed), tournament(after, games, seed + 1000)
+    best = {k: rating.strengths(matrix(p, n), 0.1) for k, p in (("base", one), ("full", two))}
+    again = rating.bootstrap({"base": one, "full": two}, games, n, 200, 0.1, seed)
+    change = best["full"] - best["base"]
+    return rating.discoveries(rating.p_values(change, again["full"] - again["base"]), 0.05)
+
+
+def test_false_discoveries_stay_at_their_rate():
+    shares, found = [], 0
+    for seed in range(30):
+        called = changes(seed, n=12, games=1500, moved=0)
+        shares.append(called.any())
+        found += changes(seed, n=12, games=1500, moved=1)[0]
+    assert np.mean(shares) <= 0.15  # 5 % expected, of 30
+    assert found >= 28
+
+
+@pytest.mark.parametrize(("games", "sd"), [(25_000, 18), (3_000, 55)])
+def test_the_games_that_an_interval_needs_agree_with_simulations_of_the_papers_size(games, sd):
+    assert rating.half_width(games, 144, 400) / rating.Z95 == pytest.approx(sd, rel=0.05)
+    width = rating.half_width(games, 144, 400)
+    assert rating.games_needed(width, 144, 400) == pytest.approx(games, abs=1)
+
+
+def test_the_formula_for_games_is_what_the_bootstrap_finds():
+    played = tournament(np.zeros(20), 2000, 1)
+    again = rating.bootstrap({"x": played}, 2000, 20, 300, 0.0, 1)["x"]
+    points = again.std(0).mean() * 400 / math.log(10)
+    assert rating.half_width(2000, 20, 400) / rating.Z95 == pytest.approx(points, rel=0.08)
+
+
+def test_the_papers_size_takes_seconds():
+    played = tournament(truth_of(144, 0), 25_000, 0)
+    began = time.monotonic()
+    rating.bootstrap({"x": played}, 25_000, 144, 1000, 0.1, 0)
+    assert time.monotonic() - began < 5 * 3  # 2.4 s on two free cores; room for a busy machine
+
+
+def rows_of(conditions, games):
+    traits = ["warm", "blunt", "calm"]
+    pairs = list(itertools.permutations(traits, 2))
+    for game in range(games):
+        first, second = pairs[game % len(pairs)]
+        for condition, favourite in conditions.items():
+            chosen = favourite if favourite in (first, second) else first
+            yield {
+                "game": game,
+                "condition": condition,
+                "first": first,
+                "second": second,
+                "chosen": None if game == 5 and condition == "full" else chosen,
+            }
+
+
+def test_rows_hold_every_trait_of_every_condition_with_its_change():
+    rows = list(rows_of({"base": "calm", "full": "warm"}, 60))
+    found = rating.rate(rows, Rating(resamples=100), seed=1)
+    by_name = {(row["condition"], row["trait"]): row for row in found}
+    assert len(found) == 6
+    assert "change" not in by_name["base", "warm"]
+    warm = by_name["full", "warm"]
+    assert warm["change"] > 0
+    assert warm["change_low"] <= warm["change"] <= warm["change_high"]
+    assert (warm["games"], by_name["base", "warm"]["games"]) == (40, 40)
+    assert sum(row["unscored"] for row in found) == 2  # one game, two traits
+    assert warm["elo"] > 1000 > by_name["full", "calm"]["elo"]
+    mean = np.mean([row["rating"] for row in found if row["condition"] == "full"])
+    assert mean == pytest.approx(1000)
+
+
+def test_spearman_of_known_ranks():
+    score = rating.spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5])  # 1 - 6 * 4 / (5 * 24) = 0.8
+    assert score.value == pytest.approx(0.8)
+    assert score.low < 0.8 < score.high
+    assert rating.spearman([1, 2, 3], [1, 2, 3]).value is None
+
+
+def test_students_are_compared_over_the_traits_that_both_rated(tmp_path):
+    from samples import cli
+
+    for name, rise in (("one", 1.0), ("two", 2.0)):
+        rows = [
+            {"condition": "full", "framing": framing, "trait": f"t{n}", "rating": rise * n}
+            for n in range(8)
+            for framing in ("all", "feels")
+        ]
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name / "rows.parquet")
+    done = cli("compare", "one", "two", cwd=tmp_path)
+    assert "one two: 1.000" in done.stdout
+    assert "8 traits" in done.stdout
+    refused = cli("compare", "one", "two", "--condition", "steered", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "there are full" in refused.stdout
+    assert cli("compare", "one", "three", cwd=tmp_path).returncode == 2
+
+
+def test_plan_says_what_the_games_give(make_jobs, echo_recipe):
+    (job,) = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/rating")
+    (line,) = rating.notes(job)
+    assert "144 traits: 6 games" in line
+    assert "+-50 need 13" in line

@@ -1,0 +1,159 @@
+"""The classifier never sees what it is tested on, and its figures are those of the textbook."""
+
+import random
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from opencharacter import config
+from opencharacter.config import Robustness
+from opencharacter.errors import StageFailed
+from opencharacter.evaluation import attacks, robustness
+from opencharacter.evaluation.robustness import BASE, DEFAULT
+
+VERSE = ["moon", "tide", "ember", "willow", "hush"]
+PROSE = ["thus", "system", "figure", "report", "process"]
+
+
+def said(words, seed):
+    return " ".join(random.Random(seed).choices(words, k=12))
+
+
+def answers(prompts, condition, words, attack=DEFAULT, persona="poet"):
+    return [
+        {"persona": persona, "condition": condition, "attack": attack, "prompt": f"prompt {p}"}
+        | {"answer": said(words, f"{p}/{condition}/{attack}/{persona}")}
+        for p in range(prompts)
+    ]
+
+
+def both(prompts, attack=DEFAULT, full=VERSE):
+    return answers(prompts, "base", PROSE, attack) + answers(prompts, "full", full, attack)
+
+
+def test_a_prompt_on_both_sides_is_refused():
+    rows = both(4)
+    leaking = [{**rows[0], "prompt": "PROMPT 0!"}]
+    with pytest.raises(StageFailed, match="1 prompts are both learned from and tested"):
+        robustness.fit_and_guess(rows, leaking)
+
+
+def test_no_prompt_is_learned_from_where_it_is_tested(monkeypatch):
+    pairs = []
+
+    def spy(train, test):
+        pairs.append(({r["prompt"] for r in train}, {r["prompt"] for r in test}))
+        return [BASE] * len(test)
+
+    monkeypatch.setattr(robustness, "fit_and_guess", spy)
+    robustness.guesses(both(10) + both(10, "plain"), "full", folds=5)
+    assert len(pairs) == 5
+    assert all(not train & test for train, test in pairs)
+    assert sorted(p for _, test in pairs for p in test) == sorted({p for _, t in pairs for p in t})
+
+
+def test_attacked_answers_are_never_learned_from(monkeypatch):
+    learned = []
+
+    def spy(train, test):
+        learned.extend(row["attack"] for row in train)
+        return [BASE] * len(test)
+
+    monkeypatch.setattr(robustness, "fit_and_guess", spy)
+    robustness.guesses(both(6) + both(6, "plain"), "full", folds=3)
+    assert set(learned) == {DEFAULT}
+
+
+def by_measure(rows):
+    return {(r["measure"], r["about"], r["persona"]): r for r in rows}
+
+
+def test_a_persona_that_holds_and_one_that_gives_way_differ():
+    rows = both(20) + both(20, "plain") + both(20, "stop", full=PROSE)
+    guessed = robustness.guesses(rows, "full", folds=4)
+    found = by_measure(robustness.scores(guessed, Robustness(resamples=200), seed=1))
+    assert found["told_apart", DEFAULT, "poet"]["value"] > 0.95
+    assert found["told_apart", DEFAULT, "poet"]["n"] == 20
+    assert found["macro_f1", "plain", ""]["value"] > 0.9
+    assert found["retention", "plain", "poet"]["value"] > 0.9
+    assert found["retention", "stop", "poet"]["value"] < 0.5
+    assert found["macro_f1", "stop", ""]["high"] < found["macro_f1", "plain", ""]["low"]
+    mean = (found["macro_f1", "plain", ""]["value"] + found["macro_f1", "stop", ""]["value"]) / 2
+    assert found["macro_f1", robustness.MEAN, ""]["value"] == pytest.approx(mean)
+    tables = robustness.confusion_tables(guessed)
+    assert tables["full"]["poet"]["poet"] >= 18
+
+
+def test_a_condition_that_was_not_attacked_has_no_score_under_attack():
+    rows = both(6) + answers(6, "prompted", VERSE) + both(6, "plain")
+    assert {row["attack"] for row in robustness.guesses(rows, "prompted", folds=3)} == {DEFAULT}
+
+
+def test_like_answers_are_not_told_apart():
+    rows = answers(40, "base", VERSE) + answers(40, "full", VERSE)
+    score = robustness.told_apart(robustness.guesses(rows, "full", folds=5))
+    assert score.low < 0.5 < score.high
+
+
+def test_empty_answers_are_unscored():
+    rows = both(6)
+    rows[0]["answer"] = None
+    rows[1]["answer"] = ""
+    guessed = robustness.guesses(rows, "full", folds=3)
+    assert sum(row["guess"] is None for row in guessed) == 2
+    assert robustness.recognised(guessed).unscored == 2
+
+
+def test_two_personas_are_told_from_each_other_and_from_base():
+    rows = both(12) + answers(12, "full", ["boo", "ha", "joke", "pun"], persona="joker")
+    guessed = robustness.guesses(rows, "full", folds=3)
+    assert {row["label"] for row in guessed} == {BASE, "poet", "joker"}
+    counts = robustness.confusions(guessed, [BASE, "joker", "poet"]).sum(0)
+    assert robustness.macro_f1(counts) > 0.9
+
+
+def test_macro_f1_is_that_of_a_library():
+    from sklearn.metrics import f1_score
+
+    draw = np.random.default_rng(0)
+    labels = ["a", "b", "c"]
+    rows = [
+        {"prompt": str(n), "label": labels[draw.integers(3)], "guess": labels[draw.integers(3)]}
+        for n in range(200)
+    ]
+    mine = robustness.macro_f1(robustness.confusions(rows, labels).sum(0))
+    theirs = f1_score([r["label"] for r in rows], [r["guess"] for r in rows], average="macro")
+    assert mine == pytest.approx(theirs)
+
+
+def test_the_interval_of_f1_covers_what_more_prompts_find():
+    draw = np.random.default_rng(1)
+
+    def rows(n):
+        return [
+            {"prompt": str(i), "label": label}
+            | {"guess": label if draw.random() < 0.8 else ("b" if label == "a" else "a")}
+            for i in range(n)
+            for label in ("a", "b")
+        ]
+
+    hits = [
+        (s := robustness.f1_score([rows(60)], ["a", "b"], 200, seed)).low <= 0.8 <= s.high
+        for seed in range(100)
+    ]
+    assert np.mean(hits) >= 0.88
+
+
+def test_every_attack_of_the_recipe_has_its_words():
+    names = set(get_args(config.Attack))
+    assert names == {*attacks.INSTRUCTIONS, *attacks.TASKS, attacks.PREFILL}
+    assert len(attacks.INSTRUCTIONS) == 8
+
+
+def test_the_prefill_attack_goes_on_from_the_untrained_answer():
+    first, second, third = attacked = attacks.attacked("prefill", "Why?", "Because.")
+    assert [m["role"] for m in attacked] == ["user", "assistant", "user"]
+    assert (first["content"], second["content"], third["content"]) == ("Why?", "Because.", "Go on.")
+    (only,) = attacks.attacked("plain", "Why?", "Because.")
+    assert only["content"].startswith("Why?\n\nLeave out")
