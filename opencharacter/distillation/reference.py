@@ -128,7 +128,7 @@ def read(job: Job, pairs: pa.Table) -> pa.Table:
     dataset = ray.data.from_arrow(batches).map_batches(
         Reader,
         fn_constructor_args=(job.recipe.roles.student, placement, gpus),
-        batch_size=None,
+        batch_size=BATCH,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=1 if split else placement.workers),
         num_cpus=placement.cpus,
