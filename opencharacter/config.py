@@ -428,8 +428,26 @@ class Attacks(Config):
     max_drop_rate: Rate = 0.5
 
 
+class Encoder(Config):
+    """How a pretrained encoder is fine-tuned to tell personas apart."""
+
+    learning_rate: PositiveFloat = 5e-4
+    warmup: Rate = 0.05
+    """Share of the steps; then a cosine down to 0."""
+    weight_decay: NonNegativeFloat = 1e-6
+    batch: PositiveInt = 16
+    epochs: PositiveInt = 1
+    max_tokens: PositiveInt = 1024
+    """Of an answer; the rest is not read."""
+
+
 class Robustness(Config):
     """Stage evaluation/robustness."""
+
+    classifier: str = "tfidf"
+    """`tfidf` (characters and logistic regression), or a pretrained encoder to fine-tune: a
+    directory or a Hugging Face id, in the paper `answerdotai/ModernBERT-base`."""
+    encoder: Encoder = Encoder()
 
     folds: Annotated[int, Field(ge=2)] = 5
     """Parts into which the prompts are split: each is tested by a classifier that learned from the

@@ -47,6 +47,7 @@ PLAYED = [
     pa.field("second", pa.string(), nullable=False),
     pa.field("answer", pa.string()),
 ]
+SIDES = ["condition", "first", "chosen"]
 JUDGED = [pa.field("verdict", pa.string()), pa.field("chosen", pa.string())]
 
 
@@ -128,5 +129,5 @@ def build(job: Job) -> Outcome:
     return job.write(
         table,
         gpus=max(job.gpus("student"), job.gpus("judge")),
-        figures={**figures, "first_named": first_named(kept(table).to_pylist())},
+        figures={**figures, "first_named": first_named(kept(table).select(SIDES).to_pylist())},
     )
