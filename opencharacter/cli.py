@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -356,6 +356,24 @@ def chat(
     names = [] if persona == "base" else [persona]
     asked = Run(recipe, names, placement, storage, smoke)
     asyncio.run(terminal.talk(asked.jobs, asked.recipe, asked.placement))
+
+
+@app.command()
+def export(
+    recipe: RecipeName,
+    persona: Annotated[str, typer.Argument(help="A trained constitution's name or .yaml file.")],
+    to: Annotated[str, typer.Option(help="A new folder, or hub:NAME (made private if new).")],
+    form: Annotated[
+        Literal["adapter", "folded"], typer.Option(help="The adapter, or whole weights with it.")
+    ] = "adapter",
+    storage: Storage = None,
+    smoke: Smoke = False,
+) -> None:
+    """Write a finished persona with its model card, for PEFT or for transformers."""
+    from opencharacter.persona import export as exporting
+
+    asked = Run(recipe, [persona], None, storage, smoke)
+    console.print(exporting.export(asked.jobs, to, form), soft_wrap=True)
 
 
 @app.command()

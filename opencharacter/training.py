@@ -200,6 +200,7 @@ def worker(config: dict[str, Any]) -> None:
     model = load(path, task.role, on_gpu)
     model.config._name_or_path = task.role.model
     fit = fitting(model, placement, max(map(packing.length, examples)))
+    transformers.set_seed(task.seed)  # every worker begins with the same adapter
     model = with_adapter(model, task.lora, fit.recompute, kernels(placement))
     rank, world = ray.train.get_context().get_world_rank(), placement.workers
     with tempfile.TemporaryDirectory() as scratch:

@@ -68,12 +68,23 @@ def test_a_tiny_benchmark_writes_all_its_figures(name, tmp_path):
 
 
 def test_a_tiny_merge_is_measured(tmp_path):
-    script = [sys.executable, str(BENCHMARKS / "merging.py"), "--tiny", "--out", str(tmp_path)]
+    script = [sys.executable, str(BENCHMARKS / "merge.py"), "--tiny", "--out", str(tmp_path)]
     ran = subprocess.run(script, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    figures = json.loads((tmp_path / "merging.json").read_text())["figures"]
-    assert figures["exact_relative_error"]["median"] == 0
+    figures = json.loads((tmp_path / "merge.json").read_text())["figures"]
+    assert figures["merge_relative_error"]["median"] == 0
     assert 0 < figures["svd_relative_error"]["median"] < 1
+
+
+def test_a_tiny_training_has_all_its_figures_and_the_loss_of_trl(tmp_path):
+    script = [sys.executable, str(BENCHMARKS / "training.py"), "--tiny", "--out", str(tmp_path)]
+    ran = subprocess.run(script, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads((tmp_path / "training.json").read_text())["figures"]
+    wanted = ("dpo_tokens_per_s", "dpo_ratio_to_trl", "dpo_peak_fraction", "sft_peak_fraction")
+    for name in (*wanted, "trl_tokens_per_s", "reference_tokens_per_s"):
+        assert figures[name]["median"] > 0
+    assert figures["loss_difference"]["median"] < 1e-3
 
 
 def test_repeats_ask_for_the_same_lengths_of_other_prompts(harness):

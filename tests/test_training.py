@@ -1,15 +1,18 @@
 """Ray Train with TRL and PEFT on a model of two layers: real training, no meaning."""
 
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 from samples import ECHO_ROLE, recipe_of
 
 from opencharacter import constitution, models, pipeline
-from opencharacter.config import Placement
+from opencharacter.config import Placement, Recipe
 from opencharacter.distillation import pairs
 from opencharacter.introspection import transcripts
 from opencharacter.stage import Outcome
@@ -118,10 +121,40 @@ def test_two_workers_take_the_steps_that_one_takes(cpu_ray, jobs, parallel):
     alone = {name: metric(dpo, name) for name in ("loss", "dpo/margin", "grad_norm")}
     dpo.store.delete(dpo.dataset)
     build(replace(dpo, placement=placed(workers=2, parallel=parallel)))
+    assert metric(dpo, "grad_norm")[0] == pytest.approx(alone["grad_norm"][0], rel=2e-2)
     assert metric(dpo, "loss") == pytest.approx(alone["loss"], rel=2e-2)
-    assert metric(dpo, "dpo/margin") == pytest.approx(alone["dpo/margin"], rel=2e-2, abs=5e-3)
-    # Later ones differ more: Adam makes much of the last digits of bf16.
-    assert metric(dpo, "grad_norm")[0] == pytest.approx(alone["grad_norm"][0], rel=3e-2)
+    # Adam makes much of the last digits of bf16.
+    assert metric(dpo, "dpo/margin") == pytest.approx(alone["dpo/margin"], abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing(cpu_ray, jobs):
+    """SIGKILL after the first checkpoint: another worker goes on to the same losses."""
+    pipeline.finish(jobs["distillation/reference"], build(jobs["distillation/reference"]), 1)
+    dpo = jobs["distillation/dpo"]
+    longer = dpo.recipe.model_dump()
+    longer["distillation"]["dpo"]["optimizer"]["epochs"] = 12
+    dpo = replace(dpo, recipe=Recipe.model_validate(longer))
+    build(dpo)
+    undisturbed = metric(dpo, "loss")
+    dpo.store.delete(dpo.dataset)
+    killed: list[int] = []
+
+    def kill() -> None:
+        known = Path(dpo.store.url, dpo.dataset, ".parts/train/checkpoint_manager_snapshot.json")
+        while not (known.is_file() and "checkpoint_" in known.read_text()):
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in process.name() or "RayTrainWorker" in "".join(process.cmdline()):
+                killed.append(process.pid)
+                process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    build(dpo)
+    killer.join(timeout=1)
+    assert killed
+    assert metric(dpo, "loss") == pytest.approx(undisturbed, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -36,12 +36,13 @@ from opencharacter.evaluation.robustness import DEFAULT, MEAN
 from opencharacter.evaluation.scores import SCORES, Score, score_row, wilson
 from opencharacter.stage import Estimate, Job, Outcome, kept, redone
 
+STEPS = ("grad_norm", "learning_rate", "tokens_per_s", "mfu", "memory_gb")
 CURVES = {
     "distillation/dpo": (
         "DPO",
-        ("loss", "dpo/sigmoid", "dpo/nll", "dpo/kl", "dpo/margin", "dpo/accuracy"),
+        ("loss", "dpo/sigmoid", "dpo/nll", "dpo/kl", "dpo/margin", "dpo/accuracy", *STEPS),
     ),
-    "introspection/sft": ("SFT", ("loss", "mean_token_accuracy", "grad_norm", "learning_rate")),
+    "introspection/sft": ("SFT", ("loss", *STEPS)),
 }
 
 PUBLISHED = {

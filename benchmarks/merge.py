@@ -1,11 +1,10 @@
 """How long a merge takes: adapters of rank 64 in the shape of Llama 3.1 8B, with random factors.
 
-The CPU only, no base model. Each way runs in a process of its own; its peak memory is that
-process's. Ways: `exact` (rank 128), `svd` (rank 64), and
-`peft_linear`.
+The CPU only, no base model. Each way runs in a process of its own, whose peak memory is told.
+Ways: `merge` (exact, rank 128), `svd` (rank 64), and `peft_linear`.
 
-Run: python benchmarks/merging.py --out benchmarks/results
-     python benchmarks/merging.py --out /tmp/results --tiny
+Run: python benchmarks/merge.py --out benchmarks/results
+     python benchmarks/merge.py --out /tmp/results --tiny
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from opencharacter.persona.merge import CONFIG, WEIGHTS, Part, merge
 SETTINGS: Settings = {"repeats": 3, "shape": LLAMA_8B, "rank": 64, "environment": {}}
 TINY: Settings = {"repeats": 1, "shape": TINY_LLAMA, "rank": 8}
 WAYS: dict[str, dict[str, Any]] = {
-    "exact": {},
+    "merge": {},
     "svd": {"rank": True},
     "peft_linear": {"peft_linear": True},
 }
@@ -83,8 +82,8 @@ def run_way(name: str, settings: Settings) -> Iterator[Run]:
             made = merge([Part(folders[0], 1.0), Part(folders[1], 0.25)], target, **options)
             yield {
                 "series": name,
-                "seconds": time.time() - began,
-                "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+                "s": time.time() - began,
+                "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
                 "relative_error": made["relative_error"],
             }
 
@@ -94,12 +93,12 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     return {
         f"{name}_{kind}": harness.figure([run[kind] for run in runs])
         for name, runs in sorted(series.items())
-        for kind in ("seconds", "peak_gb", "relative_error")
+        for kind in ("s", "gb", "relative_error")
     }
 
 
 BENCHMARK = harness.Benchmark(
-    name="merging",
+    name="merge",
     script=Path(__file__).resolve(),
     settings=SETTINGS,
     tiny=TINY,
