@@ -261,8 +261,8 @@ class Dpo(Config):
 class Reflection(Config):
     """Stage introspection/reflection."""
 
-    transcripts_per_prompt: PositiveInt = 1000
-    """Of each of the ten reflective prompts."""
+    transcripts_per_prompt: NonNegativeInt = 1000
+    """Of each of the ten reflective prompts; 0 leaves reflection out."""
     sampling: Sampling = Sampling(max_tokens=2048, typical_tokens=600)
     max_drop_rate: Rate = 0.2
     limits: Limits = Limits()
