@@ -339,7 +339,8 @@ class Judge(Config):
     min_agreement: Rate | None = 0.8
     """A judge that is right in fewer of its verdicts is refused; null lets any pass."""
     panel: tuple[Role, ...] = ()
-    """Further judges, of other families, that must pass too and whose agreement is measured."""
+    """Further judges, of other families: they must pass too and judge all games. Ratings follow
+    the recipe's judge, and the agreement of all is measured."""
     sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
 
 
