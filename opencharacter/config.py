@@ -557,7 +557,7 @@ class Pool(Config):
     cpus: NonNegativeFloat = 0.6
     """CPUs that Ray reserves per replica. Engines that fit into the cluster together, by CPUs,
     memory and GPUs, stay loaded together."""
-    memory_gib: PositiveFloat = 3
+    memory_gib: PositiveFloat = 2
     """Memory that Ray reserves per replica."""
     tensor_parallel: PositiveInt = 1
     """GPUs over which one replica's weights are split."""
