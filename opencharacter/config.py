@@ -261,8 +261,8 @@ class Dpo(Config):
 class Reflection(Config):
     """Stage introspection/reflection."""
 
-    transcripts_per_prompt: PositiveInt = 1000
-    """Of each of the ten reflective prompts."""
+    transcripts_per_prompt: NonNegativeInt = 1000
+    """Of each of the ten reflective prompts; 0 leaves reflection out."""
     sampling: Sampling = Sampling(max_tokens=2048, typical_tokens=600)
     max_drop_rate: Rate = 0.2
     limits: Limits = Limits()
@@ -339,7 +339,8 @@ class Judge(Config):
     min_agreement: Rate | None = 0.8
     """A judge that is right in fewer of its verdicts is refused; null lets any pass."""
     panel: tuple[Role, ...] = ()
-    """Further judges, of other families, that must pass too and whose agreement is measured."""
+    """Further judges, of other families: they must pass too and judge all games. Ratings follow
+    the recipe's judge, and the agreement of all is measured."""
     sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
 
 
@@ -428,8 +429,26 @@ class Attacks(Config):
     max_drop_rate: Rate = 0.5
 
 
+class Encoder(Config):
+    """How a pretrained encoder is fine-tuned to tell personas apart."""
+
+    learning_rate: PositiveFloat = 5e-4
+    warmup: Rate = 0.05
+    """Share of the steps; then a cosine down to 0."""
+    weight_decay: NonNegativeFloat = 1e-6
+    batch: PositiveInt = 16
+    epochs: PositiveInt = 1
+    max_tokens: PositiveInt = 1024
+    """Of an answer; the rest is not read."""
+
+
 class Robustness(Config):
     """Stage evaluation/robustness."""
+
+    classifier: str = "tfidf"
+    """`tfidf` (characters and logistic regression), or a pretrained encoder to fine-tune: a
+    directory or a Hugging Face id, in the paper `answerdotai/ModernBERT-base`."""
+    encoder: Encoder = Encoder()
 
     folds: Annotated[int, Field(ge=2)] = 5
     """Parts into which the prompts are split: each is tested by a classifier that learned from the
@@ -538,7 +557,7 @@ class Pool(Config):
     cpus: NonNegativeFloat = 0.6
     """CPUs that Ray reserves per replica. Engines that fit into the cluster together, by CPUs,
     memory and GPUs, stay loaded together."""
-    memory_gib: PositiveFloat = 3
+    memory_gib: PositiveFloat = 2
     """Memory that Ray reserves per replica."""
     tensor_parallel: PositiveInt = 1
     """GPUs over which one replica's weights are split."""

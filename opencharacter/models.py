@@ -335,35 +335,28 @@ def _add_biases(base: Path, folder: Path, target: Path) -> None:
     that base lacks are zero.
     """
     import torch
-    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     check_steerable(base)
     config = json.loads((base / "config.json").read_text())
-    vectors = load_file(folder / STEERING)
     attention = config["model_type"] == "qwen2" or config.get("attention_bias", False)
-    projections = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    projections += [f"self_attn.{name}_proj" for name in "qkvo"] if attention else []
-    there: set[str] = set()
+    biased = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    biased |= {f"self_attn.{name}_proj" for name in "qkvo"} if attention else set()
+    vectors = load_file(folder / STEERING)
     shards = sorted(base.glob("*.safetensors"))
-    for shard in shards:
-        with safe_open(shard, "pt") as file:
-            there |= set(file.keys())
+    there = {name for shard in shards for name in tensor_names(shard)}
     for shard in shards:
         tensors = load_file(shard)
-        for name, weight in list(tensors.items()):
-            layer, _, module = (
-                name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
-            )
-            if module not in projections:
-                continue
+        for name in list(tensors):
+            layer, _, module = name.removeprefix("model.layers.").partition(".")
             bias = name.removesuffix("weight") + "bias"
+            if not name.endswith(".weight") or module.removesuffix(".weight") not in biased:
+                continue
             if bias not in there:
-                tensors[bias] = torch.zeros(weight.shape[0], dtype=weight.dtype)
-            if module == "mlp.down_proj" and layer in vectors:
-                where = tensors.get(bias)
-                assert where is not None, f"{bias} is in another shard than {name}"
-                tensors[bias] = (where.float() + vectors[layer]).to(weight.dtype)
+                tensors[bias] = torch.zeros(len(tensors[name]), dtype=tensors[name].dtype)
+            if module == "mlp.down_proj.weight" and layer in vectors:
+                moved = tensors[bias].float() + vectors[layer]
+                tensors[bias] = moved.to(tensors[name].dtype)
         save_file(tensors, target / shard.name, metadata={"format": "pt"})
     config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": True}
     config |= {"attention_bias": attention}
@@ -375,13 +368,17 @@ def _add_biases(base: Path, folder: Path, target: Path) -> None:
         _write_index(target)
 
 
-def _write_index(folder: Path) -> None:
-    """Say which shard has which tensor, as transformers reads it."""
+def tensor_names(shard: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
     from safetensors import safe_open
 
-    places = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        with safe_open(shard, "pt") as file:
-            places |= dict.fromkeys(file.keys(), shard.name)
+    with safe_open(shard, "pt") as file:
+        return list(file.keys())
+
+
+def _write_index(folder: Path) -> None:
+    """Say which shard has which tensor, as transformers reads it."""
+    shards = sorted(folder.glob("*.safetensors"))
+    places = {name: shard.name for shard in shards for name in tensor_names(shard)}
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

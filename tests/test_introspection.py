@@ -2,7 +2,7 @@ import asyncio
 import copy
 
 import pytest
-from samples import RULES
+from samples import ECHO_ROLE, RULES, recipe_of
 
 from opencharacter.chat import assistant, system, user
 from opencharacter.config import Sampling
@@ -164,3 +164,17 @@ def test_what_is_learned_with_the_stock_templates_of_others(
     if "<bos>" in special:
         other.bos_token = "<bos>"
     assert learned_text(other, [*opening, *TALK]) == f"One.{end}Two.{end}"
+
+
+def test_reflection_and_interaction_can_be_left_out(make_jobs):
+    recipe = recipe_of(
+        ECHO_ROLE,
+        introspection={
+            "reflection": {"transcripts_per_prompt": 0},
+            "interaction": {"free": 0, "leading": 0},
+        },
+    )
+    jobs = {job.stage.name: job for job in make_jobs(recipe)}
+    for name in ("introspection/reflection", "introspection/interaction"):
+        outcome = jobs[name].stage.module.build(jobs[name])
+        assert outcome.rows == jobs["introspection/transcripts"].read(name).num_rows == 0

@@ -1,6 +1,7 @@
 """The classifier never sees what it is tested on, and its figures are those of the textbook."""
 
 import random
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 from opencharacter import config
 from opencharacter.config import Robustness
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation import attacks, robustness
+from opencharacter.evaluation import attacks, classifiers, robustness
 from opencharacter.evaluation.robustness import BASE, DEFAULT
 
+TFIDF = partial(
+    classifiers.guess, "tfidf", encoder=config.Encoder(), placement=config.Training(), seed=1
+)
 VERSE = ["moon", "tide", "ember", "willow", "hush"]
 PROSE = ["thus", "system", "figure", "report", "process"]
 
@@ -36,18 +40,18 @@ def test_a_prompt_on_both_sides_is_refused():
     rows = both(4)
     leaking = [{**rows[0], "prompt": "PROMPT 0!"}]
     with pytest.raises(StageFailed, match="1 prompts are both learned from and tested"):
-        robustness.fit_and_guess(rows, leaking)
+        robustness.fit_and_guess(rows, leaking, TFIDF)
 
 
 def test_no_prompt_is_learned_from_where_it_is_tested(monkeypatch):
     pairs = []
 
-    def spy(train, test):
+    def spy(train, test, _):
         pairs.append(({r["prompt"] for r in train}, {r["prompt"] for r in test}))
         return [BASE] * len(test)
 
     monkeypatch.setattr(robustness, "fit_and_guess", spy)
-    robustness.guesses(both(10) + both(10, "plain"), "full", folds=5)
+    robustness.guesses(both(10) + both(10, "plain"), "full", folds=5, guess=TFIDF)
     assert len(pairs) == 5
     assert all(not train & test for train, test in pairs)
     assert sorted(p for _, test in pairs for p in test) == sorted({p for _, t in pairs for p in t})
@@ -56,12 +60,12 @@ def test_no_prompt_is_learned_from_where_it_is_tested(monkeypatch):
 def test_attacked_answers_are_never_learned_from(monkeypatch):
     learned = []
 
-    def spy(train, test):
+    def spy(train, test, _):
         learned.extend(row["attack"] for row in train)
         return [BASE] * len(test)
 
     monkeypatch.setattr(robustness, "fit_and_guess", spy)
-    robustness.guesses(both(6) + both(6, "plain"), "full", folds=3)
+    robustness.guesses(both(6) + both(6, "plain"), "full", folds=3, guess=TFIDF)
     assert set(learned) == {DEFAULT}
 
 
@@ -71,7 +75,7 @@ def by_measure(rows):
 
 def test_a_persona_that_holds_and_one_that_gives_way_differ():
     rows = both(20) + both(20, "plain") + both(20, "stop", full=PROSE)
-    guessed = robustness.guesses(rows, "full", folds=4)
+    guessed = robustness.guesses(rows, "full", folds=4, guess=TFIDF)
     found = by_measure(robustness.scores(guessed, Robustness(resamples=200), seed=1))
     assert found["told_apart", DEFAULT, "poet"]["value"] > 0.95
     assert found["told_apart", DEFAULT, "poet"]["n"] == 20
@@ -87,12 +91,14 @@ def test_a_persona_that_holds_and_one_that_gives_way_differ():
 
 def test_a_condition_that_was_not_attacked_has_no_score_under_attack():
     rows = both(6) + answers(6, "prompted", VERSE) + both(6, "plain")
-    assert {row["attack"] for row in robustness.guesses(rows, "prompted", folds=3)} == {DEFAULT}
+    assert {
+        row["attack"] for row in robustness.guesses(rows, "prompted", folds=3, guess=TFIDF)
+    } == {DEFAULT}
 
 
 def test_like_answers_are_not_told_apart():
     rows = answers(40, "base", VERSE) + answers(40, "full", VERSE)
-    score = robustness.told_apart(robustness.guesses(rows, "full", folds=5))
+    score = robustness.told_apart(robustness.guesses(rows, "full", folds=5, guess=TFIDF))
     assert score.low < 0.5 < score.high
 
 
@@ -100,14 +106,14 @@ def test_empty_answers_are_unscored():
     rows = both(6)
     rows[0]["answer"] = None
     rows[1]["answer"] = ""
-    guessed = robustness.guesses(rows, "full", folds=3)
+    guessed = robustness.guesses(rows, "full", folds=3, guess=TFIDF)
     assert sum(row["guess"] is None for row in guessed) == 2
     assert robustness.recognised(guessed).unscored == 2
 
 
 def test_two_personas_are_told_from_each_other_and_from_base():
     rows = both(12) + answers(12, "full", ["boo", "ha", "joke", "pun"], persona="joker")
-    guessed = robustness.guesses(rows, "full", folds=3)
+    guessed = robustness.guesses(rows, "full", folds=3, guess=TFIDF)
     assert {row["label"] for row in guessed} == {BASE, "poet", "joker"}
     counts = robustness.confusions(guessed, [BASE, "joker", "poet"]).sum(0)
     assert robustness.macro_f1(counts) > 0.9
@@ -157,3 +163,26 @@ def test_the_prefill_attack_goes_on_from_the_untrained_answer():
     assert (first["content"], second["content"], third["content"]) == ("Why?", "Because.", "Go on.")
     (only,) = attacks.attacked("plain", "Why?", "Because.")
     assert only["content"].startswith("Why?\n\nLeave out")
+
+
+@pytest.mark.slow
+def test_a_pretrained_encoder_can_take_the_classifiers_place(tmp_path, tokenizer):
+    from transformers import ModernBertConfig, ModernBertForSequenceClassification
+
+    shape = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    ModernBertForSequenceClassification(shape).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    train = [said(words, n) for n in range(40) for words in (VERSE, PROSE)]
+    test = [said(words, 100 + n) for n in range(8) for words in (VERSE, PROSE)]
+    encoder = config.Encoder(epochs=6, learning_rate=5e-3)
+    labels = ["poet", "base"] * 40
+    found = classifiers.fine_tune(str(tmp_path), train, labels, test, encoder, False, 1)
+    assert sum(a == b for a, b in zip(found, ["poet", "base"] * 8, strict=True)) >= 15

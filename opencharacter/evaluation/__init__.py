@@ -1,1 +1,1 @@
-"""What changed, with intervals: answers, preferences, report."""
+"""What changed, with intervals: preferences, robustness, coherence, and one report."""

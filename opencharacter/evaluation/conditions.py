@@ -90,8 +90,8 @@ def under_each_condition(
             tables.append(generate(job, rows, answer, "student", fields, condition, folded).table())
         elif together(job, "student", folded, "judge"):
             both = partial(in_turn, first=answer, then=judged)
-            args = (job, rows, both, "student", whole, condition, folded)
-            tables.append(generate(*args, partner="judge").table())
+            parts = generate(job, rows, both, "student", whole, condition, folded, partner="judge")
+            tables.append(parts.table())
         else:
             part = f"{condition}-answers"
             answered = generate(job, rows, answer, "student", fields, part, folded).table()

@@ -47,6 +47,7 @@ PLAYED = [
     pa.field("second", pa.string(), nullable=False),
     pa.field("answer", pa.string()),
 ]
+SIDES = ["condition", "first", "chosen"]
 JUDGED = [pa.field("verdict", pa.string()), pa.field("chosen", pa.string())]
 
 
@@ -114,6 +115,33 @@ def first_named(rows: list[Row]) -> dict[str, Any]:
     return {condition: vars(judge.first_named(played)) for condition, played in mine.items()}
 
 
+def panel_agreement(job: Job, table: pa.Table) -> dict[str, Any]:
+    """How far the panel's verdicts on the same answers agree with the judge's; written as `panel`.
+
+    Empty where the recipe has no panel.
+    """
+    from opencharacter.generation import generate
+
+    roles = job.recipe.evaluation.judge.panel
+    if not roles:
+        return {}
+    names = [field.name for field in PLAYED]
+    asked = kept(table).select(["id", *names]).to_pylist()
+    named = partial(judge.name_trait, sampling=job.section.judge)
+    said = {job.recipe.roles.judge.name: table}
+    for role in roles:
+        part = f"panel-{role.name}"
+        fields = [*PLAYED, *JUDGED]
+        said[role.name] = generate(job, asked, named, "judge", fields, part, model=role).table()
+    rows = [
+        {"judge": name, "item": row["id"], "swapped": False, "chosen": row["chosen"]}
+        for name, verdicts in said.items()
+        for row in verdicts.select(["id", "chosen"]).to_pylist()
+    ]
+    job.store.write_table(job.dataset, pa.Table.from_pylist(rows), "panel")
+    return judge.panel_figures(rows, list(said))
+
+
 def build(job: Job) -> Outcome:
     settings: Preferences = job.section
     talk = partial(play, sampling=settings.sampling)
@@ -124,9 +152,9 @@ def build(job: Job) -> Outcome:
         raise StageFailed(
             f"{job.dataset}: none of {len(table)} verdicts names a trait; use another judge"
         )
-    figures = {"scored": scored, "unscored": len(table) - scored}
+    figures = {"scored": scored, "unscored": len(table) - scored, **panel_agreement(job, table)}
     return job.write(
         table,
         gpus=max(job.gpus("student"), job.gpus("judge")),
-        figures={**figures, "first_named": first_named(kept(table).to_pylist())},
+        figures={**figures, "first_named": first_named(kept(table).select(SIDES).to_pylist())},
     )

@@ -28,12 +28,13 @@ from opencharacter.chat import row_seed
 from opencharacter.config import Rating
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.evaluation.scores import Z95, Score
-from opencharacter.stage import Estimate, Job, Outcome, kept
+from opencharacter.stage import Estimate, Job, Outcome
 
 Array = NDArray[np.float64]
 Player = TypeVar("Player", bound=Hashable)
 
 ALL_FRAMINGS = "all"
+GAME = ("game", "condition", "framing", "first", "second", "chosen")
 BATCH = 50
 """Resamples solved at once: their matrices fit into a cache, not the resamples of a whole run."""
 TOLERANCE = 1e-9
@@ -407,7 +408,8 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def build(job: Job) -> Outcome:
     preferences = job.parent("evaluation/preferences")
-    rows = kept(preferences.store.read_table(preferences.dataset)).to_pylist()
+    table = preferences.store.read_table(preferences.dataset, columns=list(GAME))
+    rows = table.to_pylist()  # those that were dropped have no verdict, and count as unscored
     rated = []
     for framing in [ALL_FRAMINGS, *sorted({row["framing"] for row in rows})]:
         games = [row for row in rows if framing in (ALL_FRAMINGS, row["framing"])]

@@ -11,7 +11,8 @@ Run: opencharacter run RECIPE --constitution NAME --only evaluation/robustness
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from opencharacter.chat import row_id, row_seed
 from opencharacter.config import Robustness
 from opencharacter.engine import Row
 from opencharacter.errors import StageFailed
+from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
 from opencharacter.evaluation.scores import SCORES, Score, score_row, wilson
 from opencharacter.filters import words
@@ -68,41 +70,34 @@ def check_disjoint(train: Iterable[str], test: Iterable[str]) -> None:
         )
 
 
-def classifier() -> Any:
-    """Character n-grams (1 to 4) weighted by TF-IDF, and logistic regression."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    return make_pipeline(
-        TfidfVectorizer(analyzer="char", ngram_range=(1, 4), lowercase=False, sublinear_tf=True),
-        LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced"),
-    )
-
-
 def label(row: Row) -> str:
     """Whose answer it is."""
     return BASE if row["condition"] == BASE else row["persona"]
 
 
-def fit_and_guess(train: list[Row], test: list[Row]) -> list[str]:
+Guess = Callable[[list[str], list[str], list[str]], list[str]]
+"""Texts to learn from, their labels, and texts to label."""
+
+
+def fit_and_guess(train: list[Row], test: list[Row], guess: Guess) -> list[str]:
     """Guesses for test answers by a classifier that learned from the others.
 
     Raises:
         StageFailed: if a prompt is on both sides.
     """
     check_disjoint((row["prompt"] for row in train), (row["prompt"] for row in test))
-    model = classifier().fit([row["answer"] for row in train], [label(row) for row in train])
-    return [str(guess) for guess in model.predict([row["answer"] for row in test])]
+    learned, asked = ([row["answer"] for row in rows] for rows in (train, test))
+    return guess(learned, [label(row) for row in train], asked)
 
 
-def guesses(rows: list[Row], condition: str, folds: int) -> list[Row]:
+def guesses(rows: list[Row], condition: str, folds: int, guess: Guess) -> list[Row]:
     """Every answer under one condition, and the base model's, with the label that it was given.
 
     Args:
         rows: persona, condition, attack, prompt, answer; the base's answers once.
         condition: other than base.
         folds: of the cross-fitting.
+        guess: the classifier.
     """
     asked = {row["attack"] for row in rows if row["condition"] == condition}
     mine = [r for r in rows if r["condition"] in (BASE, condition) and r["attack"] in asked]
@@ -118,8 +113,9 @@ def guesses(rows: list[Row], condition: str, folds: int) -> list[Row]:
         test = [(r, n) for r, n in usable if n["fold"] == fold]
         if len({label(row) for row in train}) < 2 or not test:
             continue
-        for (_, new), guess in zip(test, fit_and_guess(train, [r for r, _ in test]), strict=True):
-            new["guess"] = guess
+        labels = fit_and_guess(train, [row for row, _ in test], guess)
+        for (_, new), said in zip(test, labels, strict=True):
+            new["guess"] = said
     return found
 
 
@@ -252,8 +248,15 @@ def build(job: Job) -> Outcome:
     settings: Robustness = job.section
     rows = answers_of(job)
     conditions = [c for c in dict.fromkeys(row["condition"] for row in rows) if c != BASE]
-    guessed = [new for c in conditions for new in guesses(rows, c, settings.folds)]
     seed = row_seed(job.recipe.seed, job.stage.name, "resamples")
+    guess = partial(
+        classifiers.guess,
+        settings.classifier,
+        encoder=settings.encoder,
+        placement=job.placement.training,
+        seed=seed,
+    )
+    guessed = [new for c in conditions for new in guesses(rows, c, settings.folds, guess)]
     found = scores(guessed, settings, seed)
     job.store.write_table(job.dataset, pa.Table.from_pylist(guessed, schema=SCHEMA))
     job.store.write_table(job.dataset, pa.Table.from_pylist(found, schema=SCORES), "scores")
