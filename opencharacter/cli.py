@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from opencharacter import config, constitution, constitution_cli, cost, models, pipeline
 from opencharacter.config import Placement, Recipe
@@ -356,6 +357,72 @@ def chat(
     names = [] if persona == "base" else [persona]
     asked = Run(recipe, names, placement, storage, smoke)
     asyncio.run(terminal.talk(asked.jobs, asked.recipe, asked.placement))
+
+
+class ServeGroup(TyperGroup):
+    """`serve RECIPE` is short for `serve start RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `start` where no subcommand is named."""
+        named = args and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if named else ["start", *args])
+
+
+serving = typer.Typer(cls=ServeGroup, no_args_is_help=True, help="Serve personas: serve RECIPE.")
+app.add_typer(serving, name="serve")
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Of the server.")]
+
+
+@serving.command("start")
+def serve(
+    recipe: RecipeName,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--constitution", "-c", help="Personas; all that storage holds if absent."),
+    ] = None,
+    judge: Annotated[bool, typer.Option("--judge", help="Serve the judge too.")] = False,
+    placement: PlacementFile = None,
+    storage: Storage = None,
+    smoke: Smoke = False,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Port = 8000,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="File of API keys, one a line; or set OPENCHARACTER_API_KEYS."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let anyone in who can reach the address.")
+    ] = False,
+) -> None:
+    """Serve base model and personas over HTTP until Ctrl-C: OpenAI's interface and a chat page."""
+    from opencharacter.persona import running
+
+    asked = Run(recipe, names or [], placement, storage, smoke)
+    address = running.Address(host, port)
+    accepted = running.read_keys(keys)
+    running.check_open(address, accepted, insecure)
+    running.check_models(asked.recipe, judge)
+    running.serve_until_stopped(
+        asked.recipe, asked.placement, asked.store, asked.constitutions, address, accepted, judge
+    )
+
+
+@serving.command("status")
+def serve_status(port: Port = 8000) -> None:
+    """Say what the server at a port is doing."""
+    from opencharacter.persona import running
+
+    for line in running.status(port, next(iter(running.read_keys(None)), None)):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+@serving.command("stop")
+def serve_stop(port: Port = 8000) -> None:
+    """Stop the server at a port: answers under way are finished first."""
+    from opencharacter.persona import running
+
+    running.stop(port)
+    console.print("stopped")
 
 
 @app.command()
