@@ -345,15 +345,25 @@ def compare(
 
 @app.command()
 def chat(
-    recipe: RecipeName,
-    persona: Annotated[str, typer.Argument(help="A trained constitution's name, or 'base'.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|URL", help="A recipe, or the address of a server.")
+    ],
+    persona: Annotated[
+        str | None,
+        typer.Argument(help="A trained constitution's name or 'base'; of a server, a model."),
+    ] = None,
     placement: PlacementFile = None,
     storage: Storage = None,
     smoke: Smoke = False,
 ) -> None:
-    """Talk to a persona in the terminal. /reset starts over, /quit or Ctrl-D leaves."""
+    """Talk to a persona in the terminal. /help says what else can be typed; Ctrl-D leaves."""
     from opencharacter.persona import terminal
 
+    if recipe.startswith(("http://", "https://")):
+        asyncio.run(terminal.talk_to_server(recipe, persona))
+        return
+    if persona is None:
+        raise UserError("chat needs a persona's name, or 'base'")
     names = [] if persona == "base" else [persona]
     asked = Run(recipe, names, placement, storage, smoke)
     asyncio.run(terminal.talk(asked.jobs, asked.recipe, asked.placement))

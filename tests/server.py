@@ -76,7 +76,8 @@ def serving(folder: Path, recipe: dict | str, *options: str, key: str = "") -> I
         wait_until_ready(server, log)
         yield server
     finally:
-        process.send_signal(signal.SIGTERM)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
 
 

@@ -107,6 +107,27 @@ def test_a_revision_can_be_asked_for_by_its_full_name(echo):
         client.chat.completions.create(model="echo:poeticism@0", messages=HELLO)
 
 
+def test_the_terminal_talks_to_a_server(echo, tmp_path):
+    typed = ["hello", "/model echo:poeticism", "who?", "/system be brief", "and now?"]
+    typed += ["/save kept.json", "/save kept.json", "/model nobody", "/reset", "/what", "/quit"]
+    told = cli(
+        "chat", echo.url, cwd=tmp_path, typed="\n".join(typed), OPENCHARACTER_API_KEY=servers.KEY
+    )
+    assert told.returncode == 0, told.stdout
+    assert "echo: hello" in told.stdout
+    assert "echo:poeticism@" in told.stdout
+    assert "not saved: File exists" in told.stdout
+    assert told.stdout.count("/save FILE.json") == 2
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert [message["role"] for message in kept["messages"]] == ["system", "user", "assistant"]
+
+
+def test_the_terminal_says_what_is_wrong_with_a_server(echo, tmp_path):
+    assert "key" in cli("chat", echo.url, cwd=tmp_path).stdout
+    wrong = cli("chat", echo.url, "echo:nobody", cwd=tmp_path, OPENCHARACTER_API_KEY=servers.KEY)
+    assert "served ones: echo" in wrong.stdout
+
+
 # ----------------------------------------------------------------------------------- refusals
 
 
@@ -381,6 +402,25 @@ def test_content_in_parts_is_one_text():
 
 
 # ---------------------------------------------------------------------------------- operation
+
+
+def test_a_server_is_looked_at_and_stopped_by_its_port(tmp_path):
+    slow = {name: {**ECHO_ROLE, "model": "echo:4"} for name in servers.ECHO_RECIPE["roles"]}
+    with servers.serving(tmp_path, {"name": "slow", "roles": slow}) as running:
+        port = running.url.rpartition(":")[2]
+        status = cli("serve", "status", "--port", port, cwd=tmp_path).stdout
+        assert "echo: HEALTHY, replicas: 1 RUNNING" in status
+        twice = cli("serve", str(tmp_path / "recipe.yaml"), "--port", port, cwd=tmp_path)
+        assert "Address already in use" in twice.stdout
+        long = {**BODY, "messages": [{"role": "user", "content": "word " * 5}], "stream": True}
+        path = f"{running.url}/v1/chat/completions"
+        with httpx.stream("POST", path, json=long) as answer, ThreadPoolExecutor(1) as pool:
+            stopped = pool.submit(cli, "serve", "stop", "--port", port, cwd=tmp_path)
+            text = "".join(answer.iter_text())
+            assert stopped.result().returncode == 0
+        assert text.rstrip().endswith("[DONE]")
+        assert running.process.poll() == 0
+    assert "nothing is served" in cli("serve", "status", "--port", port, cwd=tmp_path).stdout
 
 
 def test_health_readiness_and_metrics(echo):

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,4 +208,6 @@ def stop(port: int) -> None:
     """End the server at a port; returns when its streams have ended and it is gone."""
     process, _ = server(port)
     process.terminate()
-    process.wait()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.1)

@@ -146,7 +146,7 @@ def application(
         "graceful_shutdown_wait_loop_s": 0.5,
     }
     written = {c.name: c for c in constitutions}
-    entrance = serve.deployment(serve.ingress(http)(Entrance), name="entrance", **options)
+    entrance: Any = serve.deployment(serve.ingress(http)(Entrance), name="entrance", **options)
     return entrance.bind(handles, names, catalogue, written, serving, door)
 
 
@@ -408,13 +408,10 @@ class Entrance:
         fields, held = request.state.fields, request.state.held
         payload = await self.body(request)
         served, model = await self.find(payload.get("model"))
-        fields |= {
-            "model": model.partition("@")[0],
-            "key": key,
-            "revision": model.partition("@")[2],
-        }
+        fields["model"], _, fields["revision"] = model.partition("@")
+        fields["key"] = key
         payload = checked(kind, payload, self.serving, served.sampling) | {"model": model}
-        wants_usage = (payload.pop("stream_options", None) or {}).get("include_usage", False)
+        wants_usage = payload.pop("stream_options", {}).get("include_usage", False)
         if payload.get("stream"):
             payload["stream_options"] = {"include_usage": True}
         held.enter_context(self.seat(key))

@@ -1,4 +1,4 @@
-"""What a request may say, what passes to a model's replica and back, and errors as OpenAI has them."""
+"""What a request may say, what passes to a replica and back, and errors as OpenAI has them."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Refused(Exception):
 
 
 Part = str | dict[str, Any] | Refusal
-"""A server-sent event as text; `{"body": ...}`, the whole answer; `{"loaded": id}`, before an answer
-for which an adapter was loaded; or a refusal."""
+"""A server-sent event as text; `{"body": ...}`, the whole answer; `{"loaded": id}`, before an
+answer for which an adapter was loaded; or a refusal."""
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 """Fields that clients send and that change no answer."""
@@ -142,6 +142,8 @@ def checked(
         payload["messages"] = messages(payload.get("messages"))
     elif not isinstance(payload.get("prompt"), str):
         raise Refused(400, "prompt must be a text", param="prompt")
+    if not isinstance(payload.get("stream_options", {}), dict):
+        raise Refused(400, "stream_options must be an object", param="stream_options")
     asked = payload.pop("max_completion_tokens", payload.pop("max_tokens", None))
     answers = whole(payload.get("n", 1), "n")
     if asked is not None or answers > 1:  # else as much as context and server allow
@@ -186,7 +188,8 @@ def _message(found: Any, at: str) -> dict[str, str]:
         raise Refused(400, f"{at}.role must be one of {', '.join(ROLES)}", param=at)
     content = found.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") == "text"]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+    said = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") == "text"]
+    texts = [text for text in said if isinstance(text, str)]
+    if len(texts) < len(parts):
         raise Refused(400, f"{at}.content must be text", param=at)
     return {"role": "system" if role == "developer" else role, "content": "".join(texts)}
