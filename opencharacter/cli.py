@@ -417,6 +417,34 @@ def serve(
     )
 
 
+@serving.command("config")
+def serve_config(
+    recipe: RecipeName,
+    storage: Annotated[str, typer.Option(help="Storage that the cluster's nodes see.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--constitution", "-c", help="Personas; all that storage holds if absent."),
+    ] = None,
+    judge: Annotated[bool, typer.Option("--judge", help="Serve the judge too.")] = False,
+    placement: PlacementFile = None,
+    smoke: Smoke = False,
+) -> None:
+    """Print the same server as a Serve config: for `serve deploy`, or a RayService."""
+    import yaml
+
+    from opencharacter.persona import running
+
+    asked = running.Deployed(
+        recipe=recipe,
+        storage=storage,
+        constitutions=tuple(names or ()),
+        judge=judge,
+        placement=placement,
+        smoke=smoke,
+    )
+    typer.echo(yaml.safe_dump(running.serve_config(asked), sort_keys=False), nl=False)
+
+
 @serving.command("status")
 def serve_status(port: Port = 8000) -> None:
     """Say what the server at a port is doing."""

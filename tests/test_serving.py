@@ -12,7 +12,9 @@ import httpx
 import openai
 import pytest
 import server as servers
+import yaml
 from openai import OpenAI
+from ray.serve.schema import ServeDeploySchema
 from samples import ECHO_ROLE, cli, recipe_of
 
 from opencharacter.config import Placement, Sampling, Serving
@@ -349,6 +351,28 @@ def test_code_that_comes_with_weights_is_never_run():
     recipe = recipe_of(role)
     with pytest.raises(UserError, match="trust_remote_code"):
         application.application(recipe, Placement(), Store("/x"), [], application.Door())
+
+
+# --------------------------------------------------------------------------------- a cluster
+
+
+def test_the_rayservice_has_the_config_that_the_command_prints(tmp_path):
+    text = (Path(__file__).parent.parent / "clusters/kuberay/rayservice.yaml").read_text()
+    inside = yaml.safe_load(text)["spec"]["serveConfigV2"]
+    (line,) = (part for part in text.splitlines() if "opencharacter serve config" in part)
+    printed = cli(*line.partition("opencharacter ")[2].split(), cwd=tmp_path)
+    assert yaml.safe_load(printed.stdout) == yaml.safe_load(inside)
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(inside))
+    assert schema.applications[0].import_path == "opencharacter.persona.running:build"
+
+
+def test_a_cluster_is_not_served_without_a_key(monkeypatch, write_yaml, tmp_path):
+    recipe = write_yaml("echoes.yaml", servers.ECHO_RECIPE)
+    asked = {"recipe": recipe, "storage": str(tmp_path)}
+    monkeypatch.delenv(running.KEYS, raising=False)
+    with pytest.raises(UserError, match="set OPENCHARACTER_API_KEYS"):
+        running.build(asked)
+    assert running.build({**asked, "insecure": True})
 
 
 # -------------------------------------------------------------------------- storage, identity

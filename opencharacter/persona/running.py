@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -24,8 +25,8 @@ import ray
 from ray import serve
 
 from opencharacter import cluster, models
-from opencharacter.config import Placement, Recipe
-from opencharacter.constitution import Constitution
+from opencharacter.config import Config, Placement, Recipe, load_placement, load_recipe
+from opencharacter.constitution import Constitution, load_all
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.persona import serve as served
 from opencharacter.progress import console
@@ -48,6 +49,51 @@ class Address:
     @property
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
+
+
+class Deployed(Config):
+    """What `serve` was asked for, as a Serve config file says it."""
+
+    recipe: str
+    """As on the command line; files must be on the cluster's nodes."""
+    storage: str
+    """That the nodes see: a shared path, s3:// or gs://."""
+    constitutions: tuple[str, ...] = ()
+    """All that storage holds where empty."""
+    placement: str | None = None
+    judge: bool = False
+    smoke: bool = False
+    insecure: bool = False
+    """Serve without any key."""
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """The application from a Serve config file; keys are in the environment of the cluster.
+
+    Raises:
+        UserError: if there is no key and `insecure` is not set.
+    """
+    asked = Deployed.model_validate(arguments)
+    keys = read_keys(None)
+    if not keys and not asked.insecure:
+        raise UserError(f"set {KEYS} in the environment of the cluster, or insecure: true")
+    recipe, placement = load_recipe(asked.recipe, asked.smoke), load_placement(asked.placement)
+    constitutions = load_all(list(asked.constitutions))
+    door = served.Door(tuple(map(served.hashed, keys)), local=False)
+    store = Store.at(asked.storage)
+    return served.application(recipe, placement, store, constitutions, door, asked.judge)
+
+
+def serve_config(asked: Deployed) -> dict[str, Any]:
+    """What `serve deploy` and a RayService take, for the same application."""
+    application = {
+        "name": served.APP,
+        "route_prefix": "/",
+        "import_path": f"{__name__}:{build.__name__}",
+        "args": asked.model_dump(mode="json", exclude_defaults=True),
+    }
+    http = {"host": "0.0.0.0", "port": 8000}
+    return {"http_options": http, "logging_config": LOGGING, "applications": [application]}
 
 
 def read_keys(file: Path | None) -> list[str]:
