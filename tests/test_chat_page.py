@@ -60,6 +60,7 @@ def page(browser, server):
     page = context.new_page()
     faults = []
     page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda said: said.type == "error" and faults.append(said.text))
     page.on("dialog", lambda dialog: faults.append(dialog.message))
     page.on(
         "request",
@@ -67,7 +68,6 @@ def page(browser, server):
     )
     page.goto(server.url)
     page.get_by_label("API key of this server").fill(servers.KEY)
-    page.on("console", lambda m: m.type == "error" and faults.append(m.text))
     page.get_by_role("button", name="Use key").click()
     page.locator("#model-0 option").first.wait_for(state="attached")
     yield page

@@ -428,6 +428,7 @@ def test_content_in_parts_is_one_text():
 # ---------------------------------------------------------------------------------- operation
 
 
+@pytest.mark.slow
 def test_a_server_is_looked_at_and_stopped_by_its_port(tmp_path):
     slow = {name: {**ECHO_ROLE, "model": "echo:4"} for name in servers.ECHO_RECIPE["roles"]}
     with servers.serving(tmp_path, {"name": "slow", "roles": slow}) as running:
@@ -448,7 +449,7 @@ def test_a_server_is_looked_at_and_stopped_by_its_port(tmp_path):
 
 
 def test_health_readiness_and_metrics(echo):
-    assert httpx.get(f"{echo.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{echo.url}/health").json() == {"status": "ok", "needs_key": True}
     assert httpx.get(f"{echo.url}/ready").json() == {"status": "ok", "echo": True, "slow": True}
     echo.client().chat.completions.create(**BODY)
     figures = echo.get("/metrics").text

@@ -20,7 +20,7 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from opencharacter import models
-from opencharacter.config import Serving
+from opencharacter.config import EMBEDDED, Serving
 from opencharacter.engine import EngineSpec, engine_arguments, environment
 from opencharacter.persona.catalogue import Catalogue
 from opencharacter.persona.wire import Part, Refusal
@@ -60,7 +60,7 @@ def llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMC
         "max_loras": min(serving.adapters_at_once, serving.adapters),
         "max_cpu_loras": serving.adapters,
     }
-    local = models.looks_local(role.model) or role.model.startswith("embedded:")
+    local = models.looks_local(role.model) or role.model.startswith(EMBEDDED)
     return LLMConfig(
         model_loading_config={
             "model_id": role.name,

@@ -25,7 +25,14 @@ import ray
 from ray import serve
 
 from opencharacter import cluster, models
-from opencharacter.config import Config, Placement, Recipe, load_placement, load_recipe
+from opencharacter.config import (
+    EMBEDDED,
+    Config,
+    Placement,
+    Recipe,
+    load_placement,
+    load_recipe,
+)
 from opencharacter.constitution import Constitution, load_all
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.persona import serve as served
@@ -48,7 +55,7 @@ class Address:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
 
 class Deployed(Config):
@@ -136,8 +143,8 @@ def check_open(address: Address, keys: list[str], insecure: bool) -> None:
 def check_models(recipe: Recipe, judge: bool) -> None:
     """Refuse local models that are not there; hub models are downloaded when needed."""
     for role in (recipe.roles.student, *([recipe.roles.judge] if judge else [])):
-        missing = models.check(role)
-        if missing and "downloaded" not in missing:
+        missing, hub = models.check(role), not models.looks_local(role.model)
+        if missing and (not hub or role.model.startswith(EMBEDDED)):
             raise UserError(f"cannot serve {role.name}: missing {missing}")
 
 

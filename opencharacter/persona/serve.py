@@ -517,8 +517,8 @@ class Entrance:
         }
 
     async def health(self, _: Request) -> Response:
-        """That this process lives."""
-        return JSONResponse({"status": "ok"})
+        """That this process lives, and whether it asks for a key."""
+        return JSONResponse({"status": "ok", "needs_key": bool(self.door.keys)})
 
     async def ready(self, _: Request) -> Response:
         """That every model answers, or 503 with those that do not."""
