@@ -13,6 +13,8 @@ import pytest
 import server as servers
 
 from opencharacter import config
+from opencharacter.config import Pool, Serving
+from opencharacter.engine import EngineSpec, engine_arguments
 from opencharacter.store import Store
 
 pytestmark = pytest.mark.slow
@@ -47,6 +49,22 @@ def server(tmp_path_factory, recipe, adapters, storage):
     folder = tmp_path_factory.mktemp("server")
     with servers.serving(folder, "demo", "--judge", "--storage", storage.url) as running:
         yield running
+
+
+def test_the_engine_is_the_same_as_everywhere_and_grows_with_the_placement():
+    from opencharacter.persona import llm
+
+    role = config.load_recipe("demo").roles.student
+    gpus = Pool(gpus=2, tensor_parallel=2, cpus=8, max_replicas=4, max_sequences=100)
+    for pool in (Pool(), gpus):
+        spec = EngineSpec(role, pool)
+        made = llm.llm_config(spec, Serving(), 64)
+        arguments = made.get_engine_config().engine_kwargs
+        same = {k: v for k, v in engine_arguments(spec).items() if k != "disable_log_stats"}
+        assert same.items() <= arguments.items()
+        assert arguments["max_lora_rank"] == 64
+    assert made.get_engine_config().placement_bundles == [{"CPU": 4, "GPU": 1}] * 2
+    assert made.deployment_config["autoscaling_config"]["max_replicas"] == 4
 
 
 def say(server, model: str, tokens: int = 8, retries: int = 0) -> str:
