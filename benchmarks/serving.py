@@ -32,7 +32,7 @@ import aiohttp
 import harness
 import psutil
 from harness import LLAMA_8B, SUBJECT, TINY_LLAMA, Figures, Machine, Run, Series, Settings
-from merging import write_adapter
+from merge import write_adapter
 
 from opencharacter import config, models
 from opencharacter.config import Recipe, resource_names
@@ -316,8 +316,7 @@ async def soak(running: servers.Running, student: str, settings: Settings) -> Ru
 
 def is_own(each: dict[str, Any]) -> bool:
     """Whether an answer is the one of the adapter that was asked."""
-    heard = each["text"].split()
-    counts = {word: heard.count(word) for word in WORDS.values()}
+    counts = {word: each["text"].lower().count(word) for word in WORDS.values()}
     own = WORDS[each["model"].partition(":")[2]]
     return counts.pop(own) >= 6 and not any(counts.values())
 

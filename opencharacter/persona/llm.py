@@ -7,7 +7,9 @@ module imports vLLM, so it is imported where a model is served and nowhere else.
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -148,6 +150,7 @@ class PersonaServer(LLMServer):
         self, llm_config: LLMConfig, *, catalogue: Catalogue | None = None, max_rank: int = 0
     ):
         self.loader = AdapterLoader(catalogue, max_rank) if catalogue else None
+        self.loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         await super().__init__(llm_config, model_downloader=lambda **_: self.loader)  # type: ignore
         await self.warm_up(llm_config.model_id)
 
@@ -172,7 +175,8 @@ class PersonaServer(LLMServer):
         before = self.loader.loads if self.loader else 0
         try:
             request = REQUESTS[kind].model_validate(payload)
-            stream = await getattr(self, kind)(request)
+            async with self.loading[payload["model"]]:  # two first requests would load it twice
+                stream = await getattr(self, kind)(request)
         except ValidationError as error:
             first = error.errors()[0]
             yield Refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
