@@ -32,7 +32,7 @@ import aiohttp
 import harness
 import psutil
 from harness import LLAMA_8B, SUBJECT, TINY_LLAMA, Figures, Machine, Run, Series, Settings
-from merge import write_adapter
+from merge import CONFIG, linear_layers, write_adapter
 
 from opencharacter import config, models
 from opencharacter.config import Recipe, resource_names
@@ -182,15 +182,24 @@ def placement_data(settings: Settings) -> dict[str, Any]:
     }
 
 
+def adapter(folder: Path, settings: Settings) -> Path:
+    """An adapter of all linear layers that hardly changes the model, as vLLM wants its settings."""
+    write_adapter(folder, settings, seed=1)
+    names = sorted({name.rpartition(".")[2] for name in linear_layers(settings["shape"])})
+    made = {"peft_type": "LORA", "r": settings["rank"], "lora_alpha": settings["rank"] * 1e-4}
+    (folder / CONFIG).write_text(json.dumps(made | {"target_modules": names, "bias": "none"}))
+    return folder
+
+
 def run_ours(settings: Settings) -> Iterator[Run]:
     """This package's server, with one adapter and with eleven."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_adapter(folder / "adapter", settings, seed=1)
+        files = adapter(folder / "adapter", settings)
         data, store = recipe_data(settings), Store.at(str(folder / "storage"))
         made = Recipe.model_validate(data)
         for persona in PERSONAS:
-            canary.publish(canary.job(made, store, persona), folder / "adapter")
+            canary.publish(canary.job(made, store, persona), files)
         (folder / "placement.yaml").write_text(json.dumps(placement_data(settings)))
         options = ("--placement", str(folder / "placement.yaml"), "--storage", store.url)
         names = [f"{STUDENT}:{persona}" for persona in PERSONAS]
@@ -212,7 +221,7 @@ def run_vllm(settings: Settings) -> Iterator[Run]:
     rank = models.allowed_rank(settings["rank"])
     arguments = llm.llm_config(spec, placement.serving, rank).engine_kwargs
     with tempfile.TemporaryDirectory() as scratch:
-        write_adapter(Path(scratch) / "adapter", settings, seed=1)
+        files = adapter(Path(scratch) / "adapter", settings)
         port = servers.free_port()
         command = [
             sys.executable,
@@ -222,7 +231,7 @@ def run_vllm(settings: Settings) -> Iterator[Run]:
             role.model,
         ]
         command += ["--served-model-name", STUDENT, "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--lora-modules", f"adapter={scratch}/adapter", *flags(arguments)]
+        command += ["--lora-modules", f"adapter={files}", *flags(arguments)]
         with process(command, environment(spec), f"http://127.0.0.1:{port}") as url:
             for repeat in range(settings["repeats"]):
                 yield measured(url, settings, "vllm_server", ["adapter"], repeat)
