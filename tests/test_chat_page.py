@@ -70,6 +70,7 @@ def page(browser, server):
     page.get_by_label("API key of this server").fill(servers.KEY)
     page.get_by_role("button", name="Use key").click()
     page.locator("#model-0 option").first.wait_for(state="attached")
+    page.get_by_label("API key of this server").wait_for(state="hidden")
     yield page
     context.close()
     assert faults == []
