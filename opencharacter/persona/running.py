@@ -1,7 +1,8 @@
 """Starting the server, looking at it, and stopping it.
 
 A note in the user's cache, `serving/<port>.json`, says which process of this machine serves at a
-port. In a cluster that others use too, the application alone is removed at the end.
+port. At the end the application alone is removed, for others may use the same cluster; a Ray that
+this command started ends with it.
 """
 
 from __future__ import annotations
@@ -206,8 +207,6 @@ def running(app: serve.Application, address: Address) -> Iterator[None]:
         noted.unlink(missing_ok=True)
         with contextlib.suppress(Exception):
             serve.delete(served.APP)
-            if not os.environ.get("RAY_ADDRESS"):
-                serve.shutdown()
 
 
 def logs() -> str:
