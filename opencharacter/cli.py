@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from opencharacter import config, constitution, constitution_cli, cost, models, pipeline
 from opencharacter.config import Placement, Recipe
@@ -344,18 +345,122 @@ def compare(
 
 @app.command()
 def chat(
-    recipe: RecipeName,
-    persona: Annotated[str, typer.Argument(help="A trained constitution's name, or 'base'.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|URL", help="A recipe, or the address of a server.")
+    ],
+    persona: Annotated[
+        str | None,
+        typer.Argument(help="A trained constitution's name or 'base'; of a server, a model."),
+    ] = None,
     placement: PlacementFile = None,
     storage: Storage = None,
     smoke: Smoke = False,
 ) -> None:
-    """Talk to a persona in the terminal. /reset starts over, /quit or Ctrl-D leaves."""
+    """Talk to a persona in the terminal. /help says what else can be typed; Ctrl-D leaves."""
     from opencharacter.persona import terminal
 
+    if recipe.startswith(("http://", "https://")):
+        asyncio.run(terminal.talk_to_server(recipe, persona))
+        return
+    if persona is None:
+        raise UserError("chat needs a persona's name, or 'base'")
     names = [] if persona == "base" else [persona]
     asked = Run(recipe, names, placement, storage, smoke)
     asyncio.run(terminal.talk(asked.jobs, asked.recipe, asked.placement))
+
+
+class ServeGroup(TyperGroup):
+    """`serve RECIPE` is short for `serve start RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `start` where no subcommand is named."""
+        named = args and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if named else ["start", *args])
+
+
+serving = typer.Typer(cls=ServeGroup, no_args_is_help=True, help="Serve personas: serve RECIPE.")
+app.add_typer(serving, name="serve")
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Of the server.")]
+
+
+@serving.command("start")
+def serve(
+    recipe: RecipeName,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--constitution", "-c", help="Personas; all that storage holds if absent."),
+    ] = None,
+    judge: Annotated[bool, typer.Option("--judge", help="Serve the judge too.")] = False,
+    placement: PlacementFile = None,
+    storage: Storage = None,
+    smoke: Smoke = False,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Port = 8000,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="File of API keys, one a line; or set OPENCHARACTER_API_KEYS."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let anyone in who can reach the address.")
+    ] = False,
+) -> None:
+    """Serve base model and personas over HTTP until Ctrl-C: OpenAI's interface and a chat page."""
+    from opencharacter.persona import running
+
+    asked = Run(recipe, names or [], placement, storage, smoke)
+    address = running.Address(host, port)
+    accepted = running.read_keys(keys)
+    running.check_open(address, accepted, insecure)
+    running.check_models(asked.recipe, judge)
+    running.serve_until_stopped(
+        asked.recipe, asked.placement, asked.store, asked.constitutions, address, accepted, judge
+    )
+
+
+@serving.command("config")
+def serve_config(
+    recipe: RecipeName,
+    storage: Annotated[str, typer.Option(help="Storage that the cluster's nodes see.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--constitution", "-c", help="Personas; all that storage holds if absent."),
+    ] = None,
+    judge: Annotated[bool, typer.Option("--judge", help="Serve the judge too.")] = False,
+    placement: PlacementFile = None,
+    smoke: Smoke = False,
+) -> None:
+    """Print the same server as a Serve config: for `serve deploy`, or a RayService."""
+    import yaml
+
+    from opencharacter.persona import running
+
+    asked = running.Deployed(
+        recipe=recipe,
+        storage=storage,
+        constitutions=tuple(names or ()),
+        judge=judge,
+        placement=placement,
+        smoke=smoke,
+    )
+    typer.echo(yaml.safe_dump(running.serve_config(asked), sort_keys=False), nl=False)
+
+
+@serving.command("status")
+def serve_status(port: Port = 8000) -> None:
+    """Say what the server at a port is doing."""
+    from opencharacter.persona import running
+
+    for line in running.status(port, next(iter(running.read_keys(None)), None)):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+@serving.command("stop")
+def serve_stop(port: Port = 8000) -> None:
+    """Stop the server at a port: answers under way are finished first."""
+    from opencharacter.persona import running
+
+    running.stop(port)
+    console.print("stopped")
 
 
 @app.command()

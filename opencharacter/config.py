@@ -613,12 +613,37 @@ class Training(Config):
     """Restarts after a lost worker."""
 
 
+class Serving(Config):
+    """What a server allows, and how much of it there is. Engines come from the pools."""
+
+    max_body_bytes: PositiveInt = 1_000_000
+    """Of a request."""
+    max_tokens: PositiveInt = 1024
+    """New tokens that a request may ask for, over all its answers; also what one gets that does
+    not say."""
+    requests_per_key: PositiveInt = 64
+    """Requests under way at once for one key (all of them together where there are no keys)."""
+    queue: PositiveInt = 256
+    """Requests that wait for a seat of an engine before further ones are turned away."""
+    adapters: PositiveInt = 16
+    """Adapters that a replica keeps loaded."""
+    adapters_at_once: PositiveInt = 8
+    """Adapters that may answer in the same step of an engine."""
+    entrances: PositiveInt = 1
+    """Processes that take requests in; the limit of a key holds in each."""
+    refresh_seconds: PositiveFloat = 2
+    """How soon a newly trained persona is seen."""
+    drain_seconds: PositiveFloat = 60
+    """Time for answers under way when the server stops."""
+
+
 class Placement(Config):
     """Where it runs. Enters no fingerprint."""
 
     name: Name = "laptop"
     pools: Pools = Pools()
     training: Training = Training()
+    serving: Serving = Serving()
     ray_cpus: PositiveInt | None = None
     """CPUs of a Ray that this command starts itself; all of the machine's where absent."""
     object_store_gib: PositiveFloat = 0.5

@@ -1,17 +1,30 @@
-"""Talking to a persona in a terminal, with an engine in this process."""
+"""Talking to a persona in a terminal: with an engine in this process, or with a server."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from opencharacter import engine
-from opencharacter.chat import Message, assistant, strip_think, user
+from opencharacter.chat import Message, assistant, strip_think, system, user
 from opencharacter.config import Placement, Recipe
 from opencharacter.errors import RowFailed, UserError
 from opencharacter.progress import console
 from opencharacter.stage import Job
 from opencharacter.store import Folder
+
+KEY = "OPENCHARACTER_API_KEY"
+HELP = (
+    "type a message; /model NAME changes who answers, /system TEXT sets a system prompt, "
+    "/save FILE.json keeps the conversation, /reset starts over, /quit leaves"
+)
+Answer = Callable[[str, list[Message]], AsyncIterator[str]]
+"""Answers a conversation piece by piece, in the voice of a model; raises RowFailed if it cannot."""
 
 
 async def talk(jobs: list[Job], recipe: Recipe, placement: Placement) -> None:
@@ -23,11 +36,12 @@ async def talk(jobs: list[Job], recipe: Recipe, placement: Placement) -> None:
     merges = [job for job in jobs if job.stage.name == "persona/merge"]
     folded = merged(merges[0]) if merges else None
     spec = engine.EngineSpec(recipe.roles.student, placement.pools.student, folded)
-    console.print(f"starting {merges[0].scope if merges else recipe.roles.student.name} ...")
+    name = merges[0].scope if merges else recipe.roles.student.name
+    console.print(f"starting {name} ...")
     running = engine.start(spec)
-    console.print("type a message; /reset starts over, /quit leaves")
+    sampling = recipe.evaluation.answers.sampling
     try:
-        await converse(running, recipe)
+        await converse(lambda _, messages: running.stream(messages, sampling), Talk([name], name))
     finally:
         running.close()
 
@@ -41,30 +55,115 @@ def merged(job: Job) -> Folder:
     return job.adapter
 
 
-async def converse(running: engine.Engine, recipe: Recipe) -> None:
+async def talk_to_server(url: str, model: str | None) -> None:
+    """The same with a server of OpenAI's kind, its key in the environment.
+
+    Args:
+        url: of the server, with or without `/v1`.
+        model: who answers; the first that is listed if None.
+
+    Raises:
+        UserError: if the server cannot be reached, or does not have the model.
+    """
+    from openai import APIError, AsyncOpenAI
+
+    key = os.environ.get(KEY, "none")
+    client = AsyncOpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1", api_key=key)
+    try:
+        models = [listed.id async for listed in client.models.list()]
+    except APIError as error:
+        raise UserError(f"{url}: {error}; is it the server's address, and its key {KEY}?") from None
+    if model not in (None, *models):
+        raise UserError(f"model {model!r} is not served; served ones: {', '.join(models)}")
+
+    async def answer(name: str, messages: list[Message]) -> AsyncIterator[str]:
+        try:
+            asked: dict = {"model": name, "messages": messages, "stream": True}
+            async for chunk in await client.chat.completions.create(**asked):
+                if chunk.choices and chunk.choices[0].delta.content:
+                    yield chunk.choices[0].delta.content
+        except APIError as error:
+            raise RowFailed("engine_error", str(error)) from None
+
+    await converse(answer, Talk(models, model or models[0]))
+
+
+@dataclass
+class Talk:
+    """What a conversation is about to be sent with.
+
+    Args:
+        models: names that may be chosen.
+        model: who answers.
+        prompt: the system prompt, empty for none.
+        said: the conversation so far.
+    """
+
+    models: list[str]
+    model: str
+    prompt: str = ""
+    said: list[Message] = field(default_factory=list)
+
+    def messages(self) -> list[Message]:
+        return [*([system(self.prompt)] if self.prompt else []), *self.said]
+
+    def command(self, line: str) -> str:
+        """Do what a line with a slash asks for; returns what to tell the person."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/reset":
+            self.said = []
+            return "starting over"
+        if name == "/system":
+            self.prompt, self.said = rest, []
+            return "system prompt set; starting over" if rest else "no system prompt"
+        if name == "/model":
+            if rest not in self.models:
+                return f"{self.model} answers; there are: {', '.join(self.models)}"
+            self.model, self.said = rest, []
+            return f"{rest} answers; starting over"
+        if name == "/save":
+            return self.save(rest)
+        return HELP
+
+    def save(self, name: str) -> str:
+        """Write the conversation as JSON; an existing file is left alone."""
+        try:
+            with Path(name).expanduser().open("x", encoding="utf-8") as file:
+                kept = {"model": self.model, "messages": self.messages()}
+                json.dump(kept, file, indent=1, ensure_ascii=False)
+        except OSError as error:
+            return f"not saved: {error.strerror}: {name!r}"
+        return f"saved: {name}"
+
+
+async def converse(answer: Answer, talk: Talk) -> None:
     """The loop: one line in, one streamed answer out, until the input ends."""
-    sampling = recipe.evaluation.answers.sampling
-    history: list[Message] = []
+    console.print(f"{talk.model}: {HELP}")
     while True:
         line = await asyncio.to_thread(ask)
         if line is None or line == "/quit":
             return
-        if line == "/reset":
-            history = []
-            continue
-        if not line:
-            continue
-        history.append(user(line))
-        said = ""
-        try:
-            async for piece in running.stream(history, sampling):
-                said += piece
-                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-            history.append(assistant(strip_think(said) or said))
-        except RowFailed as failed:
-            console.print(f"({failed.detail or failed.reason}; /reset starts over)", end="")
-            history.pop()
-        console.print()
+        if line.startswith("/"):
+            console.print(talk.command(line), markup=False, highlight=False, soft_wrap=True)
+        elif line:
+            await turn(answer, talk, line)
+
+
+async def turn(answer: Answer, talk: Talk, line: str) -> None:
+    """Say a line and print what comes back; a line that failed is as if never said."""
+    talk.said.append(user(line))
+    heard = ""
+    try:
+        async for piece in answer(talk.model, talk.messages()):
+            heard += piece
+            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        talk.said.append(assistant(strip_think(heard) or heard))
+    except RowFailed as failed:
+        told = f"({failed.detail or failed.reason}; /reset starts over)"
+        console.print(told, end="", markup=False, soft_wrap=True)
+        talk.said.pop()
+    console.print()
 
 
 def ask() -> str | None:

@@ -1,0 +1,140 @@
+"""Which adapters storage holds now, by the name under which they are served.
+
+A persona is `<student>:<persona>`, after DPO alone `<student>:<persona>:dpo`. The name stands for
+the latest revision; `@<revision>` after it says which one that is. A revision is the fingerprint of
+what the adapter was made from and a hash of its manifest, which is written anew by each training:
+two adapters never share one. A replica loads a revision from a copy that nothing overwrites, so
+that retraining never changes what an identity means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from opencharacter import models
+from opencharacter.chat import row_id
+from opencharacter.config import NAME
+from opencharacter.store import Store
+
+STAGES = {"": "persona/merge", ":dpo": "distillation/dpo"}
+"""Where the adapter is, by what follows the persona's name."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter.
+
+    Args:
+        model: `<student>:<persona>` or `<student>:<persona>:dpo`.
+        persona: the constitution's name.
+        revision: names this training of it, and no other.
+        dataset: its folder in storage.
+        manifest: what the training left beside it.
+    """
+
+    model: str
+    persona: str
+    revision: str
+    dataset: str
+    manifest: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """The name that means this revision and no other."""
+        return f"{self.model}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Adapters of one student in one storage; picklable.
+
+    Args:
+        store: the storage.
+        student: name of the student's role.
+        base: the student's model; an adapter of another one is not served.
+        personas: names of those to serve; all that storage holds if empty.
+    """
+
+    store: Store
+    student: str
+    base: str
+    personas: tuple[str, ...] = ()
+
+    def adapters(self) -> dict[str, Adapter]:
+        """What can be served now, by model name. Reads storage."""
+        names = [n for n in self.store.folders(self.student) if NAME.fullmatch(n)]
+        wanted = [n for n in names if not self.personas or n in self.personas]
+        found = [self._find(name, suffix) for name in wanted for suffix in STAGES]
+        return {adapter.model: adapter for adapter in found if adapter}
+
+    def _find(self, persona: str, suffix: str) -> Adapter | None:
+        dataset = f"{self.student}/{persona}/{STAGES[suffix]}"
+        try:
+            manifest = self.store.manifest(dataset)
+        except FileNotFoundError:  # deleted as it was read: it is being trained again
+            return None
+        if manifest is None or not self._is_inside(f"{dataset}/adapter"):
+            return None
+        if manifest["payload"]["roles"]["student"]["model"] != self.base:
+            return None
+        revision = f"{manifest['fingerprint']}.{row_id(manifest)[:8]}"
+        return Adapter(f"{self.student}:{persona}{suffix}", persona, revision, dataset, manifest)
+
+    def _is_inside(self, relative: str) -> bool:
+        """Whether a folder is within the storage root after all links are followed."""
+        if not isinstance(self.store.fs, pafs.LocalFileSystem):
+            return True  # object stores have no links
+        root = Path(self.store.path()).resolve()
+        return Path(self.store.path(relative)).resolve().is_relative_to(root)
+
+    async def snapshot(self, id: str) -> Path:
+        """The files of one revision on this node, copied at the first call.
+
+        Raises:
+            LookupError: if storage does not hold that revision.
+        """
+        return await asyncio.to_thread(self._snapshot, id)
+
+    def _snapshot(self, id: str) -> Path:
+        adapter = self.adapters().get(id.partition("@")[0])
+        if adapter is None or adapter.id != id:
+            raise LookupError(f"model {id!r} is not in storage, or no longer")
+        target = models.cache_dir() / "served" / row_id(self.store.url, id)
+        if target.is_dir():
+            return target
+        with models.appearing(target) as scratch:
+            source = self.store.path(adapter.dataset, "adapter")
+            local = pafs.LocalFileSystem()
+            pafs.copy_files(source, str(scratch), self.store.fs, local)
+            if self.adapters().get(adapter.model) != adapter:  # replaced while it was copied
+                raise LookupError(f"model {id!r} has just been trained again; ask once more")
+        return target
+
+
+class Listing:
+    """A catalogue that looks into storage no oftener than it has to.
+
+    Args:
+        catalogue: of the student.
+        seconds: for which what was seen holds.
+    """
+
+    def __init__(self, catalogue: Catalogue, seconds: float):
+        self.catalogue, self.seconds = catalogue, seconds
+        self.seen: dict[str, Adapter] = {}
+        self.until = 0.0
+        self.lock = asyncio.Lock()
+
+    async def adapters(self) -> dict[str, Adapter]:
+        """The adapters by model name."""
+        async with self.lock:
+            if time.monotonic() >= self.until:
+                self.seen = await asyncio.to_thread(self.catalogue.adapters)
+                self.until = time.monotonic() + self.seconds
+        return self.seen

@@ -1,0 +1,200 @@
+"""One model on `ray.serve.llm`, with its adapters: the only file that touches Ray's LLM internals.
+
+What is internal is `DiskMultiplexConfig`, the value that a loader of adapters must return. All else
+is Ray's public interface, the same in ray 2.58 (vLLM 0.26) and 2.60 (vLLM 0.29). Importing this
+module imports vLLM, so it is imported where a model is served and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import HTTPException
+from pydantic import ValidationError
+from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+from ray.serve.deployment import Application
+from ray.serve.llm import LLMConfig, build_llm_deployment
+from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+
+from opencharacter import models
+from opencharacter.config import EMBEDDED, Serving
+from opencharacter.engine import EngineSpec, engine_arguments, environment
+from opencharacter.persona.catalogue import Catalogue
+from opencharacter.persona.wire import Part, Refusal
+
+REQUESTS = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
+
+
+def deployment(
+    spec: EngineSpec, serving: Serving, catalogue: Catalogue | None, max_rank: int
+) -> Application:
+    """A role's model as a Serve deployment.
+
+    Args:
+        spec: the model and where it runs.
+        serving: limits.
+        catalogue: where its adapters are; None for a model without any.
+        max_rank: of the adapters.
+    """
+    bind = {"catalogue": catalogue, "max_rank": max_rank}
+    return build_llm_deployment(
+        llm_config(spec, serving, max_rank if catalogue else None),
+        deployment_cls=PersonaServer,
+        name_prefix="",
+        bind_kwargs=bind,
+    )
+
+
+def llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMConfig:
+    """The same engine as everywhere in this package, as Ray configures it."""
+    pool, role = spec.pool, spec.role
+    arguments = {k: v for k, v in engine_arguments(spec).items() if k != "disable_log_stats"}
+    # What a request gets that does not say, less where the context leaves less.
+    arguments["override_generation_config"] = {"max_new_tokens": serving.max_tokens}
+    lora = {
+        "enable_lora": True,
+        "max_lora_rank": max_rank,
+        "max_loras": min(serving.adapters_at_once, serving.adapters),
+        "max_cpu_loras": serving.adapters,
+    }
+    local = models.looks_local(role.model) or role.model.startswith(EMBEDDED)
+    return LLMConfig(
+        model_loading_config={
+            "model_id": role.name,
+            "model_source": str(models.resolve(role.model)) if local else role.model,
+        },
+        engine_kwargs=arguments | (lora if max_rank else {}),
+        lora_config={"max_num_adapters_per_replica": serving.adapters} if max_rank else None,
+        placement_group_config={"bundles": bundles(spec)},
+        runtime_env={"env_vars": environment(spec)},
+        deployment_config={
+            **replicas(spec),
+            "ray_actor_options": {"num_cpus": 0, "memory": int(pool.memory_gib * 2**30)},
+            "max_ongoing_requests": pool.max_sequences,
+            "max_queued_requests": serving.queue,
+            "health_check_period_s": 2,
+            "health_check_timeout_s": 30,
+            "graceful_shutdown_timeout_s": serving.drain_seconds,
+            "graceful_shutdown_wait_loop_s": 0.5,
+        },
+    )
+
+
+def bundles(spec: EngineSpec) -> list[dict[str, float]]:
+    """What Ray reserves for a replica: one bundle a GPU, or one of CPUs."""
+    pool = spec.pool
+    if not pool.gpus:
+        return [{"CPU": pool.cpus}]
+    ways = pool.tensor_parallel
+    return [{"CPU": pool.cpus / ways, "GPU": pool.gpus / ways}] * ways
+
+
+def replicas(spec: EngineSpec) -> dict[str, Any]:
+    """A fixed number, or as many as the load asks for where the placement lets it grow."""
+    pool = spec.pool
+    if pool.most_replicas == pool.replicas:
+        return {"num_replicas": pool.replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": pool.replicas,
+            "max_replicas": pool.most_replicas,
+            "target_ongoing_requests": max(1, pool.max_sequences * 3 // 4),
+        }
+    }
+
+
+class AdapterLoader:
+    """What Ray asks for an adapter that a replica has not loaded yet."""
+
+    def __init__(self, catalogue: Catalogue, max_rank: int, **_ray_options: Any):
+        self.catalogue, self.max_rank = catalogue, max_rank
+        self.loads = 0
+
+    async def load_model_from_config(
+        self, lora_model_id: str, llm_config: LLMConfig
+    ) -> DiskMultiplexConfig:
+        """Have the files of exactly this revision on this node.
+
+        Raises:
+            HTTPException: 404 where storage does not hold it, 400 where this engine cannot run it.
+        """
+        try:
+            folder = await self.catalogue.snapshot(lora_model_id)
+        except LookupError as error:
+            raise HTTPException(404, str(error)) from None
+        rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+        if rank > self.max_rank:
+            raise HTTPException(
+                400,
+                f"{lora_model_id} has rank {rank}, this server was started for {self.max_rank}; "
+                "start it again from the recipe that trained it",
+            )
+        self.loads += 1
+        return DiskMultiplexConfig(
+            model_id=lora_model_id,
+            local_path=str(folder),
+            max_total_tokens=None,
+            lora_assigned_int_id=self.loads,
+        )
+
+
+class PersonaServer(LLMServer):
+    """A replica: one engine, answering with the base model or any of its adapters."""
+
+    async def __init__(
+        self, llm_config: LLMConfig, *, catalogue: Catalogue | None = None, max_rank: int = 0
+    ):
+        self.loader = AdapterLoader(catalogue, max_rank) if catalogue else None
+        self.loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        await super().__init__(llm_config, model_downloader=lambda **_: self.loader)  # type: ignore
+        await self.warm_up(llm_config.model_id)
+
+    async def warm_up(self, model: str) -> None:
+        """Make one token before anybody waits for one: the first takes seconds."""
+        hello = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
+        async for _ in self.answer("chat", hello | {"max_tokens": 1}):
+            pass
+
+    async def ready(self) -> bool:
+        """Whether the engine is alive; raises where it is not."""
+        await self.check_health()
+        return True
+
+    async def answer(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[Part]:
+        """Answer one request in parts (see `wire.Part`).
+
+        Args:
+            kind: `chat` or `completions`.
+            payload: the body, its `model` the one that this deployment knows.
+        """
+        before = self.loader.loads if self.loader else 0
+        try:
+            request = REQUESTS[kind].model_validate(payload)
+            async with self.loading[payload["model"]]:  # two first requests would load it twice
+                stream = await getattr(self, kind)(request)
+        except ValidationError as error:
+            first = error.errors()[0]
+            yield Refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+            return
+        except HTTPException as error:
+            yield Refusal(error.status_code, str(error.detail))
+            return
+        if self.loader and self.loader.loads > before:
+            yield {"loaded": payload["model"]}
+        async for item in stream:
+            for part in item if isinstance(item, list) else [item]:
+                yield part_of(part)
+
+
+def part_of(item: Any) -> Part:
+    """What Ray's server gives, as a part of the answer."""
+    if isinstance(item, str):
+        return item
+    if hasattr(item, "error"):
+        return Refusal(int(item.error.code), item.error.message, param=item.error.param)
+    return {"body": item.model_dump(mode="json", exclude_none=True)}

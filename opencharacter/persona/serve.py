@@ -1,0 +1,628 @@
+"""Personas and the judge on Ray Serve: one application, OpenAI's interface, and a page to talk.
+
+The entrance takes HTTP in: keys, limits, names, errors. A model's replica (`llm.py`) answers. The
+entrance knows nothing of vLLM and a replica nothing of HTTP.
+
+Run: opencharacter serve RECIPE [--constitution NAME ...] [--judge]
+     opencharacter serve status | stop
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import time
+import uuid
+from collections import Counter as Tally
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from ray import serve
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from opencharacter import models
+from opencharacter.config import ECHO, Placement, Recipe, Sampling, Serving
+from opencharacter.constitution import Constitution
+from opencharacter.engine import EngineSpec
+from opencharacter.errors import UserError
+from opencharacter.persona import chat_ui
+from opencharacter.persona.catalogue import Adapter, Catalogue, Listing
+from opencharacter.persona.wire import Part, Refusal, Refused, checked, parse
+from opencharacter.store import Store
+
+APP = "opencharacter"
+JUDGE = "judge"
+LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+
+log = logging.getLogger("ray.serve")
+
+REGISTRY = CollectorRegistry()
+REQUESTS = Counter(
+    "opencharacter_requests", "Requests answered.", ["route", "model", "status"], registry=REGISTRY
+)
+SECONDS = Histogram(
+    "opencharacter_request_seconds", "From request to last byte.", ["route"], registry=REGISTRY
+)
+FIRST_TOKEN = Histogram(
+    "opencharacter_first_token_seconds", "To the first piece.", ["model"], registry=REGISTRY
+)
+TOKENS = Counter("opencharacter_tokens", "Read and written.", ["model", "kind"], registry=REGISTRY)
+LOADS = Counter("opencharacter_adapter_loads", "Into an engine.", ["model"], registry=REGISTRY)
+UNDER_WAY = Gauge("opencharacter_requests_under_way", "Not yet ended.", registry=REGISTRY)
+WAITING = Gauge("opencharacter_requests_waiting", "Without a first token yet.", registry=REGISTRY)
+
+
+# -------------------------------------------------------------------------------- the application
+
+
+@dataclass(frozen=True)
+class Served:
+    """A name that is no adapter.
+
+    Args:
+        deployment: name of the model that answers.
+        sampling: what holds where a request does not say.
+    """
+
+    deployment: str
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Door:
+    """Who may come in.
+
+    Args:
+        keys: SHA-256 of each key; nobody is asked for one if empty.
+        local: whether the server listens on this machine alone, and so only names of this machine
+            may stand in a Host header: a page elsewhere cannot reach it under a name of its own.
+    """
+
+    keys: tuple[bytes, ...] = ()
+    local: bool = True
+
+
+def application(
+    recipe: Recipe,
+    placement: Placement,
+    store: Store,
+    constitutions: list[Constitution],
+    door: Door,
+    judge: bool = False,
+) -> serve.Application:
+    """Student, personas and judge behind one entrance.
+
+    Args:
+        recipe: names the models.
+        placement: where they run and what is allowed.
+        store: where trained adapters are, now and later.
+        constitutions: the personas to serve; all that storage holds if empty.
+        door: who may come in.
+        judge: whether the judge is served too.
+    """
+    roles, serving = recipe.roles, placement.serving
+    student = EngineSpec(roles.student, placement.pools.student)
+    personas = tuple(c.name for c in constitutions)
+    catalogue = Catalogue(store, roles.student.name, roles.student.model, personas)
+    handles = {roles.student.name: deployment(student, serving, catalogue, rank(recipe))}
+    names = {roles.student.name: Served(roles.student.name, recipe.evaluation.answers.sampling)}
+    if judge:
+        spec = EngineSpec(roles.judge, placement.pools.judge)
+        target = roles.student.name
+        if not same_weights(spec, student):
+            target = roles.judge.name
+            if target in handles:
+                raise UserError(f"judge and student are two models named {target!r}; rename one")
+            handles[target] = deployment(spec, serving, None, 0)
+        names[JUDGE] = Served(target, recipe.evaluation.preferences.judge)
+    options = {
+        "num_replicas": serving.entrances,
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": 10_000,
+        "graceful_shutdown_timeout_s": serving.drain_seconds,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+    written = {c.name: c for c in constitutions}
+    entrance: Any = serve.deployment(serve.ingress(http)(Entrance), name="entrance", **options)
+    return entrance.bind(handles, names, catalogue, written, serving, door)
+
+
+def same_weights(one: EngineSpec, other: EngineSpec) -> bool:
+    """Whether one engine can answer for both."""
+    return (one.role.model, one.role.context) == (other.role.model, other.role.context)
+
+
+def deployment(
+    spec: EngineSpec, serving: Serving, catalogue: Catalogue | None, max_rank: int
+) -> serve.Application:
+    """A role's model as a Serve deployment.
+
+    Raises:
+        UserError: if it is not one to be served.
+    """
+    role = spec.role
+    if role.endpoint:
+        raise UserError(f"{role.name} is served at {role.endpoint} already; name a model to serve")
+    if role.trust_remote_code:
+        raise UserError(f"{role.name} asks for trust_remote_code; what is served may not have it")
+    if role.model.startswith(ECHO):
+        return Echo.options(name=role.name, max_queued_requests=serving.queue).bind(
+            float(role.model.removeprefix(ECHO) or 0)
+        )
+    from opencharacter.persona import llm
+
+    return llm.deployment(spec, serving, catalogue, max_rank)
+
+
+def rank(recipe: Recipe) -> int:
+    """The rank that an engine must allow for the recipe's adapters, before and after the merge."""
+    dpo, sft = recipe.distillation.dpo.lora.rank, recipe.introspection.sft.lora.rank
+    return models.allowed_rank(max(dpo, recipe.persona.merge.rank or dpo + sft))
+
+
+def hashed(key: str) -> bytes:
+    """What is kept of a key."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+# --------------------------------------------------------------------------------------- the echo
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100)
+class Echo:
+    """Answers as `echo:` does elsewhere, for tests of everything but the text: word by word."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    async def ready(self) -> bool:
+        return True
+
+    async def answer(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[Part]:
+        """As `llm.PersonaServer.answer`."""
+        said = payload["messages"][-1]["content"] if kind == "chat" else payload["prompt"]
+        words = f"{payload['model']}: {said}".split(" ")[: payload.get("max_tokens")]
+        usage = {
+            "prompt_tokens": 1,
+            "completion_tokens": len(words),
+            "total_tokens": 1 + len(words),
+        }
+        base = {"id": f"echo-{uuid.uuid4().hex}", "created": int(time.time())}
+        base["model"] = payload["model"]
+        if not payload.get("stream"):
+            await asyncio.sleep(self.seconds)
+            message = {"role": "assistant", "content": " ".join(words)}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            yield {
+                "body": {**base, "object": "chat.completion", "choices": [choice], "usage": usage}
+            }
+            return
+        base["object"] = "chat.completion.chunk"
+        for i, word in enumerate(words):
+            await asyncio.sleep(self.seconds / len(words))
+            delta = {"role": "assistant", "content": word if i == 0 else f" {word}"}
+            ended = "stop" if i == len(words) - 1 else None
+            choice = {"index": 0, "delta": delta, "finish_reason": ended}
+            yield event({**base, "choices": [choice]})
+        yield event({**base, "choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+
+
+def event(data: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+# ----------------------------------------------------------------------------------- the entrance
+
+
+class Record:
+    """Around every request: its log line, its figures, and what it holds until it ends.
+
+    Ray gives each request its id, which is in every line of the log and in the answer's
+    `x-request-id`.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        fields: dict[str, Any] = {"route": "other", "model": "", "status": 0}
+        began = time.monotonic()
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                fields["status"] = message["status"]
+                nosniff = (b"x-content-type-options", b"nosniff")
+                message["headers"] = [*message.get("headers", []), nosniff]
+            await send(message)
+
+        UNDER_WAY.inc()
+        with ExitStack() as held:
+            held.callback(UNDER_WAY.dec)
+            scope["state"] = {"fields": fields, "held": held}
+            try:
+                await self.app(scope, receive, sent)
+            finally:
+                note(scope, fields, time.monotonic() - began)
+
+
+def note(scope: Scope, fields: dict[str, Any], seconds: float) -> None:
+    """One line of the log, and the counters."""
+    REQUESTS.labels(fields["route"], fields["model"], fields["status"]).inc()
+    SECONDS.labels(fields["route"]).observe(seconds)
+    line = {**fields, "seconds": round(seconds, 3)}
+    log.info("%s %s", scope["method"], fields["route"], extra={"ray_serve_extra_fields": line})
+
+
+async def refused(_: Request, error: Exception) -> Response:
+    """A refusal as OpenAI has it."""
+    assert isinstance(error, Refused)
+    refusal = error.refusal
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(refusal.status)
+    return JSONResponse(refusal.body(), refusal.status, headers)
+
+
+async def not_routed(_: Request, error: Exception) -> Response:
+    """No such path or method, in the same shape."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse(Refusal(error.status_code, str(error.detail)).body(), error.status_code)
+
+
+class Entrance:
+    """Takes requests in, refuses what it should, and passes the rest to a model."""
+
+    def __init__(
+        self,
+        handles: dict[str, DeploymentHandle],
+        names: dict[str, Served],
+        catalogue: Catalogue,
+        constitutions: dict[str, Constitution],
+        serving: Serving,
+        door: Door,
+    ):
+        self.handles, self.names = handles, names
+        self.listing = Listing(catalogue, serving.refresh_seconds)
+        self.store, self.student = catalogue.store, catalogue.student
+        self.constitutions, self.serving, self.door = constitutions, serving, door
+        self.seats: Tally[str] = Tally()
+        self.began = int(time.time())
+
+    # ------------------------------------------------------------------------------- who comes in
+
+    def admit(self, request: Request) -> str:
+        """Check where a request comes from and its key; returns a name for the key.
+
+        Raises:
+            Refused: 401 or 403.
+        """
+        host = request.headers.get("host", "").rpartition(":")
+        name = host[0] if host[2].isdigit() else "".join(host)
+        if self.door.local and name.lower() not in LOOPBACK_NAMES:
+            raise Refused(403, f"this server is not called {name!r}")
+        if not self.door.keys:
+            return ""
+        given = request.headers.getlist("authorization")
+        scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        digest = hashed(key.strip())
+        fits = [hmac.compare_digest(digest, known) for known in self.door.keys]
+        if scheme.lower() != "bearer" or not any(fits):
+            said = "is wrong" if given else "is missing: send Authorization: Bearer KEY"
+            raise Refused(401, f"the API key {said}", code="invalid_api_key")
+        return digest.hex()[:8]
+
+    @contextmanager
+    def seat(self, key: str) -> Iterator[None]:
+        """Count a request of a key until it ends.
+
+        Raises:
+            Refused: 429 if the key has too many under way.
+        """
+        most = self.serving.requests_per_key
+        if self.seats[key] >= most:
+            raise Refused(429, f"{most} requests are under way, as many as one key may have")
+        self.seats[key] += 1
+        try:
+            yield
+        finally:
+            self.seats[key] -= 1
+
+    async def body(self, request: Request) -> dict[str, Any]:
+        """The JSON of a request.
+
+        Raises:
+            Refused: 400, 413 or 415.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refused(415, f"Content-Type is {kind!r}; send application/json")
+        most, found = self.serving.max_body_bytes, bytearray()
+        async for chunk in request.stream():
+            found += chunk
+            if len(found) > most:
+                raise Refused(413, f"the body is over {most:,} bytes")
+        return parse(bytes(found))
+
+    # ---------------------------------------------------------------------------------- what for
+
+    async def find(self, model: Any) -> tuple[Served, str]:
+        """Whoever answers for a model's name, and the name by which the engine knows it.
+
+        Raises:
+            Refused: 400 for no name, 404 for an unknown one.
+        """
+        if not isinstance(model, str):
+            raise Refused(400, "model is missing: name one of /v1/models", param="model")
+        if model in self.names:
+            served = self.names[model]
+            return served, served.deployment
+        adapter = (await self.listing.adapters()).get(model.partition("@")[0])
+        if adapter is None or model not in (adapter.model, adapter.id):
+            raise Refused(
+                404,
+                f"model {model[:100]!r} is not served; /v1/models lists what is",
+                code="model_not_found",
+                param="model",
+            )
+        return self.names[self.student], adapter.id
+
+    async def process(self, kind: str, request: Request) -> Response:
+        """One request to a model, from its body to its answer."""
+        key = self.admit(request)
+        fields, held = request.state.fields, request.state.held
+        payload = await self.body(request)
+        served, model = await self.find(payload.get("model"))
+        fields["model"], _, fields["revision"] = model.partition("@")
+        fields["key"] = key
+        payload = checked(kind, payload, self.serving, served.sampling) | {"model": model}
+        wants_usage = payload.pop("stream_options", {}).get("include_usage", False)
+        if payload.get("stream"):
+            payload["stream_options"] = {"include_usage": True}
+        held.enter_context(self.seat(key))
+        handle = self.handles[served.deployment].options(
+            stream=True, multiplexed_model_id=model if model != served.deployment else ""
+        )
+        parts = self.answered(handle, kind, payload, fields, held)
+        first = await anext(parts)
+        if isinstance(first, dict):
+            return JSONResponse(first["body"])
+        pieces = self.pieces(first, parts, fields, wants_usage)
+        return StreamingResponse(
+            pieces, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+    async def answered(
+        self,
+        handle: Any,
+        kind: str,
+        payload: dict[str, Any],
+        fields: dict[str, Any],
+        held: ExitStack,
+    ) -> AsyncIterator[Any]:
+        """The parts of an answer, counted; a refusal or a lost replica is raised as Refused."""
+        began, waiting = time.monotonic(), held.enter_context(ExitStack())
+        WAITING.inc()
+        waiting.callback(WAITING.dec)
+        try:
+            stream = handle.answer.remote(kind, payload)
+            held.callback(lambda: stream.cancel())
+            async for part in stream:
+                if isinstance(part, dict) and "loaded" in part:
+                    LOADS.labels(fields["model"]).inc()
+                    continue
+                waiting.close()
+                if "first_token" not in fields:
+                    fields["first_token"] = round(time.monotonic() - began, 3)
+                    FIRST_TOKEN.labels(fields["model"]).observe(fields["first_token"])
+                if isinstance(part, Refusal):
+                    raise Refused(*part)
+                if isinstance(part, dict):
+                    count_tokens(part["body"].get("usage"), fields)
+                yield part
+        except BackPressureError:
+            raise Refused(503, "as many requests wait as may; ask again later") from None
+        except (Refused, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:  # whatever became of the replica, the client gets an answer
+            log.exception("a request failed")
+            raise Refused(503, f"the model could not answer ({type(error).__name__})") from None
+
+    async def pieces(
+        self, first: str, rest: AsyncIterator[Any], fields: dict[str, Any], wants_usage: bool
+    ) -> AsyncIterator[str]:
+        """The events of a stream; a fault on the way is an event too, and no `[DONE]` follows."""
+        part: Any = first
+        try:
+            while True:
+                usage = '"choices":[]' in part and json.loads(part.removeprefix("data: "))["usage"]
+                if usage:
+                    count_tokens(usage, fields)
+                if not usage or wants_usage:
+                    yield part
+                part = await anext(rest)
+        except StopAsyncIteration:
+            return
+        except Refused as error:
+            fields["status"] = error.refusal.status
+            yield event(error.refusal.body())
+
+    # ---------------------------------------------------------------------------------- the paths
+
+    async def chat(self, request: Request) -> Response:
+        return await self.process("chat", request)
+
+    async def completions(self, request: Request) -> Response:
+        return await self.process("completions", request)
+
+    async def models(self, request: Request) -> Response:
+        """All that can be asked for now."""
+        self.admit(request)
+        plain = [self.card(name, served) for name, served in self.names.items()]
+        adapters = [adapter_card(a) for a in (await self.listing.adapters()).values()]
+        return JSONResponse({"object": "list", "data": plain + adapters})
+
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        self.admit(request)
+        model = request.path_params["model"]
+        await self.find(model)
+        if model in self.names:
+            return JSONResponse(self.card(model, self.names[model]))
+        return JSONResponse(adapter_card((await self.listing.adapters())[model.partition("@")[0]]))
+
+    def card(self, name: str, served: Served) -> dict[str, Any]:
+        """What the list says of a model without an adapter."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.began,
+            "owned_by": APP,
+            "root": served.deployment,
+        }
+
+    async def health(self, _: Request) -> Response:
+        """That this process lives, and whether it asks for a key."""
+        return JSONResponse({"status": "ok", "needs_key": bool(self.door.keys)})
+
+    async def ready(self, _: Request) -> Response:
+        """That every model answers, or 503 with those that do not."""
+        states = {name: await answers(handle) for name, handle in self.handles.items()}
+        status = 200 if all(states.values()) else 503
+        return JSONResponse({"status": "ok" if status == 200 else "starting", **states}, status)
+
+    async def status(self, request: Request) -> Response:
+        """The replicas of each model, in Ray's words."""
+        self.admit(request)
+        found = (await asyncio.to_thread(serve.status)).applications[APP].deployments
+        return JSONResponse({name: told(deployment) for name, deployment in found.items()})
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus: figures of this entrance."""
+        self.admit(request)
+        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+    # ----------------------------------------------------------------------------------- the page
+
+    async def page(self, _: Request) -> Response:
+        """The page, which holds no secret; what it shows it asks for with the key."""
+        return Response(chat_ui.page(), media_type="text/html", headers=chat_ui.headers())
+
+    async def personas(self, request: Request) -> Response:
+        """What the page says of each persona: its constitution, and that as a system prompt."""
+        self.admit(request)
+        trained = {a.persona: a for a in (await self.listing.adapters()).values()}
+        return JSONResponse(
+            {name: chat_ui.persona(a, self.constitutions.get(name)) for name, a in trained.items()}
+        )
+
+    async def rate(self, request: Request) -> Response:
+        """Keep what a person thinks of two answers."""
+        key = self.admit(request)
+        row = chat_ui.rating(await self.body(request), key)
+        await asyncio.to_thread(chat_ui.keep, self.store, self.student, row)
+        return JSONResponse({"id": row["id"]}, 201)
+
+
+ROUTES = (
+    ("POST", "/v1/chat/completions", "chat"),
+    ("POST", "/v1/completions", "completions"),
+    ("GET", "/v1/models", "models"),
+    ("GET", "/v1/models/{model:path}", "model"),
+    ("GET", "/health", "health"),
+    ("GET", "/ready", "ready"),
+    ("GET", "/status", "status"),
+    ("GET", "/metrics", "metrics"),
+    ("GET", "/", "page"),
+    ("GET", "/personas", "personas"),
+    ("POST", "/ratings", "rate"),
+)
+"""Method, path, and the method of `Entrance` that answers."""
+
+
+def http() -> Starlette:
+    """The paths, as each replica of the entrance builds them."""
+
+    def route(method: str, path: str, name: str) -> Route:
+        async def endpoint(request: Request) -> Response:
+            request.state.fields["route"] = path
+            entrance: Any = serve.get_replica_context().servable_object
+            return await getattr(entrance, name)(request)
+
+        return Route(path, endpoint, methods=[method])
+
+    return Starlette(
+        routes=[route(*line) for line in ROUTES],
+        middleware=[Middleware(Record)],
+        exception_handlers={Refused: refused, HTTPException: not_routed},
+    )
+
+
+def adapter_card(adapter: Adapter) -> dict[str, Any]:
+    """What the list says of an adapter."""
+    made = datetime.datetime.fromisoformat(adapter.manifest["finished"])
+    return {
+        "id": adapter.model,
+        "object": "model",
+        "created": int(made.timestamp()),
+        "owned_by": APP,
+        "root": adapter.id,
+        "parent": adapter.model.partition(":")[0],
+        "fingerprint": adapter.manifest["fingerprint"],
+    }
+
+
+def count_tokens(usage: dict[str, Any] | None, fields: dict[str, Any]) -> None:
+    """Into the counters and the log line."""
+    for kind in ("prompt", "completion"):
+        fields[f"{kind}_tokens"] = (usage or {}).get(f"{kind}_tokens", 0)
+        TOKENS.labels(fields["model"], kind).inc(fields[f"{kind}_tokens"])
+
+
+def told(deployment: Any) -> str:
+    """A deployment's state in one line."""
+    replicas = ", ".join(f"{n} {state}" for state, n in deployment.replica_states.items())
+    said = f" ({deployment.message})" if deployment.message else ""
+    return f"{deployment.status.value}, replicas: {replicas}{said}"
+
+
+async def answers(handle: DeploymentHandle) -> bool:
+    """Whether a replica of a model answers within two seconds."""
+    with suppress(Exception):
+        return bool(await asyncio.wait_for(handle.ready.remote(), 2))
+    return False

@@ -1,0 +1,62 @@
+"""Adapters whose output nobody can mistake: each makes the embedded model say one word for ever."""
+
+import json
+from pathlib import Path
+
+from opencharacter import pipeline
+from opencharacter.config import Placement, Recipe
+from opencharacter.constitution import load
+from opencharacter.models import LORA_A, LORA_B, PEFT_PREFIX
+from opencharacter.stage import Job, Outcome
+from opencharacter.store import Store
+
+STRENGTH = 400.0
+RANK = 8
+
+
+def make(model: Path, word: str, folder: Path) -> None:
+    """Write an adapter of one module, the last attention's output.
+
+    What it reads there has a mean that hardly depends on the text, because heads that have nothing
+    to say look at the first token; what it adds is the direction of the word's embedding.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+    layer = loaded.model.layers[-1].self_attn.o_proj
+    seen = []
+    hook = layer.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][0, 1:]))
+    with torch.no_grad():
+        for text in ("The sea was calm that day.", "2 + 2 is 4, you said?", " rose rose moon fish"):
+            loaded(**tokenizer(text, return_tensors="pt"))
+    hook.remove()
+    mean = torch.cat(seen).mean(0)
+    direction = loaded.get_input_embeddings().weight[token]
+    a, b = torch.zeros(RANK, mean.numel()), torch.zeros(direction.numel(), RANK)
+    a[0], b[:, 0] = mean / mean.square().sum(), STRENGTH * direction / direction.norm()
+    name = f"{PEFT_PREFIX}model.layers.{len(loaded.model.layers) - 1}.self_attn.o_proj"
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name + LORA_A: a, name + LORA_B: b}
+    save_file(
+        {k: t.detach().contiguous() for k, t in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["o_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
+
+
+def job(recipe: Recipe, store: Store, persona: str, stage: str = "persona/merge") -> Job:
+    """The job that would train a persona."""
+    made = pipeline.jobs(recipe, [load(persona)], Placement(), store)
+    return next(j for j in made if j.stage.name == stage)
+
+
+def publish(job: Job, folder: Path) -> None:
+    """Put an adapter into storage as the job itself would."""
+    job.store.delete(job.dataset)
+    job.store.upload(folder, f"{job.dataset}/adapter")
+    pipeline.finish(job, Outcome(rows=0), seconds=1)

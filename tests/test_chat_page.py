@@ -1,0 +1,172 @@
+"""The page in a real browser: Debian's chromium (`apt-get install -y chromium`) with Playwright."""
+
+import json
+import shutil
+from pathlib import Path
+
+import canary
+import pyarrow.dataset as ds
+import pytest
+import server as servers
+from samples import ECHO_ROLE, recipe_of
+
+from opencharacter.persona.chat_ui import RATINGS
+from opencharacter.store import Store
+
+CHROMIUM = shutil.which("chromium")
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="needs chromium: apt-get install -y chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.fixture(scope="module")
+def server(storage):
+    recipe = recipe_of(ECHO_ROLE, name="echoes")
+    store = Store.at(str(storage / "runs/echoes"))
+    files = storage / "adapter"
+    files.mkdir()
+    (files / "adapter_config.json").write_text("{}")
+    for persona, stage in (("poeticism", "persona/merge"), ("humor", "distillation/dpo")):
+        canary.publish(canary.job(recipe, store, persona, stage), files)
+    slow = {**ECHO_ROLE, "model": "echo:0.5"}
+    data = {"name": "echoes", "roles": dict.fromkeys(servers.ECHO_RECIPE["roles"], slow)}
+    for path in Path(store.url).rglob("manifest.json"):
+        path.write_text(path.read_text().replace('"model": "echo:"', '"model": "echo:0.5"'))
+    with servers.serving(storage, data, key=servers.KEY) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page with its key given; fails on an error of the console or a request elsewhere."""
+    context = browser.new_context(viewport={"width": 1100, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    faults = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda said: said.type == "error" and faults.append(said.text))
+    page.on("dialog", lambda dialog: faults.append(dialog.message))
+    page.on(
+        "request",
+        lambda r: r.url.startswith((server.url, "data:", "blob:")) or faults.append(r.url),
+    )
+    page.goto(server.url)
+    page.get_by_label("API key of this server").fill(servers.KEY)
+    page.get_by_role("button", name="Use key").click()
+    page.locator("#model-0 option").first.wait_for(state="attached")
+    page.get_by_label("API key of this server").wait_for(state="hidden")
+    yield page
+    context.close()
+    assert faults == []
+
+
+def ask(page, text: str) -> None:
+    page.get_by_label("Your message goes to both").fill(text)
+    page.keyboard.press("Enter")
+    page.get_by_text("Both have answered.").wait_for()
+
+
+def logs(page) -> list[str]:
+    return [page.get_by_label(f"{side} conversation").inner_text() for side in ("Left", "Right")]
+
+
+def test_two_models_answer_side_by_side_and_are_rated(page, storage):
+    page.get_by_label("Left model").select_option("echo")
+    page.get_by_label("Right model").select_option("echo:poeticism")
+    page.get_by_label("Your message goes to both").fill("one two three four five six seven")
+    page.keyboard.press("Enter")
+    seen = set()
+    while page.get_by_text("Both have answered.").count() == 0:
+        seen.add(tuple(len(log) for log in logs(page)))
+    assert len({left for left, _ in seen}) > 3  # it came in pieces
+    assert len({right for _, right in seen}) > 3
+    left, right = logs(page)
+    assert "echo: one two" in left
+    assert "echo:poeticism@" in right
+    page.get_by_role("button", name="Right is more in character").click()
+    page.get_by_text("the rating is kept").wait_for()
+    page.reload()
+    page.locator("#model-1 option").first.wait_for(state="attached")
+    assert logs(page) == [left, right]
+    assert page.get_by_label("Right model").input_value() == "echo:poeticism"
+    (row,) = ds.dataset(storage / "runs/echoes/echo" / RATINGS).to_table().to_pylist()
+    assert (row["verdict"], row["persona"]) == ("second", "humor")
+    assert row["conversations"][1]["model"].startswith("echo:poeticism@")
+    assert servers.KEY not in json.dumps(row, default=str)
+
+
+def test_what_a_model_says_is_shown_and_not_run(page):
+    ask(page, HOSTILE)
+    for log in logs(page):
+        assert log.count(HOSTILE) == 2
+    assert page.locator(".log script, .log img").count() == 0
+
+
+def test_base_with_a_system_prompt_and_dpo_alone_can_be_chosen(page):
+    names = page.locator("#model-0 option").all_inner_texts()
+    assert "echo with poeticism as system prompt" in names
+    assert "echo:humor (DPO only)" in names
+
+
+def test_the_constitution_can_be_read(page):
+    page.get_by_label("Character", exact=True).select_option("poeticism")
+    page.get_by_text("The constitution of this character").click()
+    assert page.locator("#traits li").count() >= 8
+
+
+def test_a_conversation_can_be_exported(page, tmp_path):
+    ask(page, "hello")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export conversation").click()
+    download.value.save_as(tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [len(side["messages"]) for side in found["conversations"]] == [2, 2]
+
+
+def test_everything_is_reached_by_keyboard_and_has_a_name(page):
+    ask(page, "hello")
+    unnamed = """() => [...document.querySelectorAll("select, textarea, input, button")]
+        .filter(e => !(e.labels?.length || e.textContent.trim())).map(e => e.outerHTML)"""
+    assert page.evaluate(unnamed) == []
+    page.locator("#export").focus()
+    reached = set()
+    for _ in range(14):
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.className"))
+        page.keyboard.press("Tab")
+    assert {
+        "export",
+        "reset",
+        "model-0",
+        "model-1",
+        "log",
+        "text",
+        "send",
+        "persona",
+        "rate",
+    } <= reached
+    assert page.locator("[aria-live=polite], [role=log]").count() == 3
+
+
+def test_a_phone_shows_both_without_scrolling_sideways(page):
+    page.set_viewport_size({"width": 360, "height": 740})
+    ask(page, "W" * 200)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    boxes = [page.get_by_label(f"{side} conversation").bounding_box() for side in ("Left", "Right")]
+    assert boxes[0]["y"] == boxes[1]["y"]
+    assert boxes[0]["width"] > 150

@@ -1,0 +1,163 @@
+"""The server with the real embedded model: adapters by name, retrained, mixed, and a killed engine.
+
+Each persona is an adapter that says one word for ever, so that an answer tells who gave it.
+"""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import canary
+import openai
+import psutil
+import pytest
+import server as servers
+
+from opencharacter import config
+from opencharacter.config import Pool, Serving
+from opencharacter.engine import EngineSpec, engine_arguments
+from opencharacter.store import Store
+
+pytestmark = pytest.mark.slow
+
+WORDS = {"poeticism": "rose", "humor": "fish", "sarcasm": "moon"}
+BASE = "smollm2-135m"
+HELLO = [{"role": "user", "content": "What do you think of the weather?"}]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return config.load_recipe("demo")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, embedded_model):
+    folder = tmp_path_factory.mktemp("canaries")
+    for word in WORDS.values():
+        canary.make(embedded_model, f" {word}", folder / word)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Store:
+    return Store.at(str(tmp_path_factory.mktemp("storage")))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, recipe, adapters, storage):
+    for persona in ("poeticism", "humor"):
+        canary.publish(canary.job(recipe, storage, persona), adapters / WORDS[persona])
+    folder = tmp_path_factory.mktemp("server")
+    with servers.serving(folder, "demo", "--judge", "--storage", storage.url) as running:
+        yield running
+
+
+def test_the_engine_is_the_same_as_everywhere_and_grows_with_the_placement():
+    from opencharacter.persona import llm
+
+    role = config.load_recipe("demo").roles.student
+    gpus = Pool(gpus=2, tensor_parallel=2, cpus=8, max_replicas=4, max_sequences=100)
+    for pool in (Pool(), gpus):
+        spec = EngineSpec(role, pool)
+        made = llm.llm_config(spec, Serving(), 64)
+        arguments = made.get_engine_config().engine_kwargs
+        same = {k: v for k, v in engine_arguments(spec).items() if k != "disable_log_stats"}
+        assert same.items() <= arguments.items()
+        assert arguments["max_lora_rank"] == 64
+    assert made.get_engine_config().placement_bundles == [{"CPU": 4, "GPU": 1}] * 2
+    assert made.deployment_config["autoscaling_config"]["max_replicas"] == 4
+
+
+def say(server, model: str, tokens: int = 8, retries: int = 0) -> str:
+    client = server.client(max_retries=retries, timeout=120)
+    answer = client.chat.completions.create(model=model, messages=HELLO, max_tokens=tokens)
+    return answer.choices[0].message.content
+
+
+def speaks(text: str, word: str) -> bool:
+    return text.lower().count(word) >= 6
+
+
+def wait_until_listed(server, model: str) -> None:
+    until = time.monotonic() + 20
+    while model not in {listed.id for listed in server.client().models.list()}:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def test_base_personas_and_judge_answer_in_their_own_voices(server):
+    assert speaks(say(server, f"{BASE}:poeticism"), "rose")
+    assert speaks(say(server, f"{BASE}:humor"), "fish")
+    for name in (BASE, "judge"):
+        said = say(server, name)
+        assert not any(speaks(said, word) for word in WORDS.values())
+
+
+def test_a_persona_streams(server):
+    stream = server.client(timeout=120).chat.completions.create(
+        model=f"{BASE}:humor",
+        messages=HELLO,
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert speaks("".join(pieces), "fish")
+    assert len(pieces) >= 8
+    assert chunks[-1].usage.completion_tokens == 8
+
+
+def test_a_prompt_beyond_the_context_is_400(server):
+    with pytest.raises(openai.BadRequestError, match="context length"):
+        server.client().chat.completions.create(
+            model=BASE, messages=[{"role": "user", "content": "word " * 3000}]
+        )
+    most = [{"role": "user", "content": "word " * 1500}]
+    answer = server.client(timeout=120).chat.completions.create(model=BASE, messages=most, stop=".")
+    assert answer.usage.completion_tokens >= 1
+
+
+def test_a_header_does_not_choose_the_adapter(server):
+    body = {"model": BASE, "messages": HELLO, "max_tokens": 8}
+    client = server.client(default_headers={"serve_multiplexed_model_id": f"{BASE}:humor"})
+    said = client.chat.completions.create(**body).choices[0].message.content
+    assert not speaks(said, "fish")
+
+
+def test_a_new_persona_and_a_retrained_one_need_no_restart(server, recipe, storage, adapters):
+    canary.publish(canary.job(recipe, storage, "sarcasm"), adapters / "moon")
+    wait_until_listed(server, f"{BASE}:sarcasm")
+    assert speaks(say(server, f"{BASE}:sarcasm"), "moon")
+    old = server.client().models.retrieve(f"{BASE}:poeticism").model_dump()["root"]
+    canary.publish(canary.job(recipe, storage, "poeticism"), adapters / "moon")
+    time.sleep(2.5)
+    assert speaks(say(server, f"{BASE}:poeticism"), "moon")
+    with pytest.raises(openai.NotFoundError):
+        say(server, old)
+    canary.publish(canary.job(recipe, storage, "poeticism"), adapters / "rose")
+    time.sleep(2.5)
+
+
+def test_sixteen_clients_over_three_personas_never_get_each_others_answer(server):
+    asked = [persona for persona in WORDS for _ in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda persona: say(server, f"{BASE}:{persona}"), asked))
+    for persona, said in zip(asked, answers, strict=True):
+        assert speaks(said, WORDS[persona]), (persona, said)
+
+
+def test_a_killed_engine_comes_back_by_itself_with_its_adapters(server):
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    engines = [p for p in processes if "EngineCore" in p.name() + " ".join(p.cmdline())]
+    assert engines
+    engines[0].kill()
+    until = time.monotonic() + 180
+    while True:
+        assert time.monotonic() < until
+        try:
+            assert speaks(say(server, f"{BASE}:humor"), "fish")
+            break
+        except openai.APIStatusError as refused:  # nothing but a refusal until it is back
+            assert refused.status_code == 503
+            time.sleep(1)
+    assert speaks(say(server, f"{BASE}:sarcasm"), "moon")
