@@ -4,8 +4,8 @@ Every client sends its next chat when the last one has ended; all answers are st
 length. `opencharacter` and `vllm_server` serve one adapter; the series `adapters_11` is the first
 with eleven in rotation. `soak` is the embedded model on a CPU for as long as `soak_seconds`, with
 three adapters each of which says one word for ever, so that an answer tells which one gave it; in
-the middle the engine is killed. A request that is refused with 503 while there is no engine counts
-as failed, unless it was under way when the engine died or came before the next one was there.
+the middle the engine is killed. Requests that were under way then are counted apart from those that
+fail otherwise.
 
 Run: python benchmarks/serving.py --out benchmarks/results                 on a GPU host
      python benchmarks/serving.py --out benchmarks/results --ways soak --limit 1200
@@ -305,8 +305,8 @@ async def soak(running: servers.Running, student: str, settings: Settings) -> Ru
     killed = disturbed["killed"]
     failed = [each for each in done if "failed" in each]
     good = [each for each in done if "failed" not in each]
-    back = min((e["ended"] for e in good if e["began"] > killed), default=float("inf"))
-    lost = [each for each in failed if each["began"] < back and each["ended"] >= killed]
+    back = min((e["ended"] for e in good if e["ended"] > killed + 1), default=time.monotonic())
+    lost = [each for each in failed if each["began"] <= killed <= each["ended"]]
     mixed = [each for each in good if not is_own(each)]
     assert not mixed, mixed[:3]
     return {
@@ -315,7 +315,7 @@ async def soak(running: servers.Running, student: str, settings: Settings) -> Ru
         "tokens": sum(each["tokens"] for each in good),
         "requests": len(done),
         "failed": len(failed) - len(lost),
-        "failed_without_engine": len(lost),
+        "failed_in_flight": len(lost),
         "mixed_up": len(mixed),
         "seconds_without_answer": back - killed,
         "memory": memory_of(running.process.pid) / disturbed["memory_before"],
@@ -367,7 +367,7 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
             found[f"{prefix}tokens_per_s"] = harness.figure(harness.speeds(runs))
         for wait in ("ttft_p50_ms", "ttft_p95_ms") if runs else ():
             found[f"{prefix}{wait}"] = harness.figure([run[wait] for run in runs])
-    kinds = ("requests", "failed", "failed_without_engine", "mixed_up", "memory")
+    kinds = ("requests", "failed", "failed_in_flight", "mixed_up", "memory")
     for kind in (*kinds, "seconds_without_answer") if "soak" in series else ():
         found[f"soak_{kind}"] = harness.figure([run[kind] for run in series["soak"]])
     return found

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import canary
 import httpx
 import openai
+import psutil
 import pytest
 import server as servers
 import yaml
@@ -472,6 +473,22 @@ def test_the_page_asks_nobody_but_this_server(echo):
     assert "http" not in policy
     assert "http://" not in answer.text.replace("http://www.w3.org/", "")
     assert "https://" not in answer.text
+
+
+def test_a_request_whose_replica_is_lost_is_asked_again(echo):
+    slow = {"model": "judge", "messages": HELLO}
+    replicas = [
+        process
+        for process in psutil.Process(echo.process.pid).children(recursive=True)
+        if "ServeReplica:opencharacter:slow" in " ".join(process.cmdline())
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(echo.post, json=slow)
+        wait_for(lambda: "requests_waiting 1.0" in echo.get("/metrics").text)
+        replicas[0].kill()
+        answer = held.result()
+    assert (answer.status_code, len(replicas)) == (200, 1)
+    assert answer.json()["choices"][0]["message"]["content"] == "slow: hello there"
 
 
 # ------------------------------------------------------------------------------------ ratings

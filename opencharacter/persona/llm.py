@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
@@ -20,6 +21,7 @@ from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from opencharacter import models
 from opencharacter.config import EMBEDDED, Serving
@@ -168,10 +170,21 @@ class PersonaServer(LLMServer):
     async def answer(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[Part]:
         """Answer one request in parts (see `wire.Part`).
 
+        A replica whose engine died ends at once, before a health check finds out: what would have
+        come to it then waits for the next one.
+
         Args:
             kind: `chat` or `completions`.
             payload: the body, its `model` the one that this deployment knows.
         """
+        try:
+            async for part in self.parts(kind, payload):
+                yield part
+        except EngineDeadError:
+            os._exit(1)
+
+    async def parts(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[Part]:
+        """The same, but for an engine that died."""
         before = self.loader.loads if self.loader else 0
         try:
             request = REQUESTS[kind].model_validate(payload)

@@ -33,6 +33,7 @@ from prometheus_client import (
     generate_latest,
 )
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
@@ -55,6 +56,8 @@ from opencharacter.store import Store
 
 APP = "opencharacter"
 JUDGE = "judge"
+TRIES = 3
+"""Times that a request is passed on whose replicas are lost before they answer."""
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 log = logging.getLogger("ray.serve")
@@ -305,6 +308,25 @@ async def not_routed(_: Request, error: Exception) -> Response:
     return JSONResponse(Refusal(error.status_code, str(error.detail)).body(), error.status_code)
 
 
+async def asked(
+    handle: Any, kind: str, payload: dict[str, Any], held: ExitStack
+) -> AsyncIterator[Part]:
+    """What a replica answers; asked again if it was lost before it had said anything."""
+    for left in reversed(range(TRIES)):
+        said = False
+        stream = handle.answer.remote(kind, payload)
+        held.callback(stream.cancel)
+        try:
+            async for part in stream:
+                said = said or not (isinstance(part, dict) and "loaded" in part)
+                yield part
+            return
+        except RayActorError:
+            if said or not left:
+                raise
+            log.warning("a replica was lost; its request is asked again")
+
+
 class Entrance:
     """Takes requests in, refuses what it should, and passes the rest to a model."""
 
@@ -440,9 +462,7 @@ class Entrance:
         WAITING.inc()
         waiting.callback(WAITING.dec)
         try:
-            stream = handle.answer.remote(kind, payload)
-            held.callback(lambda: stream.cancel())
-            async for part in stream:
+            async for part in asked(handle, kind, payload, held):
                 if isinstance(part, dict) and "loaded" in part:
                     LOADS.labels(fields["model"]).inc()
                     continue
