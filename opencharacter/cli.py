@@ -112,8 +112,9 @@ def run(
 def check_models(selected: list[Job]) -> None:
     """Refuse a run whose local models are not there; hub models are downloaded when needed."""
     for job in selected:
-        for name in job.stage.roles:
-            role = getattr(job.recipe.roles, name)
+        roles = [(name, getattr(job.recipe.roles, name)) for name in job.stage.roles]
+        roles += [("judge", role) for role in getattr(job.section, "panel", ())]
+        for name, role in roles:
             missing = models.check(role)
             hub = not role.endpoint and not models.looks_local(role.model)
             if missing and not (hub and not role.model.startswith(config.EMBEDDED)):

@@ -137,6 +137,10 @@ CASES = {
         [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"gpus": 1}})],
         "training asks for 1 GPUs.*has 0",
     ),
+    "a judge of the panel that is not there": lambda t: (
+        [recipe(t, evaluation={"judge": {"panel": [ECHO_ROLE | {"model": "/no/judge"}]}}), *POET],
+        "role judge: missing weights at /no/judge",
+    ),
     "rank over the engine's limit": lambda t: (
         [recipe(t, distillation={"dpo": {"lora": {"rank": 500}}}), *POET],
         "rank 564 is over the engine's limit 512",
