@@ -382,16 +382,18 @@ class ServeGroup(TyperGroup):
 serving = typer.Typer(cls=ServeGroup, no_args_is_help=True, help="Serve personas: serve RECIPE.")
 app.add_typer(serving, name="serve")
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Of the server.")]
+Personas = Annotated[
+    list[str] | None,
+    typer.Option("--constitution", "-c", help="Personas; all that storage holds if absent."),
+]
+Judged = Annotated[bool, typer.Option("--judge", help="Serve the judge too.")]
 
 
 @serving.command("start")
 def serve(
     recipe: RecipeName,
-    names: Annotated[
-        list[str] | None,
-        typer.Option("--constitution", "-c", help="Personas; all that storage holds if absent."),
-    ] = None,
-    judge: Annotated[bool, typer.Option("--judge", help="Serve the judge too.")] = False,
+    names: Personas = None,
+    judge: Judged = False,
     placement: PlacementFile = None,
     storage: Storage = None,
     smoke: Smoke = False,
@@ -422,11 +424,8 @@ def serve(
 def serve_config(
     recipe: RecipeName,
     storage: Annotated[str, typer.Option(help="Storage that the cluster's nodes see.")],
-    names: Annotated[
-        list[str] | None,
-        typer.Option("--constitution", "-c", help="Personas; all that storage holds if absent."),
-    ] = None,
-    judge: Annotated[bool, typer.Option("--judge", help="Serve the judge too.")] = False,
+    names: Personas = None,
+    judge: Judged = False,
     placement: PlacementFile = None,
     smoke: Smoke = False,
 ) -> None:
