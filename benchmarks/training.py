@@ -123,21 +123,13 @@ def lora(settings: Settings) -> Lora:
 
 def with_reference(model: Any, examples: list[Example], budget: int) -> list[Example]:
     """The pairs with the log-probabilities of their answers under the model."""
-    import torch
+    from opencharacter.distillation.reference import log_probs
 
-    from opencharacter import packing, training
-
-    done: dict[int, Example] = {}
-    model.eval()
-    for share in packing.share_out([packing.length(e) for e in examples], budget):
-        batch = packing.pack([examples[i] for i in share]).to(model.device)
-        with torch.inference_mode(), training.autocast(model.device):
-            values = packing.log_probs(model, batch).cpu()
-        sizes = [len(tokens.learned) for i in share for tokens in examples[i]]
-        parts = iter(values.split(sizes))
-        for i in share:
-            done[i] = [Tokens(t.ids, t.learned, next(parts).tolist()) for t in examples[i]]
-    return [done[i] for i in range(len(examples))]
+    found = log_probs(model.eval(), examples, budget)
+    return [
+        [tokens._replace(reference=side) for tokens, side in zip(pair, values, strict=True)]
+        for pair, values in zip(examples, found, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------------- ways

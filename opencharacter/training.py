@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import operator
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -179,7 +180,8 @@ def figures(curves: pa.Table) -> dict[str, float]:
     for row in curves.sort_by("step").to_pylist():
         values.setdefault(row["metric"], []).append(row["value"])
     return {
-        name: sorted(of)[len(of) // 2] if name in SPEEDS else of[-1] for name, of in values.items()
+        name: statistics.median_high(of) if name in SPEEDS else of[-1]
+        for name, of in values.items()
     }
 
 

@@ -96,27 +96,35 @@ class Reader:
             {"id": row["id"], "drop_reason": None, **tokenise(self.tokenizer, row)}
             for row in table.to_pylist()
         ]
-        for row, values in zip(rows, self.log_probs([example(row) for row in rows]), strict=True):
+        found = log_probs(self.model, [example(row) for row in rows], self.budget)
+        for row, values in zip(rows, found, strict=True):
             row |= {f"{side}_logprobs": v for side, v in zip(SIDES, values, strict=True)}
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
-    def log_probs(self, examples: list[Example]) -> list[list[list[float]]]:
-        """Of the learned tokens of each sequence of each example, in nats."""
-        import torch
 
-        from opencharacter import packing
-        from opencharacter.training import autocast
+def log_probs(model: Any, pairs: list[Example], budget: int) -> list[list[list[float]]]:
+    """Of the learned tokens of both sequences of each pair, in nats.
 
-        found: list[list[list[float]]] = [[] for _ in examples]
-        for share in packing.share_out([packing.length(e) for e in examples], self.budget):
-            batch = packing.pack([examples[i] for i in share]).to(self.model.device)
-            with torch.inference_mode(), autocast(self.model.device):
-                values = packing.log_probs(self.model, batch).cpu()
-            sizes = [len(tokens.learned) for i in share for tokens in examples[i]]
-            parts = [part.tolist() for part in values.split(sizes)]
-            for number, i in enumerate(share):
-                found[i] = parts[2 * number : 2 * number + 2]
-        return found
+    Args:
+        model: as `training.load` makes it.
+        pairs: in tokens.
+        budget: tokens of a pass.
+    """
+    import torch
+
+    from opencharacter import packing
+    from opencharacter.training import autocast
+
+    found: list[list[list[float]]] = [[] for _ in pairs]
+    for share in packing.share_out([packing.length(pair) for pair in pairs], budget):
+        batch = packing.pack([pairs[i] for i in share]).to(model.device)
+        with torch.inference_mode(), autocast(model.device):
+            values = packing.log_probs(model, batch).cpu()
+        sizes = [len(tokens.learned) for i in share for tokens in pairs[i]]
+        parts = [part.tolist() for part in values.split(sizes)]
+        for number, i in enumerate(share):
+            found[i] = parts[2 * number : 2 * number + 2]
+    return found
 
 
 def read(job: Job, pairs: pa.Table) -> pa.Table:
