@@ -5,6 +5,8 @@ One GPU, the trainer of the package without Ray around it. Ways:
 `trl`            TRL's DPOTrainer as it comes: two pairs a pass, padded, the reference in each step
 `sft`            the package's SFT on conversations of 3,072 tokens
 `parity`         the losses of both DPO trainers on the same pairs, with the same adapter
+`parity_float32` the same in float32, where the two differ by more than rounding if they differ
+`two_gpus`       DPO with two Ray Train workers, same batch; only when `--ways` names it
 Each optimiser step after the first two is a repeat. FLOPs are 4 a weight and token, forward and
 backward through frozen weights, over the fastest bf16 matrix product of the same device.
 
@@ -15,10 +17,12 @@ Run: python benchmarks/training.py --out benchmarks/results
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +33,7 @@ from harness import LLAMA_8B, TINY_LLAMA, Figures, Machine, Run, Series, Setting
 
 from opencharacter.config import Dpo, Lora, Optimizer, Training
 from opencharacter.packing import Example, Tokens
+from opencharacter.training import resources
 
 SETTINGS: Settings = {
     "shape": LLAMA_8B,
@@ -95,8 +100,8 @@ def transcripts(settings: Settings, count: int) -> list[Example]:
     ]
 
 
-def model_of(settings: Settings, attention: str) -> Any:
-    """Random weights in bf16 on the GPU, or float32 on a CPU."""
+def model_of(settings: Settings, attention: str, precise: bool = False) -> Any:
+    """Random weights in bf16 on the GPU, or float32: on a CPU, or to be `precise`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from trl.trainer import add_fused_lm_head
@@ -110,7 +115,7 @@ def model_of(settings: Settings, attention: str) -> Any:
     with torch.device("cuda" if on_gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(
             config,
-            dtype=torch.bfloat16 if on_gpu else torch.float32,
+            dtype=torch.bfloat16 if on_gpu and not precise else torch.float32,
             attn_implementation=attention,
         )
     add_fused_lm_head(model)
@@ -137,6 +142,11 @@ def with_reference(model: Any, examples: list[Example], budget: int) -> list[Exa
 
 def ours(settings: Settings) -> Iterator[Run]:
     """DPO with the package's trainer."""
+    return dpo(settings, SUBJECT)
+
+
+def dpo(settings: Settings, series: str, rank: int = 0, world: int = 1) -> Iterator[Run]:
+    """The reference is read, then trained on; as one of several workers where there are more."""
     from opencharacter.distillation.dpo import dpo_loss
 
     examples = pairs(settings, settings["steps"] * settings["batch"])
@@ -146,8 +156,50 @@ def ours(settings: Settings) -> Iterator[Run]:
     began = time.time()
     examples = with_reference(model, examples, settings["placement"]["tokens_per_pass"])
     tokens = sum(len(t.ids) for e in examples for t in e)
-    yield {"series": "reference", "seconds": time.time() - began, "tokens": tokens}
-    yield from steps_of(model, examples, partial(dpo_loss, settings=Dpo()), settings, SUBJECT)
+    if world == 1:
+        yield {"series": "reference", "seconds": time.time() - began, "tokens": tokens}
+    objective = partial(dpo_loss, settings=Dpo())
+    yield from steps_of(model, examples, objective, settings, series, rank, world)
+
+
+def two_gpus(settings: Settings) -> Iterator[Run]:
+    """DPO with two workers, each on a GPU of its own."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from opencharacter import cluster
+    from opencharacter.config import Placement
+
+    placement = Training(**settings["placement"], workers=2)
+    cluster.connect(Placement(training=placement, ray_cpus=int(2 * placement.cpus)))
+    with tempfile.TemporaryDirectory() as scratch:
+        TorchTrainer(
+            one_of_two,
+            train_loop_config={"settings": settings, "file": f"{scratch}/runs.json"},
+            scaling_config=ScalingConfig(
+                num_workers=placement.workers,
+                use_gpu=placement.gpus > 0,
+                resources_per_worker=resources(placement),
+            ),
+            run_config=RunConfig(storage_path=scratch),
+        ).fit()
+        yield from json.loads(Path(scratch, "runs.json").read_text())
+    ray.shutdown()
+
+
+def one_of_two(config: dict[str, Any]) -> None:
+    """A worker of `two_gpus`; the first tells of the steps, which all take together."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    device, rank = ray.train.torch.get_device(), ray.train.get_context().get_world_rank()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    done = list(dpo(config["settings"], "two_gpus", rank, world=2))
+    if rank == 0:
+        Path(config["file"]).write_text(json.dumps(done))
 
 
 def sft(settings: Settings) -> Iterator[Run]:
@@ -160,7 +212,13 @@ def sft(settings: Settings) -> Iterator[Run]:
 
 
 def steps_of(
-    model: Any, examples: list[Example], objective: Any, settings: Settings, series: str
+    model: Any,
+    examples: list[Example],
+    objective: Any,
+    settings: Settings,
+    series: str,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Run]:
     """Train, one run for each step after the warm ones."""
     import transformers
@@ -181,7 +239,7 @@ def steps_of(
         trainer = training.Trainer(
             model=adapted,
             args=transformers.TrainingArguments(**arguments),
-            batches=training.Batches(examples, optimizer, 0, fit.tokens),
+            batches=training.Batches(examples, optimizer, 0, fit.tokens, rank, world),
             objective=objective,
         )
         timer = Timer()
@@ -189,7 +247,7 @@ def steps_of(
         trainer.train()
         batches: Any = trainer.train_dataset
         sizes = [batches[step][1].tokens for step in range(len(batches))]
-    yield from runs(timer, sizes, series, trainer.peak, adapted)
+    yield from runs(timer, sizes, series, world * trainer.peak, adapted)
 
 
 def trl(settings: Settings) -> Iterator[Run]:
@@ -273,19 +331,30 @@ def trl_trainer(model: Any, examples: list[Example], settings: Settings, args: A
 
 
 def parity(settings: Settings) -> Iterator[Run]:
+    """The losses as training computes them."""
+    return losses_of_both(settings, "parity", precise=False)
+
+
+def parity_float32(settings: Settings) -> Iterator[Run]:
+    """The losses without the rounding of bf16."""
+    return losses_of_both(settings, "parity_float32", precise=True)
+
+
+def losses_of_both(settings: Settings, series: str, precise: bool) -> Iterator[Run]:
     """The loss of both on each micro-batch of a batch, with one adapter that has an effect."""
     import torch
     from trl import DPOConfig
 
-    from opencharacter import packing, training
+    from opencharacter import packing
     from opencharacter.distillation.dpo import dpo_loss
 
     examples, micro = pairs(settings, settings["batch"]), settings["trl_micro_batch"]
-    model = model_of(settings, "sdpa")
+    model = model_of(settings, "sdpa", precise)
+    arguments = trl_arguments(settings, "unused")
+    arguments["bf16"] &= not precise
     with tempfile.TemporaryDirectory() as scratch:
-        theirs = trl_trainer(
-            model, examples, settings, DPOConfig(**trl_arguments(settings, scratch))
-        )
+        arguments["output_dir"] = scratch
+        theirs = trl_trainer(model, examples, settings, DPOConfig(**arguments))
     policy = theirs.model
     torch.manual_seed(1)
     with torch.no_grad():
@@ -305,15 +374,24 @@ def parity(settings: Settings) -> Iterator[Run]:
         model.set_attn_implementation("packed")
         for group in groups:
             with policy.disable_adapter():
-                group = with_reference(policy, group, 10**9)
+                before = scores(policy, packing.pack(group), precise)
+            sides = iter(before.split([len(t.learned) for pair in group for t in pair]))
+            group = [[t._replace(reference=next(sides).tolist()) for t in pair] for pair in group]
             pack = packing.pack(group).to(policy.device)
-            with training.autocast(policy.device):
-                values = packing.log_probs(policy, pack)
+            values = scores(policy, pack, precise)
             loss = dpo_loss(values, pack, packing.totals(group), Dpo(kl=0))["loss"]
             losses["ours"].append(float(loss))
     mean = {name: sum(values) / len(values) for name, values in losses.items()}
     difference = abs(mean["ours"] - mean["trl"]) / mean["trl"]
-    yield {"series": "parity", "seconds": 0, "tokens": 0, **mean, "difference": difference}
+    yield {"series": series, "seconds": 0, "tokens": 0, **mean, "difference": difference}
+
+
+def scores(model: Any, pack: Any, precise: bool) -> Any:
+    """Log-probabilities of a pack's learned tokens, in the precision of training or in float32."""
+    from opencharacter import packing, training
+
+    with nullcontext() if precise else training.autocast(model.device):
+        return packing.log_probs(model, pack.to(model.device))
 
 
 # ---------------------------------------------------------------------------------------- timing
@@ -398,9 +476,11 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     measured = [run["matmul_tflops"] for of in names for run in series.get(of, ())]
     if measured:
         made["matmul_tflops"] = harness.figure(measured)
-    if "parity" in series:
-        made["loss_difference"] = harness.figure([run["difference"] for run in series["parity"]])
-    return made | harness.ratios(series, {"dpo_ratio_to_trl": (SUBJECT, "trl")})
+    for of, name in {"parity": "loss", "parity_float32": "loss_float32"}.items():
+        if of in series:
+            made[f"{name}_difference"] = harness.figure([run["difference"] for run in series[of]])
+    ratios = {"dpo_ratio_to_trl": (SUBJECT, "trl"), "two_gpu_scaling": ("two_gpus", SUBJECT)}
+    return made | harness.ratios(series, ratios)
 
 
 BENCHMARK = harness.Benchmark(
@@ -408,8 +488,12 @@ BENCHMARK = harness.Benchmark(
     script=Path(__file__).resolve(),
     settings=SETTINGS,
     tiny=TINY,
-    ways={SUBJECT: ours, "trl": trl, "sft": sft, "parity": parity},
+    ways={
+        SUBJECT: ours,
+        **{way.__name__: way for way in (trl, sft, parity, parity_float32, two_gpus)},
+    },
     figures=figures,
+    extra=("two_gpus",),
     variants=VARIANTS,
 )
 

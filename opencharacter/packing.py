@@ -207,7 +207,8 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sequence of a pack.
 
-    torch's variable-length flash attention on a GPU; elsewhere sequence by sequence.
+    torch's variable-length flash attention on a GPU; elsewhere, and in float32, which that does
+    not know, sequence by sequence.
 
     Args:
         module: the attention layer (unused).
@@ -225,7 +226,7 @@ def attention(
     """
     assert cu_seq_lens_q is not None
     assert max_length_q is not None
-    if query.is_cuda:
+    if value.is_cuda and value.dtype.itemsize == 2:
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         # A dtype that flash attention knows, which a rotary embedding in float32 may have left.
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -262,7 +263,7 @@ def sequence_by_sequence(
         size = stop - start
         mask = None
         if sliding_window is not None and size > sliding_window:
-            at = torch.arange(size)
+            at = torch.arange(size, device=query.device)
             back = at[:, None] - at[None, :]
             mask = (back >= 0) & (back < sliding_window)
         q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
