@@ -12,6 +12,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from itertools import groupby
 from typing import Any
 
 from fastapi import HTTPException
@@ -27,7 +28,7 @@ from opencharacter import models
 from opencharacter.config import EMBEDDED, Serving
 from opencharacter.engine import EngineSpec, engine_arguments, environment
 from opencharacter.persona.catalogue import Catalogue
-from opencharacter.persona.wire import Part, Refusal
+from opencharacter.persona.wire import Part, Refusal, paced
 
 REQUESTS = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
 
@@ -43,7 +44,7 @@ def deployment(
         catalogue: where its adapters are; None for a model without any.
         max_rank: of the adapters.
     """
-    bind = {"catalogue": catalogue, "max_rank": max_rank}
+    bind = {"catalogue": catalogue, "max_rank": max_rank, "rate": serving.messages_per_second}
     return build_llm_deployment(
         llm_config(spec, serving, max_rank if catalogue else None),
         deployment_cls=PersonaServer,
@@ -71,6 +72,7 @@ def llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMC
             "model_source": str(models.resolve(role.model)) if local else role.model,
         },
         engine_kwargs=arguments | (lora if max_rank else {}),
+        experimental_configs={"stream_batching_interval_ms": 0},  # `paced` does it
         lora_config={"max_num_adapters_per_replica": serving.adapters} if max_rank else None,
         placement_group_config={"bundles": bundles(spec)},
         runtime_env={"env_vars": environment(spec)},
@@ -146,11 +148,24 @@ class AdapterLoader:
 
 
 class PersonaServer(LLMServer):
-    """A replica: one engine, answering with the base model or any of its adapters."""
+    """A replica: one engine, answering with the base model or any of its adapters.
+
+    Args:
+        llm_config: the engine.
+        catalogue: where its adapters are; None for a model without any.
+        max_rank: of the adapters.
+        rate: messages of all streams that leave in a second.
+    """
 
     async def __init__(
-        self, llm_config: LLMConfig, *, catalogue: Catalogue | None = None, max_rank: int = 0
+        self,
+        llm_config: LLMConfig,
+        *,
+        catalogue: Catalogue | None = None,
+        max_rank: int = 0,
+        rate: int = 1,
     ):
+        self.rate, self.streams = rate, 0
         self.loader = AdapterLoader(catalogue, max_rank) if catalogue else None
         self.loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         await super().__init__(llm_config, model_downloader=lambda **_: self.loader)  # type: ignore
@@ -199,9 +214,20 @@ class PersonaServer(LLMServer):
             return
         if self.loader and self.loader.loads > before:
             yield {"loaded": payload["model"]}
-        async for item in stream:
-            for part in item if isinstance(item, list) else [item]:
-                yield part_of(part)
+        self.streams += 1
+        try:
+            async for items in paced(stream, lambda: self.streams / self.rate):
+                for part in joined(items):
+                    yield part_of(part)
+        finally:
+            self.streams -= 1
+
+
+def joined(items: list[Any]) -> list[Any]:
+    """What leaves together: events as one text, all else by itself."""
+    flat = [part for item in items for part in (item if isinstance(item, list) else [item])]
+    kinds = groupby(flat, key=lambda part: isinstance(part, str))
+    return [part for text, run in kinds for part in (["".join(run)] if text else run)]
 
 
 def part_of(item: Any) -> Part:

@@ -249,6 +249,16 @@ def event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
+def events(text: str) -> list[str]:
+    """The single events of a text."""
+    return [f"{one}\n\n" for one in text.split("\n\n") if one]
+
+
+def is_usage(text: str) -> bool:
+    """Whether an event has no piece of the answer but its tokens."""
+    return '"choices":[]' in text
+
+
 # ----------------------------------------------------------------------------------- the entrance
 
 
@@ -490,10 +500,10 @@ class Entrance:
         part: Any = first
         try:
             while True:
-                usage = '"choices":[]' in part and json.loads(part.removeprefix("data: "))["usage"]
-                if usage:
-                    count_tokens(usage, fields)
-                if not usage or wants_usage:
+                for usage in filter(is_usage, events(part)):
+                    count_tokens(json.loads(usage.removeprefix("data: "))["usage"], fields)
+                    part = part if wants_usage else part.replace(usage, "")
+                if part:
                     yield part
                 part = await anext(rest)
         except StopAsyncIteration:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple, TypeVar
 
 from opencharacter.config import Sampling, Serving
 
@@ -47,8 +49,44 @@ class Refused(Exception):
 
 
 Part = str | dict[str, Any] | Refusal
-"""A server-sent event as text; `{"body": ...}`, the whole answer; `{"loaded": id}`, before an
+"""Server-sent events as one text; `{"body": ...}`, the whole answer; `{"loaded": id}`, before an
 answer for which an adapter was loaded; or a refusal."""
+
+T = TypeVar("T")
+
+
+async def paced(items: AsyncIterator[T], interval: Callable[[], float]) -> AsyncIterator[list[T]]:
+    """The first item at once, then all that came within each interval.
+
+    Args:
+        items: of a stream; what it raises is raised when what came before has left.
+        interval: seconds to the next list at most; it may change on the way.
+    """
+    found: list[T] = []
+    more = asyncio.Event()
+
+    async def read() -> None:
+        async for item in items:
+            found.append(item)
+            more.set()
+
+    reader = asyncio.create_task(read())
+    reader.add_done_callback(lambda _: more.set())
+    try:
+        while True:
+            if not found and not reader.done():
+                more.clear()
+                await more.wait()
+            if not found:
+                reader.result()  # raises what the stream raised
+                return
+            ready = found.copy()
+            found.clear()
+            yield ready
+            await asyncio.wait([reader], timeout=interval())
+    finally:
+        reader.cancel()
+
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 """Fields that clients send and that change no answer."""
