@@ -1,9 +1,9 @@
-"""Engines: the only file that builds a vLLM engine, and the actors that run conversations.
+"""Engines: the only file that builds a vLLM engine, and the tasks that run conversations.
 
 Three engines speak the same two methods, `reply` and `stream`: vLLM, any OpenAI-compatible
 endpoint, and an echo for tests. A vLLM engine lives in a `Host`, a Ray actor that outlasts a
 stage, so that the next stage with the same weights finds it warm. A row of a dataset is a whole
-conversation: Ray Data's `ConversationActor` runs every turn of it, so no turn waits for another
+conversation: a task of Ray Data (`converse`) runs every turn of it, so no turn waits for another
 row's.
 """
 
@@ -13,9 +13,7 @@ import asyncio
 import contextlib
 import math
 import os
-import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -29,6 +27,7 @@ from opencharacter.chat import (
     THINK_OPEN,
     Message,
     assistant,
+    row_id,
     row_seed,
     strip_think,
 )
@@ -580,6 +579,8 @@ class Conversation:
 
 FLUSH_SECONDS = 5
 FLUSH_ROWS = 512
+REQUESTS = 256
+"""Of a block that are Python objects at once."""
 
 SPENT = ("tokens_in", "tokens_out", "cached_tokens")
 
@@ -600,7 +601,7 @@ ROW_FIELDS = [
 
 @dataclass(frozen=True)
 class Seat:
-    """An engine as a conversation actor is given it.
+    """An engine as a task of conversations is given it.
 
     Args:
         spec: the engine.
@@ -614,11 +615,33 @@ class Seat:
         return Hosted(self.fleet) if self.fleet else start(self.spec)
 
 
-class ConversationActor:
-    """The callable of Ray Data's `map_batches`: runs the conversations of a block concurrently.
+def converse(block: pa.Table, **settings: Any) -> Iterator[pa.Table]:
+    """The function of Ray Data's `map_batches`: has the conversations of a block.
 
-    Rows reach storage as they finish, every `FLUSH_SECONDS` or `FLUSH_ROWS`, whatever the rest of
-    their block does; what leaves the actor is only their ids.
+    A task and not an actor: an actor has a process of its own, which takes a second to start for
+    each stage; tasks find the process of the stage before, with all its modules.
+
+    Args:
+        block: requests; those that are stored already, where a lost task is repeated, are left out.
+        settings: of `Conversations`.
+
+    Yields:
+        How many rows were `stored`, each time that some were.
+    """
+    conversations = Conversations(**settings)
+    with asyncio.Runner() as runner:
+        stored = aiter(conversations.of(block))
+        while (rows := runner.run(following(stored))) is not None:
+            yield pa.table({"stored": [rows]})
+
+
+async def following(numbers: AsyncIterator[int]) -> int | None:
+    """The next one, or None."""
+    return await anext(numbers, None)
+
+
+class Conversations:
+    """Runs conversations, as many at once as there are seats, and stores them as they finish.
 
     Args:
         seat: the engine that answers.
@@ -642,35 +665,49 @@ class ConversationActor:
     ):
         self.engine, self.thinks = seat.engine(), seat.spec.role.thinks
         self.partner = partner and (partner.engine(), partner.spec.role.thinks)
-        self.talk, self.parts = talk, parts
-        # There are some where this actor replaces one that was lost.
-        self.have = set(parts.ids().to_pylist())
+        self.seats, self.talk, self.parts = seats(seat.spec), talk, parts
         self.stage, self.seed, self.tally = stage, seed, Tally(counters)
-        self.seats = asyncio.Semaphore(seats(seat.spec))
         self.finished: list[Row] = []
-        self.writing = asyncio.Lock()
-        self.flushed = time.monotonic()
+        self.enough = asyncio.Event()
 
-    async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
-        rows = [row for row in block.to_pylist() if row["id"] not in self.have]
-        await asyncio.gather(*map(self._row, rows))
-        await self._flush()  # a block that leaves is a block that is stored
+    async def of(self, block: pa.Table) -> AsyncIterator[int]:
+        """Have the conversations of a block; yields how many were stored, every few seconds."""
+        name = "part-" + row_id(block["id"][0].as_py())
+        rows = requests(block, set(self.parts.ids(name).to_pylist()))
+        talking = asyncio.gather(*(self._sit(rows) for _ in range(self.seats)))
+        talking.add_done_callback(lambda _: self.enough.set())
+        ended = False
+        while not ended:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.enough.wait(), FLUSH_SECONDS)
+            self.enough.clear()
+            ended = talking.done()
+            if self.finished:
+                yield await self._store(name)
         self.tally.send()
-        yield block.select(["id"])
+        await talking
 
-    async def _row(self, row: Row) -> None:
+    async def _sit(self, rows: Iterator[Row]) -> None:
+        """A seat: takes one conversation after another."""
+        for row in rows:
+            finished = await self._row(row)
+            self.finished.append(finished)  # the list of now, not of before the row
+            if len(self.finished) >= FLUSH_ROWS:
+                self.enough.set()
+            await asyncio.sleep(0)  # others have a turn though this row waited for nothing
+
+    async def _row(self, row: Row) -> Row:
         talk = Conversation(self.engine, self._seed(row.get("seed_id") or row["id"]), self.thinks)
         if self.partner:
             engine, thinks = self.partner
             talk.partner = Conversation(engine, self._seed(row["id"]), thinks)
         before = {name: row.get(name) or 0 for name in SPENT}  # by an earlier pass
         said: Row = {"drop_reason": None, "error": None}
-        async with self.seats:
-            self.tally.add(started=1)
-            try:
-                said |= await self.talk(row, talk)
-            except RowFailed as failed:
-                said |= {"drop_reason": failed.reason, "error": failed.detail[:500]}
+        self.tally.add(started=1)
+        try:
+            said |= await self.talk(row, talk)
+        except RowFailed as failed:
+            said |= {"drop_reason": failed.reason, "error": failed.detail[:500]}
         dropped = said["drop_reason"] is not None
         self.tally.add(
             texts=[] if dropped else texts_of(row | said),
@@ -678,33 +715,31 @@ class ConversationActor:
             dropped=dropped,
             tokens_out=talk.spent("tokens_out"),
         )
-        self.finished.append(
-            {
-                **{k: v for k, v in row.items() if k in self.parts.schema.names},
-                **{name: before[name] + talk.spent(name) for name in SPENT},
-                **said,
-            }
-        )
-        waited = time.monotonic() - self.flushed
-        if waited > FLUSH_SECONDS or len(self.finished) >= FLUSH_ROWS:
-            await self._flush()
+        return {
+            **{k: v for k, v in row.items() if k in self.parts.schema.names},
+            **{name: before[name] + talk.spent(name) for name in SPENT},
+            **said,
+        }
 
     def _seed(self, of: str) -> int | None:
         return None if self.seed is None else row_seed(self.seed, self.stage, of)
 
-    async def _flush(self) -> None:
+    async def _store(self, name: str) -> int:
         """Store what is finished; what finishes while a file is written goes into the next one."""
-        async with self.writing:
-            rows, self.finished = self.finished, []
-            self.flushed = time.monotonic()
-            if rows:
-                table = pa.Table.from_pylist(rows, schema=self.parts.schema)
-                name, folder = f"part-{uuid.uuid4().hex}", self.parts.folder
-                await asyncio.to_thread(folder.store.write_table, folder.relative, table, name)
+        rows, self.finished = self.finished, []
+        table = pa.Table.from_pylist(rows, schema=self.parts.schema)
+        await asyncio.to_thread(self.parts.write, table, name)
+        return len(rows)
+
+
+def requests(block: pa.Table, stored: set[str]) -> Iterator[Row]:
+    """The rows of a block that are not stored yet, of which few at a time are Python objects."""
+    for batch in block.to_batches(max_chunksize=REQUESTS):
+        yield from (row for row in batch.to_pylist() if row["id"] not in stored)
 
 
 def seats(spec: EngineSpec) -> int:
-    """Conversations that one actor has under way: enough for all replicas that may come."""
+    """Conversations that one task has under way: enough for all replicas that may come."""
     pool = spec.pool
     share = math.ceil(pool.max_sequences * pool.most_replicas / pool.replicas)
     return spec.role.endpoint_concurrency if spec.role.endpoint else share

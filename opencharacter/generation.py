@@ -1,6 +1,6 @@
-"""Conversations at scale: rows -> Ray Data -> a pool of engine actors -> Parquet, resumable.
+"""Conversations at scale: rows -> Ray Data -> tasks that ask engines -> Parquet, resumable.
 
-The actors write finished rows to `.parts/`; those are also the checkpoint: a rerun asks only for
+The tasks write finished rows to `.parts/`; those are also the checkpoint: a rerun asks only for
 the ids that are not there. See CONTRIBUTING.md for why this and not Ray Data's own row checkpoint.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Iterable
 from itertools import islice
 
@@ -22,22 +21,20 @@ from opencharacter import engine
 from opencharacter.config import Pool, Role
 from opencharacter.engine import (
     ROW_FIELDS,
-    ConversationActor,
     EngineSpec,
     Row,
     Seat,
     Talk,
+    converse,
     hosts,
-    seats,
 )
 from opencharacter.errors import StageFailed
 from opencharacter.progress import Line, Meter, console, new_counters
 from opencharacter.stage import Attempts, Job
 from opencharacter.store import PARTS, Folder, Parts
 
-AHEAD = 4
-"""Rows at an actor over its seats. A block leaves whole, with its longest conversation; at twice
-the seats, a third of them would wait for that."""
+BLOCK_ROWS = 25_000
+"""Requests of a task at most: what is lost at a task's end is then little of it."""
 CHUNK = 1000
 """Requests that are Python objects at once."""
 LIGHT = 0.05
@@ -130,9 +127,8 @@ def _stream(
     title: str,
 ) -> None:
     counters = new_counters()
-    rows = block_rows(todo.num_rows, spec.pool.replicas, seats(spec))
-    in_flight = max(2, math.ceil(AHEAD * seats(spec) / rows))
-    blocks = [todo.slice(at, rows) for at in range(0, todo.num_rows, rows)]
+    replicas = spec.pool.replicas
+    rows = block_rows(todo.num_rows, replicas)
     quieten()
     expected = job.expected(todo)
     meter = Meter(counters, total, attempts, getattr(job.section, "limits", None), expected)
@@ -140,32 +136,37 @@ def _stream(
         seat = Seat(spec, hosts(spec) if spec.has_weights else None)
         partner = other and Seat(other, hosts(other) if other.has_weights else None)
         meter.begin()
-    # Unlike from_arrow, from_blocks reads the blocks' sizes here and not in a task for each.
-    dataset = from_blocks(blocks).map_batches(
-        ConversationActor,
-        fn_constructor_kwargs={
-            "seat": seat,
-            "partner": partner,
-            "talk": talk,
-            "parts": parts,
-            "stage": job.stage.name,
-            "seed": job.recipe.seed if job.recipe.seeded_sampling else None,
-            "counters": counters,
-        },
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            size=spec.pool.replicas,
-            max_tasks_in_flight_per_actor=in_flight,
-        ),
-        num_cpus=LIGHT,
-        max_concurrency=in_flight,
-    )
+    with ray.data.DataContext.current(telling_at_once()):
+        # Unlike from_arrow, from_blocks reads the blocks' sizes here and not in a task for each.
+        blocks = [todo.slice(at, rows) for at in range(0, todo.num_rows, rows)]
+        dataset = from_blocks(blocks).map_batches(
+            converse,
+            fn_kwargs={
+                "seat": seat,
+                "partner": partner,
+                "talk": talk,
+                "parts": parts,
+                "stage": job.stage.name,
+                "seed": job.recipe.seed if job.recipe.seeded_sampling else None,
+                "counters": counters,
+            },
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.TaskPoolStrategy(size=replicas),
+            num_cpus=LIGHT,
+        )
     with Line(console, title, meter):
-        for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):  # stored ids
+        for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             if meter.fault:
                 raise StageFailed(job.refused(meter.fault))
     meter()  # once more: the sums of the last second
+
+
+def telling_at_once() -> ray.data.DataContext:
+    """Ray Data's settings for tasks whose results are to leave them as they come."""
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = 1
+    return context
 
 
 def quieten() -> None:
@@ -174,13 +175,11 @@ def quieten() -> None:
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # Ray 2.60 has another name for max_concurrency, which 2.58 does not know.
-    warnings.filterwarnings("ignore", message=".*ray_remote_args.*is deprecated")
 
 
-def block_rows(rows: int, replicas: int, seats: int) -> int:
-    """Rows per block: few enough for every replica to get several, and for a quarter of the seats.
+def block_rows(rows: int, replicas: int) -> int:
+    """Rows per block: a replica's share of all, if those are not too many for one task.
 
-    Many rows a block keep blocks few: each costs Ray Data some 20 ms of a core.
+    Where a block ends, its seats stand empty one by one until its longest conversation is over.
     """
-    return max(1, min(seats // 4, rows // (4 * replicas)))
+    return min(BLOCK_ROWS, math.ceil(rows / replicas))

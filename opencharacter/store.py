@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -239,15 +240,27 @@ class Parts:
     folder: Folder
     schema: pa.Schema
 
-    def files(self) -> list[str]:
+    def write(self, table: pa.Table, name: str) -> None:
+        """Add a file of rows.
+
+        Args:
+            table: of the schema.
+            name: of those who may look for them alone; several files may have it.
+        """
+        file = f"{name}-{uuid.uuid4().hex}"
+        self.folder.store.write_table(self.folder.relative, table, file)
+
+    def files(self, name: str = "") -> list[str]:
+        """Paths of the files, or of those of a name."""
         fs, path = self.folder.store.fs, self.folder.store.path(self.folder.relative)
         found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        return sorted(i.path for i in found if i.extension == "parquet")
+        named = (i for i in found if i.base_name.startswith(name))
+        return sorted(i.path for i in named if i.extension == "parquet")
 
-    def ids(self) -> pa.Array:
-        """The distinct ids."""
+    def ids(self, name: str = "") -> pa.Array:
+        """The distinct ids, or those in the files of a name."""
         fs = self.folder.store.fs
-        tables = (pq.read_table(f, filesystem=fs, columns=["id"]) for f in self.files())
+        tables = (pq.read_table(f, filesystem=fs, columns=["id"]) for f in self.files(name))
         chunks = [chunk for table in tables for chunk in table["id"].chunks]
         return pa.chunked_array(chunks, pa.string()).unique()
 

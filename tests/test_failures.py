@@ -109,7 +109,7 @@ def test_a_lost_node_costs_no_row(cluster, tmp_path):
     folder, dataset = echo_project(tmp_path), f"echo/poeticism/{STAGE}"
     process = start(folder, STAGE, "two.yaml", RAY_ADDRESS=cluster.address)
     wait_for(lambda: len(parts(folder, dataset)) >= 2, process, 120)
-    assert len(processes("ray::MapWorker", raylets(cluster).values())) == 2
+    assert len(processes("ray::MapBatches(converse)", raylets(cluster).values())) == 2
     cluster.remove_node(another_node(cluster), allow_graceful=False)
     manifest = check_whole(folder, dataset, ROWS, process)
     assert len(manifest["attempts"]) == 1
@@ -119,7 +119,7 @@ def test_a_lost_actor_costs_no_row_and_repeats_only_what_was_under_way(cluster, 
     folder, dataset = echo_project(tmp_path), f"echo/poeticism/{STAGE}"
     process = start(folder, STAGE, "two.yaml", RAY_ADDRESS=cluster.address)
     wait_for(lambda: len(parts(folder, dataset)) >= 2, process, 120)
-    processes("ray::MapWorker", raylets(cluster).values())[0].send_signal(signal.SIGKILL)
+    processes("ray::MapBatches(converse)", raylets(cluster).values())[0].send_signal(signal.SIGKILL)
     manifest = check_whole(folder, dataset, ROWS, process)
     assert manifest["attempts"][0]["reached"] - ROWS <= 3 * SEATS  # under way, or not yet flushed
 

@@ -89,8 +89,7 @@ def test_too_many_dropped_rows_fail_the_stage_and_say_why(cpu_ray, make_jobs):
 
 
 @pytest.mark.parametrize(
-    ("rows", "replicas", "seats", "size"),
-    [(3, 1, 48, 1), (10, 1, 48, 2), (100, 8, 256, 3), (12_000, 8, 256, 64), (12_000, 1, 3, 1)],
+    ("rows", "replicas", "size"), [(3, 8, 1), (100, 8, 13), (12_000, 1, 12_000), (10**6, 4, 25_000)]
 )
-def test_blocks_are_small_enough_for_every_replica_and_seat(rows, replicas, seats, size):
-    assert block_rows(rows, replicas, seats) == size
+def test_a_replica_gets_its_share_in_one_block_unless_that_is_very_much(rows, replicas, size):
+    assert block_rows(rows, replicas) == size
