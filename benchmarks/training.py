@@ -44,7 +44,7 @@ SETTINGS: Settings = {
     "conversation": {"mean": 390, "max": 1024},
     "sft_tokens": 3072,
     "trl_micro_batch": 2,
-    "placement": {"gpus": 1, "tokens_per_pass": 8192},
+    "placement": {"gpus": 1, "tokens_per_pass": 8192, "recompute": False},
     "environment": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
 }
 TINY: Settings = {

@@ -455,8 +455,9 @@ class Trainer(transformers.Trainer):
         for at, batch in enumerate(packs, start=1):
             batch = batch.to(self.args.device)
             last = at == len(packs)
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                with disable_input_dtype_casting(model), self.compute_loss_context_manager():
+            sync = nullcontext() if last else self.accelerator.no_sync(model)
+            with sync, disable_input_dtype_casting(model):  # on the way back too: it may recompute
+                with self.compute_loss_context_manager():
                     values = packing.log_probs(model, batch)
                 shares = self.objective(values, batch, totals)
                 self.accelerator.backward(shares["loss"] * self.world)  # workers are averaged
