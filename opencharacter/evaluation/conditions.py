@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from opencharacter.chat import Message, row_id, system
 from opencharacter.config import Condition
 from opencharacter.distillation import teacher
-from opencharacter.engine import Conversation, Row, Talk
+from opencharacter.engine import Conversation, EngineSpec, Row, Talk
 from opencharacter.stage import Job, kept
 from opencharacter.store import Folder
 
@@ -33,6 +33,12 @@ def weights(job: Job, condition: Condition) -> Folder | None:
     """What a condition adds to the student's weights; None for the student itself."""
     made_by = TRAINED.get(condition)
     return job.parent(made_by).adapter if made_by else None
+
+
+def engines(job: Job) -> list[EngineSpec]:
+    """The student's engines under the conditions that a stage compares, each once."""
+    made = [job.engine("student", weights(job, c)) for c in job.section.conditions]
+    return list({spec.key(): spec for spec in made}.values())
 
 
 def before(job: Job, condition: Condition) -> list[Message]:
