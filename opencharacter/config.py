@@ -706,6 +706,8 @@ class Placement(Config):
     """CPUs of a Ray that this command starts itself; all of the machine's where absent."""
     object_store_gib: PositiveFloat = 0.5
     """Object store of a Ray that this command starts itself."""
+    jobs_at_once: PositiveInt | None = None
+    """Jobs that generate or train at once: for machines whose cores bear fewer than would fit."""
     cluster: Room | None = None
     """What the cluster has, or may grow to: how much runs at once in `plan`, and on a cluster that
     grows when asked. Where absent, `plan` takes the least that holds every role and the training

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,18 +54,23 @@ class Speeds(Config):
 
 
 class Cost(NamedTuple):
-    """Of one job: seconds beside its tokens (no engine's start), seconds of those, GPUs held."""
+    """Of one job."""
 
     fixed: float
+    """Seconds beside its tokens, without the start of engines."""
     work: float
+    """Seconds of its tokens, if nobody shares its engines."""
     gpus: float
+    """Held meanwhile."""
+    judging: bool = False
+    """Whether the judge, and not the student beside it, is what it waits for."""
 
 
 # ------------------------------------------------------------------------------------------ speeds
 
 
 def load_speeds(where: str) -> Speeds:
-    """Speeds of a YAML or JSON file (or what it has under `speeds`), or of a storage with runs.
+    """Speeds of a YAML file, of the result of benchmarks/personas.py, or of a storage with runs.
 
     Raises:
         UserError: naming the field that is missing or wrong.
@@ -75,8 +79,10 @@ def load_speeds(where: str) -> Speeds:
     if not path.is_file():
         return measured(where)
     data = read_yaml("speeds", path)
+    if "figures" in data:
+        data = {k: v["median"] for k, v in data["figures"].items() if k in Speeds.model_fields}
     try:
-        return Speeds.model_validate(data.get("speeds", data))
+        return Speeds.model_validate(data)
     except ValidationError as error:
         raise explain("speeds", path, error) from None
 
@@ -180,22 +186,18 @@ def cost(job: Job, estimate: Estimate, speeds: Speeds, there: Room) -> Cost:
         workers = job.placement.training.workers
         work = estimate.trained / speeds.training + estimate.read / speeds.reading
         return Cost(speeds.training_start, work / workers, gpus)
-    work = generation(job, estimate, speeds, together=any(len(one) > 1 for one in held))
-    return Cost(speeds.pass_start * len(held), work, gpus)
-
-
-def generation(job: Job, estimate: Estimate, speeds: Speeds, together: bool) -> float:
-    """Seconds in which a job's replies are written; the judge's meanwhile, where there is room."""
 
     def seconds(role: str, tokens: int, speed: float) -> float:
         return tokens / (speed * getattr(job.placement.pools, role).replicas)
 
-    role, said = job.stage.roles[0], estimate.tokens_out
-    if job.stage.name in speeds.stages:
-        return seconds(role, said, speeds.stages[job.stage.name])
+    role, said, fixed = job.stage.roles[0], estimate.tokens_out, speeds.pass_start * len(held)
     own = seconds(role, said - estimate.judged, getattr(speeds, role))
     judging = seconds("judge", estimate.judged, speeds.judge)
-    return max(own, judging) if together else own + judging
+    together = any(len(one) > 1 for one in held)
+    work = max(own, judging) if together else own + judging
+    if job.stage.name in speeds.stages:
+        work = seconds(role, said, speeds.stages[job.stage.name])
+    return Cost(fixed, work, gpus, together and judging > own)
 
 
 def room_for(placement: Placement) -> Room:
@@ -224,7 +226,7 @@ class Planned:
         began: seconds from the start of the run.
         fixed: seconds left before its work.
         work: seconds of work left, if nobody shares its engines.
-        gpus: that it holds.
+        takes: its cost.
         starts: engines that were started for it.
         after: what ended as it began.
         ended: seconds from the start of the run.
@@ -236,7 +238,7 @@ class Planned:
     began: float
     fixed: float
     work: float
-    gpus: float
+    takes: Cost
     starts: int
     after: Planned | None
     ended: float = 0
@@ -249,11 +251,11 @@ class Planned:
 
     def advance(self, seconds: float, share: float) -> None:
         """Let time pass, at its share of the engines that it uses."""
-        self.held += seconds * self.gpus * share
+        self.held += seconds * self.takes.gpus * share
         if self.fixed:
             self.fixed = settled(self.fixed - seconds)
         else:
-            self.busy += seconds * self.gpus * share
+            self.busy += seconds * self.takes.gpus * share
             self.work = settled(self.work - seconds * share)
 
 
@@ -323,7 +325,7 @@ def simulate(
             starts, idle = warm.take(job, under_way, there, now)
             takes = costs[job.dataset]
             fixed, after = takes.fixed + starts * engine_start, done[-1] if done else None
-            running.append(Planned(job, now, fixed, takes.work, takes.gpus, starts, after))
+            running.append(Planned(job, now, fixed, takes.work, takes, starts, after))
             running[-1].held += idle
             under_way.append(job)
         shares = sharing(running, there)
@@ -341,21 +343,23 @@ def simulate(
 
 
 def sharing(running: Sequence[Planned], there: Room) -> list[float]:
-    """What share of its engines' speed each job has: one of several passes uses each for a part."""
-    load: Counter[str] = Counter()
-    parts = [passes(one.job, there) for one in running]
-    for several in parts:
-        for need in (need for together in several for need in together):
-            load[need.key()] += 1 / len(several)  # pyright: ignore[reportArgumentType]
-    return [
-        1 / max([1.0, *(load[n.key()] for together in several for n in together if shared(n))])
-        for several in parts
-    ]
+    """The share that each job has of the engines that set its pace.
+
+    A job of several passes uses each of them for a part of its time.
+    """
+    load: dict[str, float] = {}
+    paced = [pacing(one, there) for one in running]
+    for needs in paced:
+        for key in needs:
+            load[key] = load.get(key, 0) + 1 / len(needs)
+    return [1 / max([1.0, *(load[key] for key in needs)]) for needs in paced]
 
 
-def shared(need: Any) -> bool:
-    """Whether jobs slow each other down that use it at once."""
-    return isinstance(need, EngineSpec) and need.has_weights
+def pacing(one: Planned, there: Room) -> list[str]:
+    """For each pass the key of the engine that a job waits for; an echo slows nobody down."""
+    slowest = -1 if one.takes.judging else 0
+    needs = [together[slowest] for together in passes(one.job, there)]
+    return [need.key() for need in needs if isinstance(need, EngineSpec) and need.has_weights]
 
 
 def critical_path(done: Sequence[Planned]) -> list[Planned]:

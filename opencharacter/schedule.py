@@ -8,6 +8,7 @@ pipeline's table. Ray places what is started; this decides only what that is.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -52,6 +53,8 @@ def fits_beside(job: Job, running: Sequence[Job], there: Room) -> bool:
     """
     if not job.needs:
         return all(other.needs for other in running)
+    if sum(bool(other.needs) for other in running) >= (job.placement.jobs_at_once or math.inf):
+        return False
     users = Counter(key for other in running for key in keys(other))
     if any(users[n.key()] >= n.at_once for together in job.needs for n in together):
         return False

@@ -6,13 +6,24 @@ import pytest
 import yaml
 from samples import ECHO_ROLE, cli, recipe_of
 
-from opencharacter.config import Placement
+from opencharacter.config import Placement, Room
 from opencharacter.cost import Speeds, cost, load_speeds
 from opencharacter.errors import UserError
 from opencharacter.models import footprint
 from opencharacter.stage import Estimate
 
-SPEEDS = Speeds(teacher=100, student=1000, judge=500, expander=50, training=2000)
+SPEEDS = Speeds(
+    teacher=100,
+    student=1000,
+    judge=500,
+    expander=50,
+    training=2000,
+    reading=4000,
+    engine_start=30,
+    pass_start=2,
+    training_start=20,
+    other=1,
+)
 PLACEMENT = Placement.model_validate(
     {
         "pools": {"student": {"replicas": 4, "gpus": 0.5}},
@@ -20,27 +31,27 @@ PLACEMENT = Placement.model_validate(
         "price_per_gpu_hour": 3,
     }
 )
+ROOM = Room(cpus=8, gpus=4, memory_gib=64)
+STUDENT = {**ECHO_ROLE, "model": "org/student"}
 
 
 @pytest.fixture
 def jobs(make_jobs):
-    return {job.stage.name: job for job in make_jobs(recipe_of(ECHO_ROLE), PLACEMENT)}
+    return {job.stage.name: job for job in make_jobs(recipe_of(STUDENT), PLACEMENT)}
 
 
 def test_generation_is_shared_by_the_replicas(jobs):
-    takes = cost(jobs["introspection/interaction"], Estimate(10, 999, 7_200_000), SPEEDS)
-    assert takes.seconds == 1800
-    assert takes.gpu_hours == 1.0
+    takes = cost(jobs["introspection/interaction"], Estimate(10, 999, 7_200_000), SPEEDS, ROOM)
+    assert takes == (2, 1800, 2)
 
 
 def test_training_is_shared_by_the_workers(jobs):
-    takes = cost(jobs["distillation/dpo"], Estimate(10, trained=14_400_000), SPEEDS)
-    assert takes.seconds == 3600
-    assert takes.gpu_hours == 2.0
+    takes = cost(jobs["distillation/dpo"], Estimate(10, trained=14_400_000), SPEEDS, ROOM)
+    assert takes == (20, 3600, 2)
 
 
-def test_what_runs_no_model_costs_nothing(jobs):
-    assert cost(jobs["distillation/pairs"], Estimate(10), SPEEDS).gpu_hours == 0
+def test_what_runs_no_model_holds_nothing(jobs):
+    assert cost(jobs["distillation/pairs"], Estimate(10), SPEEDS, ROOM) == (1, 0, 0)
 
 
 def test_a_missing_speed_is_named(tmp_path):
