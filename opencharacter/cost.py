@@ -266,23 +266,42 @@ def settled(seconds: float) -> float:
 
 @dataclass
 class Warm:
-    """Engines on the simulation's clock: their room, and since when nobody has used them."""
+    """Engines on the simulation's clock.
 
+    Args:
+        start: seconds that one takes to start.
+        rooms: of those that run, by key, the one that was asked for last at the end.
+        unused: since when nobody has used them.
+        starting: until when they start.
+    """
+
+    start: float
     rooms: dict[str, Room] = field(default_factory=dict)
     unused: dict[str, float] = field(default_factory=dict)
+    starting: dict[str, float] = field(default_factory=dict)
 
-    def take(self, job: Job, running: Iterable[Job], there: Room, now: float) -> tuple[int, float]:
-        """Have a job's engines: how many had to start, and GPU-seconds that others stood unused."""
+    def take(
+        self, job: Job, running: Iterable[Job], there: Room, now: float
+    ) -> tuple[int, float, float]:
+        """Have a job's engines, one after another.
+
+        Returns:
+            How many had to start, the seconds until all have started, and the GPU-seconds that
+            others had stood unused.
+        """
         in_use = {key for other in running for key in keys(other)}
-        starts, idle = 0, 0.0
+        starts, until, idle = 0, now, 0.0
         for together in passes(job, there):
             for need in (n for n in together if isinstance(n, EngineSpec) and n.has_weights):
                 key = need.key()
-                starts += key not in self.rooms
+                if key not in self.rooms:
+                    starts, until = starts + 1, until + self.start
+                    self.starting[key] = until
+                until = max(until, self.starting[key])
                 idle += need.room.gpus * (now - self.unused.pop(key, now))
                 self.rooms[key] = self.rooms.pop(key, need.room)
             self._make_room(in_use | {n.key() for n in together}, there)
-        return starts, idle
+        return starts, until - now, idle
 
     def _make_room(self, kept: set[str], there: Room) -> None:
         while not fits(self.rooms.values(), there):
@@ -317,16 +336,16 @@ def simulate(
         there: what the cluster has.
     """
     waiting, running, done = list(jobs), list[Planned](), list[Planned]()
-    warm, now = Warm(), 0.0
+    warm, now = Warm(engine_start), 0.0
     while waiting or running:
         under_way = [one.job for one in running]
         while job := choose(ready(waiting, under_way), under_way, warm.rooms, there):
             waiting.remove(job)
-            starts, idle = warm.take(job, under_way, there, now)
-            takes = costs[job.dataset]
-            fixed, after = takes.fixed + starts * engine_start, done[-1] if done else None
-            running.append(Planned(job, now, fixed, takes.work, takes, starts, after))
-            running[-1].held += idle
+            starts, begin, idle = warm.take(job, under_way, there, now)
+            takes, after = costs[job.dataset], done[-1] if done else None
+            running.append(
+                Planned(job, now, takes.fixed + begin, takes.work, takes, starts, after, held=idle)
+            )
             under_way.append(job)
         shares = sharing(running, there)
         passed = min(map(Planned.remaining, running, shares))
@@ -349,9 +368,9 @@ def sharing(running: Sequence[Planned], there: Room) -> list[float]:
     """
     load: dict[str, float] = {}
     paced = [pacing(one, there) for one in running]
-    for needs in paced:
+    for one, needs in zip(running, paced, strict=True):
         for key in needs:
-            load[key] = load.get(key, 0) + 1 / len(needs)
+            load[key] = load.get(key, 0) + (0 if one.fixed else 1 / len(needs))
     return [1 / max([1.0, *(load[key] for key in needs)]) for needs in paced]
 
 
