@@ -7,7 +7,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -265,16 +264,18 @@ def plan_cells(group: list[Job], planned: list[cost.Planned] | None) -> list[str
 
 
 def plan_schedule(planned: list[cost.Planned], placement: Placement) -> list[str]:
-    """How long what is not done will take, and what it waits for; short steps are left out."""
+    """How long what is not done will take, and what it waits for, but for short steps."""
     there, whole = cost.room_for(placement), cost.wall(planned)
-    steps = []
-    for stage, group in groupby(cost.critical_path(planned), lambda one: one.job.stage.name):
-        took = [one.ended - one.began for one in group]
-        times = f"{len(took)} x " if len(took) > 1 else ""
-        if sum(took) >= whole / 100:
-            steps.append(f"{times}{stage} {duration(sum(took))}")
+    by_stage: dict[str, list[float]] = {}
+    for one in cost.critical_path(planned):
+        by_stage.setdefault(one.job.stage.name, []).append(one.ended - one.began)
+    steps = [
+        f"{f'{len(took)} x ' if len(took) > 1 else ''}{stage} {duration(sum(took))}"
+        for stage, took in by_stage.items()
+        if sum(took) >= whole / 100
+    ]
     return [
-        f"wall time {duration(whole)} with {there.gpus:g} GPUs and {there.cpus:g} CPUs, "
+        f"wall time {duration(whole)} (GPUs: {there.gpus:g}, CPUs: {there.cpus:g}), "
         f"{sum(one.starts for one in planned)} starts of an engine",
         f"critical path: {' > '.join(steps)}",
     ]

@@ -87,7 +87,7 @@ def test_plan_shows_hours_and_price(tmp_path):
     assert float(gpu_hours.replace(",", "")) > 1
     assert idle.endswith("%")
     assert "wall time" in said
-    assert "with 1 GPUs" in said
+    assert "GPUs: 1" in said
     assert "critical path: distillation/teacher" in said
     assert "K 5 -> 3 answers: " in said
     assert "25,000 -> 12,500 games: " in said
