@@ -104,12 +104,23 @@ def run(
         console.print("nothing to do: every stage is done")
         return
     cluster.connect(asked.placement)
-    for job, manifest in pipeline.run(selected, rebuild):
-        console.print(summary(job, manifest), soft_wrap=True)
-        for trait, count in manifest["figures"].get("short", {}).items():
-            wanted = job.section.questions_per_trait
-            console.print(f"  {count} of {wanted} questions: {escape(trait)}", soft_wrap=True)
+    try:
+        for job, manifest in pipeline.run(selected, rebuild):
+            tell_job(job, manifest)
+    except KeyboardInterrupt:
+        console.show_cursor()
+        console.print("interrupted; the same command goes on from here")
+        sys.stdout.flush()
+        os._exit(130)  # jobs run on threads of their own, which would outlive Ray for a moment
     tell_report(asked)
+
+
+def tell_job(job: Job, manifest: dict[str, Any]) -> None:
+    """Say that a job is done."""
+    console.print(summary(job, manifest), soft_wrap=True)
+    for trait, count in manifest["figures"].get("short", {}).items():
+        wanted = job.section.questions_per_trait
+        console.print(f"  {count} of {wanted} questions: {escape(trait)}", soft_wrap=True)
 
 
 def check_models(selected: list[Job]) -> None:
