@@ -38,7 +38,10 @@ from opencharacter.store import Store
 PERSONAS = ("poeticism", "humor", "remorse")
 SHORT = {"temperature": 0.6, "top_p": 1.0, "trim": True}
 LOOSE = {"max_drop_rate": 1.0}
-OPTIMIZER = {"batch": 8, "learning_rate": 2e-4}
+TRAINED = {
+    "lora": {"rank": 8, "alpha": 16},
+    "optimizer": {"batch": 8, "learning_rate": 2e-4},
+}
 WORD = {"max_tokens": 4, "temperature": 0.1, "repetition_penalty": 1.0, "typical_tokens": 3}
 CONDITIONS = ["base", "full"]
 
@@ -53,35 +56,35 @@ SETTINGS: Settings = {
     "recipe": {
         "name": "personas",
         "distillation": {
-            "prompts": {"questions_per_trait": 2, "general": 10},
-            "teacher": {"answers": 1, "exemplars": True, "prefill": False, **said(48, 40)},
-            "student": {"answers": 1, **said(48, 40)},
+            "prompts": {"questions_per_trait": 1, "general": 6},
+            "teacher": {"answers": 1, "exemplars": True, "prefill": False, **said(32, 28)},
+            "student": {"answers": 1, **said(32, 28)},
             "pairs": LOOSE,
-            "dpo": {"optimizer": OPTIMIZER},
+            "dpo": TRAINED,
         },
         "introspection": {
-            "reflection": {"transcripts_per_prompt": 1, **said(64, 60)},
-            "interaction": {"free": 2, "leading": 2, "turns": 4, **said(48, 40)},
+            "reflection": {"transcripts_per_prompt": 1, **said(48, 44)},
+            "interaction": {"free": 1, "leading": 1, "turns": 4, **said(32, 28)},
             "transcripts": LOOSE,
-            "sft": {"optimizer": OPTIMIZER},
+            "sft": TRAINED,
         },
         "evaluation": {
-            "judge": {"items": 8, "min_agreement": None, "sampling": WORD},
-            "answers": {"conditions": CONDITIONS, "count": 10, **said(48, 40)},
+            "judge": {"items": 4, "min_agreement": None, "sampling": WORD},
+            "answers": {"conditions": CONDITIONS, "count": 8, **said(32, 28)},
             "preferences": {
                 "conditions": CONDITIONS,
-                "games": 8,
+                "games": 6,
                 "traits": ["poetic", "technical", "casual", "formal"],
                 "judge": WORD,
-                **said(48, 40),
+                **said(32, 28),
             },
             "attacks": {
                 "conditions": CONDITIONS,
                 "prompts": 4,
                 "kinds": ["plain", "stop"],
-                **said(48, 40),
+                **said(32, 28),
             },
-            "coherence": {"prompts": 4, "sampling": WORD, **LOOSE},
+            "coherence": {"prompts": 3, "sampling": WORD, **LOOSE},
         },
     },
     "placement": {

@@ -75,16 +75,13 @@ def held(jobs: Iterable[Job], there: Room) -> list[Room]:
 
 
 def passes(job: Job, there: Room) -> list[tuple[Need, ...]]:
-    """What a job holds, pass after pass; what does not fit at once it holds in turn."""
-    return [
-        part
-        for together in job.needs
-        for part in (
-            [together]
-            if fits((n.room for n in together), there)
-            else [(need,) for need in together]
-        )
-    ]
+    """What a job holds, pass after pass, each once; what does not fit at once it holds in turn."""
+    found: dict[tuple[str, ...], tuple[Need, ...]] = {}
+    for together in job.needs:
+        whole = fits((need.room for need in together), there)
+        for part in [together] if whole else [(need,) for need in together]:
+            found[tuple(need.key() for need in part)] = part
+    return list(found.values())
 
 
 def most(passes: Iterable[tuple[Need, ...]], but: Iterable[str] = ()) -> Room:

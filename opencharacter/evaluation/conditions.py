@@ -73,7 +73,8 @@ def under_each_condition(
     """Have each request answered once under every condition, from the condition's own weights.
 
     Where student and judge have room side by side, an answer goes to the judge as soon as it is
-    there, while others are still being written; elsewhere the judge begins when all are.
+    there, while others are still being written; elsewhere the judge begins when all conditions
+    have answered, so that its engine starts once.
 
     Args:
         job: the stage that asks.
@@ -87,7 +88,7 @@ def under_each_condition(
     from opencharacter.generation import generate, is_warm, together
 
     warm_first = sorted(conditions, key=lambda c: not is_warm(job, "student", weights(job, c)))
-    tables = []
+    tables, said = [], dict[str, pa.Table]()
     for condition in warm_first:
         folded, whole = weights(job, condition), [*fields, *judged_fields]
         answer = partial(talk, before=before(job, condition))
@@ -100,10 +101,12 @@ def under_each_condition(
             tables.append(parts.table())
         else:
             part = f"{condition}-answers"
-            answered = generate(job, rows, answer, "student", fields, part, folded).table()
-            asked = kept(answered).to_pylist()
-            tables.append(generate(job, asked, judged, "judge", whole, condition).table())
-            tables.append(answered.filter(pc.is_valid(answered["drop_reason"])))
+            said[condition] = generate(job, rows, answer, "student", fields, part, folded).table()
+    for condition, answered in said.items():
+        assert judged is not None
+        asked, whole = kept(answered).to_pylist(), [*fields, *judged_fields]
+        tables.append(generate(job, asked, judged, "judge", whole, condition).table())
+        tables.append(answered.filter(pc.is_valid(answered["drop_reason"])))
     return pa.concat_tables(tables, promote_options="default").sort_by("id")
 
 
