@@ -21,7 +21,7 @@ def test_lines_of_several_jobs_are_redrawn_together_and_go():
     assert drawn.index("a/teacher") < drawn.index("b/dpo")
     assert Line.shown == {}
     assert Line.live is None
-    assert screen.getvalue().endswith("\x1b[?25h")  # the cursor is back
+    assert screen.getvalue().rstrip("\r").endswith("\x1b[?25h")  # the cursor is back
 
 
 def test_elsewhere_than_on_a_terminal_nothing_is_redrawn():
