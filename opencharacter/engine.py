@@ -464,6 +464,7 @@ class Held:
 
     Args:
         needs: engines with weights, and workers.
+        places: where they are held, by the same keys.
         seconds: of all of them together; see `_settle`.
         gpu_seconds: the same, times the GPUs of each.
         busy: seconds in which work was under way, told by who does it.
@@ -472,6 +473,7 @@ class Held:
     """
 
     needs: dict[str, Need]
+    places: dict[str, _Place] = field(default_factory=dict)
     seconds: float = 0
     gpu_seconds: float = 0
     busy: float = 0
@@ -480,7 +482,7 @@ class Held:
 
     def fleet(self, spec: EngineSpec) -> Fleet | None:
         """The running hosts of one of its engines; None for an engine without weights."""
-        return _places[spec.key()].fleet.result() if spec.has_weights else None
+        return self.places[spec.key()].fleet.result() if spec.has_weights else None
 
 
 @dataclass
@@ -522,12 +524,12 @@ def hold(job: str, needs: Sequence[Need], cluster: Room | None) -> Iterator[Held
     began = time.monotonic()
     try:
         for spec in new:
-            _start(_places[spec.key()], spec)
+            _start(held.places[spec.key()], spec)
             held.started.append(spec.label)
         for need in held.needs.values():
             if isinstance(need, EngineSpec):
-                _grow(_places[need.key()], need)
-        held.starting = time.monotonic() - began if new else 0
+                _grow(held.places[need.key()], need)
+        held.starting = time.monotonic() - began
         yield held
     finally:
         _give_back(held)
@@ -547,7 +549,7 @@ def _take(held: Held, there: Room) -> list[EngineSpec]:
             place = _places.pop(key, None) or _Place(need, now)
             _settle(place, now, place.users or [held])
             place.users.append(held)
-            _places[key] = place
+            _places[key] = held.places[key] = place
     return new
 
 
@@ -580,15 +582,12 @@ def _settle(place: _Place, now: float, users: list[Held]) -> None:
 
 def _give_back(held: Held) -> None:
     with _changed:
-        for key in held.needs:
-            place = _places.get(key)
-            if place is None or held not in place.users:
-                continue  # it did not start
+        for key, place in held.places.items():
             _settle(place, time.monotonic(), place.users)
             place.users.remove(held)
             if isinstance(place.need, Workers):
                 del _places[key]
-            elif any(other.users for other in _places.values()):
+            elif _places.get(key) is place and any(other.users for other in _places.values()):
                 _shrink(place)  # somebody may be waiting for that room
         _changed.notify_all()
 

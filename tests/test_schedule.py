@@ -162,6 +162,20 @@ def test_an_engine_is_started_once_and_shared_while_it_is_used(engines):
         assert second.started == []
 
 
+def test_an_engine_that_does_not_start_fails_the_job_and_may_be_tried_anew(engines, monkeypatch):
+    spec, _ = engines
+
+    def start(place, spec):
+        del engine._places[spec.key()]
+        place.fleet.set_exception(StageFailed("no weights"))
+
+    monkeypatch.setattr(engine, "_start", start)
+    for _ in range(2):
+        with pytest.raises(StageFailed, match="no weights"), hold("a", [spec("one")], ONE):
+            pass
+    assert engine.running_engines() == {}
+
+
 def test_time_is_charged_to_who_holds_and_idle_time_to_who_comes(engines, monkeypatch):
     spec, _ = engines
     now = [0.0]
