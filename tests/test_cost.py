@@ -152,8 +152,8 @@ def test_jobs_at_one_engine_share_its_speed(store):
 
 @pytest.mark.slow
 def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
-    """Two personas after a first one, from which the time beside the replies is taken."""
-    seconds, seats = 0.5, 4
+    """Two personas after one, from which the time beside the replies is taken."""
+    seconds, seats = 1.0, 4
     placement = Placement.model_validate(
         {
             "pools": {role: {"max_sequences": seats} for role in ("teacher", "student")},
@@ -176,6 +176,8 @@ def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
         made = pipeline.jobs(recipe, personas, placement, store)
         return pipeline.select(made, until="distillation/pairs")
 
+    general = [job for job in jobs_of("humor") if job.scope == "echo"]
+    assert len(list(pipeline.run(general))) == 1  # what is slow the first time
     beside = []
     for job, manifest in pipeline.run(jobs_of("humor")):
         work = cost(job, job.stage.module.estimate(job), speeds, room_for(placement)).work
@@ -186,4 +188,5 @@ def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
     predicted = wall(plan(left, speeds))
     began = time.monotonic()
     assert len(list(pipeline.run(left))) == len(left) == 8
-    assert predicted == pytest.approx(time.monotonic() - began, rel=0.25)
+    took = time.monotonic() - began
+    assert predicted == pytest.approx(took, rel=0.25), speeds.pass_start
