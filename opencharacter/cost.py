@@ -22,7 +22,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError
 from opencharacter.config import Config, Placement, Recipe, Room, explain, fits, read_yaml
 from opencharacter.engine import EngineSpec, Workers
 from opencharacter.errors import UserError
-from opencharacter.schedule import choose, keys, least, most, passes, ready
+from opencharacter.schedule import choose, keys, least, most, passes, ready, workers
 from opencharacter.stage import Estimate, Job
 from opencharacter.store import Store
 
@@ -183,9 +183,8 @@ def cost(job: Job, estimate: Estimate, speeds: Speeds, there: Room) -> Cost:
     if not held:
         return Cost(speeds.other, 0, 0)
     if all(isinstance(need, Workers) for together in held for need in together):
-        workers = job.placement.training.workers
         work = estimate.trained / speeds.training + estimate.read / speeds.reading
-        return Cost(speeds.training_start, work / workers, gpus)
+        return Cost(speeds.training_start, work / job.placement.training.workers, gpus)
 
     def seconds(role: str, tokens: int, speed: float) -> float:
         return tokens / (speed * getattr(job.placement.pools, role).replicas)
@@ -281,7 +280,7 @@ class Warm:
     starting: dict[str, float] = field(default_factory=dict)
 
     def take(
-        self, job: Job, running: Iterable[Job], there: Room, now: float
+        self, job: Job, running: Sequence[Job], there: Room, now: float
     ) -> tuple[int, float, float]:
         """Have a job's engines, one after another.
 
@@ -290,6 +289,7 @@ class Warm:
             others had stood unused.
         """
         in_use = {key for other in running for key in keys(other)}
+        training = workers([*running, job])
         starts, until, idle = 0, now, 0.0
         for together in passes(job, there):
             for need in (n for n in together if isinstance(n, EngineSpec) and n.has_weights):
@@ -300,11 +300,11 @@ class Warm:
                 until = max(until, self.starting[key])
                 idle += need.room.gpus * (now - self.unused.pop(key, now))
                 self.rooms[key] = self.rooms.pop(key, need.room)
-            self._make_room(in_use | {n.key() for n in together}, there)
+            self._make_room(in_use | {n.key() for n in together}, training, there)
         return starts, until - now, idle
 
-    def _make_room(self, kept: set[str], there: Room) -> None:
-        while not fits(self.rooms.values(), there):
+    def _make_room(self, kept: set[str], training: list[Room], there: Room) -> None:
+        while not fits([*self.rooms.values(), *training], there):
             going = next((key for key in self.rooms if key not in kept), None)
             if going is None:
                 return

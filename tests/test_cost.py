@@ -13,6 +13,7 @@ from opencharacter.config import Placement, Room
 from opencharacter.cost import (
     Cost,
     Speeds,
+    Warm,
     cost,
     critical_path,
     load_speeds,
@@ -148,6 +149,18 @@ def test_jobs_at_one_engine_share_its_speed(store):
     done = simulate(jobs[:2], costs, 30, ROOM)
     assert [one.ended for one in done] == [50, 50]
     assert [one.starts for one in done] == [1, 0]
+
+
+def test_training_stops_an_engine_that_has_no_room_beside_it(store):
+    jobs = {job.dataset: job for job in three(store, PLACEMENT)}
+    names = ("echo/distillation/student", "echo/humor/distillation/dpo")
+    student, training = (jobs[name] for name in names)
+    warm = Warm(30)
+    small = Room(cpus=8, gpus=2, memory_gib=64)
+    assert warm.take(student, [], small, 0) == (1, 30, 0)
+    warm.leave([training, student], [], 40)
+    assert warm.take(training, [], small, 50) == (0, 0, 0)
+    assert warm.rooms == {}
 
 
 @pytest.mark.slow
