@@ -34,7 +34,7 @@ from harness import (
 from opencharacter import cluster, constitution, engine, pipeline
 from opencharacter.config import Placement, Recipe
 from opencharacter.engine import EngineSpec, Reply, Row, Talk
-from opencharacter.generation import generate, spec_of
+from opencharacter.generation import generate
 from opencharacter.stage import Job
 from opencharacter.store import Store
 
@@ -155,7 +155,7 @@ def make_job(settings: Settings, stage: str, storage: Path, series: str = SUBJEC
 
 def make_spec(settings: Settings) -> EngineSpec:
     """The engine that the package would start."""
-    return spec_of(make_job(settings, "distillation/student", Path("unused")), "student", None)
+    return make_job(settings, "distillation/student", Path("unused")).engine("student")
 
 
 def sampling_of(settings: Settings, series: str) -> dict[str, Any]:

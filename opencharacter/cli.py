@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,7 +49,8 @@ Smoke = Annotated[bool, typer.Option("--smoke", help="The recipe at about 1 % of
 
 
 GIB = 2**30
-HOURS = ("hours", "GPU-hours", "price")
+HELD = ("held_seconds", "busy_seconds", "gpu_seconds", "gpu_busy_seconds")
+HOURS = ("hours", "GPU-hours", "idle", "price")
 
 WIDE = 240
 """Characters that a table may take."""
@@ -101,12 +104,23 @@ def run(
         console.print("nothing to do: every stage is done")
         return
     cluster.connect(asked.placement)
-    for job, manifest in pipeline.run(selected, rebuild):
-        console.print(summary(job, manifest), soft_wrap=True)
-        for trait, count in manifest["figures"].get("short", {}).items():
-            wanted = job.section.questions_per_trait
-            console.print(f"  {count} of {wanted} questions: {escape(trait)}", soft_wrap=True)
+    try:
+        for job, manifest in pipeline.run(selected, rebuild):
+            tell_job(job, manifest)
+    except KeyboardInterrupt:
+        console.show_cursor()
+        console.print("interrupted; the same command goes on from here")
+        sys.stdout.flush()
+        os._exit(130)  # jobs run on threads of their own, which would outlive Ray for a moment
     tell_report(asked)
+
+
+def tell_job(job: Job, manifest: dict[str, Any]) -> None:
+    """Say that a job is done."""
+    console.print(summary(job, manifest), soft_wrap=True)
+    for trait, count in manifest["figures"].get("short", {}).items():
+        wanted = job.section.questions_per_trait
+        console.print(f"  {count} of {wanted} questions: {escape(trait)}", soft_wrap=True)
 
 
 def check_models(selected: list[Job]) -> None:
@@ -172,25 +186,29 @@ def plan(
     storage: Storage = None,
     smoke: Smoke = False,
     speed: Annotated[
-        str | None, typer.Option(help="YAML of measured tokens/s: adds hours, GPU-hours, price.")
+        str | None,
+        typer.Option(help="File of speeds, or a storage with runs: adds time, GPU-hours, price."),
     ] = None,
 ) -> None:
     """Say what a run would do: rows and tokens by stage, what is done, what is missing here."""
     asked = Run(recipe, names, placement, storage, smoke)
     speeds = cost.load_speeds(speed) if speed else None
+    states = {job.dataset: job.state() for job in asked.jobs}
+    left = [job for job in asked.jobs if states[job.dataset][0] != "done"]
+    planned = cost.plan(left, speeds) if speeds and left else []
     table = job_table("rows", "tokens read", "written", "trained", *(HOURS if speeds else ()))
-    totals: list[float] = []
-    for job in asked.jobs:
-        state, differing = job.state()
-        why = f"{state}: {differing[0]}" if differing else state
-        numbers = plan_numbers(job, speeds)
-        totals = [a + b for a, b in zip(totals, numbers, strict=True)] if totals else numbers
-        table.add_row(job.dataset, why, *map(plan_cell, numbers))
-    table.add_row("total", "", *map(plan_cell, totals), style="bold")
+    for name, group in plan_groups(asked).items():
+        said = plan_state([states[job.dataset] for job in group])
+        table.add_row(name, said, *plan_cells(group, planned if speeds else None))
+    table.add_row("total", "", *plan_cells(asked.jobs, planned if speeds else None), style="bold")
     print_whole(table)
-    for job in asked.jobs:
-        for line in getattr(job.stage.module, "notes", lambda _: ())(job):
-            console.print(f"{job.dataset}: {line}", soft_wrap=True)
+    if speeds:
+        for line in (*plan_schedule(planned, asked.placement), *plan_savings(asked, speeds)):
+            console.print(line, soft_wrap=True, highlight=False)
+    for name, group in plan_groups(asked).items():
+        told = (getattr(job.stage.module, "notes", lambda _: ())(job) for job in group)
+        for line in dict.fromkeys(line for lines in told for line in lines):
+            console.print(f"{name}: {line}", soft_wrap=True)
     for name in type(asked.recipe.roles).model_fields:
         console.print(engine_line(asked, name), soft_wrap=True)
     for line in missing_here(asked):
@@ -222,15 +240,68 @@ def engine_line(asked: Run, name: str) -> str:
     )
 
 
-def plan_numbers(job: Job, speeds: cost.Speeds | None) -> list[float]:
-    """The numbers of one job in `plan`."""
-    e = job.stage.module.estimate(job)
-    numbers = [e.rows, e.tokens_in, e.tokens_out, e.trained]
-    if speeds is None:
-        return numbers
-    takes = cost.cost(job, e, speeds)
-    price = takes.gpu_hours * job.placement.price_per_gpu_hour
-    return [*numbers, takes.seconds / 3600, takes.gpu_hours, price]
+def plan_groups(asked: Run) -> dict[str, list[Job]]:
+    """Jobs by stage; a dataset's name has `*` where several personas have one."""
+    groups: dict[str, list[Job]] = {}
+    for job in asked.jobs:
+        name = job.dataset
+        if job.constitution and len(asked.constitutions) > 1:
+            own = job.scope.split("/")
+            name = "/".join([*own[:-1], "*", job.stage.name])
+        groups.setdefault(name, []).append(job)
+    return groups
+
+
+def plan_state(states: list[tuple[str, list[str]]]) -> str:
+    """What storage holds of a group of jobs."""
+    said = Counter(": ".join([state, *differing[:1]]) for state, differing in states)
+    if len(said) == 1:
+        return next(iter(said))
+    return ", ".join(f"{count} {state}" for state, count in said.items())
+
+
+def plan_cells(group: list[Job], planned: list[cost.Planned] | None) -> list[str]:
+    """The cells of some jobs in `plan`."""
+    found = [job.stage.module.estimate(job) for job in group]
+    numbers = [sum(getattr(e, n) for e in found) for n in ("rows", "tokens_in", "tokens_out")]
+    cells = [*map(plan_cell, numbers), plan_cell(sum(e.trained or e.read for e in found))]
+    if planned is None:
+        return cells
+    mine = {job.dataset for job in group}
+    sums = cost.sums(one for one in planned if one.job.dataset in mine)
+    price = sums.gpu_hours * group[0].placement.price_per_gpu_hour
+    idle = f"{sums.idle:.0%}" if sums.gpu_hours else ""
+    return [*cells, plan_cell(sums.hours), plan_cell(sums.gpu_hours), idle, plan_cell(price)]
+
+
+def plan_schedule(planned: list[cost.Planned], placement: Placement) -> list[str]:
+    """How long what is not done will take, and what it waits for, but for short steps."""
+    there, whole = cost.room_for(placement), cost.wall(planned)
+    by_stage: dict[str, list[float]] = {}
+    for one in cost.critical_path(planned):
+        by_stage.setdefault(one.job.stage.name, []).append(one.ended - one.began)
+    steps = [
+        f"{f'{len(took)} x ' if len(took) > 1 else ''}{stage} {duration(sum(took))}"
+        for stage, took in by_stage.items()
+        if sum(took) >= whole / 100
+    ]
+    return [
+        f"wall time {duration(whole)} (GPUs: {there.gpus:g}, CPUs: {there.cpus:g}), "
+        f"{sum(one.starts for one in planned)} starts of an engine",
+        f"critical path: {' > '.join(steps)}",
+    ]
+
+
+def plan_savings(asked: Run, speeds: cost.Speeds) -> Iterator[str]:
+    """What asking for less would save of a whole run."""
+    whole = cost.plan(asked.jobs, speeds)
+    for less in cost.smaller(asked.recipe):
+        jobs = pipeline.jobs(less.recipe, asked.constitutions, asked.placement, asked.store)
+        made = cost.plan(jobs, speeds)
+        saved = cost.wall(whole) - cost.wall(made)
+        gpus = cost.sums(whole).gpu_hours - cost.sums(made).gpu_hours
+        hours = f" and {gpus:,.1f} GPU-hours" if gpus else ""
+        yield f"{less.what}: {duration(saved)}{hours} less; {less.effect}"
 
 
 def plan_cell(number: float) -> str:
@@ -283,12 +354,25 @@ def status(
     storage: Storage = None,
     smoke: Smoke = False,
 ) -> None:
-    """Say what storage holds of a run: rows, drops by reason, time, what was redone."""
+    """Say what storage holds of a run: rows, drops by reason, time, idle time, what was redone."""
     asked = Run(recipe, names, placement, storage, smoke)
-    table = job_table("rows", "dropped", "tokens", "time", "redone")
+    table = job_table("rows", "dropped", "tokens", "time", "GPU-hours", "idle", "redone")
     for job in asked.jobs:
         table.add_row(job.dataset, *status_cells(job))
     print_whole(table)
+    done = [job.store.manifest(job.dataset) for job in asked.jobs if job.state()[0] == "done"]
+    console.print(held_line([manifest for manifest in done if manifest]), highlight=False)
+
+
+def held_line(manifests: list[dict[str, Any]]) -> str:
+    """What finished jobs held, and how much of that was idle."""
+    sums = {name: sum(m.get(name, 0) for m in manifests) for name in HELD}
+    started = sum(len(m.get("engines_started", ())) for m in manifests)
+    kind = "gpu_" if sums["gpu_seconds"] else ""
+    held, busy = sums[f"{kind}seconds" if kind else "held_seconds"], sums[f"{kind}busy_seconds"]
+    idle = f", {1 - busy / held:.0%} of it idle" if held else ""
+    what = "GPUs" if kind else "engines and workers"
+    return f"{what} held for {duration(held)}{idle}; {started} starts of an engine"
 
 
 def status_cells(job: Job) -> list[str]:
@@ -297,18 +381,22 @@ def status_cells(job: Job) -> list[str]:
     manifest = job.store.manifest(job.dataset)
     if state == "partial":
         history = job.store.attempts(job.dataset)
-        return [state, f"{history[-1]['reached']} begun", "", "", "", str(redone(history))]
+        begun = f"{history[-1]['reached']} begun"
+        return [state, begun, *[""] * 5, str(redone(history))]
     if manifest is None:
-        return [state, "", "", "", "", ""]
+        return [state, *[""] * 7]
     if differing:
         state = f"stale: {differing[0]}"
     dropped = ", ".join(f"{n} {reason}" for reason, n in manifest["dropped"].items())
+    held, busy = manifest.get("held_seconds", 0), manifest.get("busy_seconds", 0)
     return [
         state,
         f"{manifest['rows']:,}",
         dropped,
         f"{manifest['tokens_out']:,}",
         duration(manifest["seconds"]),
+        f"{manifest['gpu_seconds'] / 3600:,.2f}" if manifest["gpu_seconds"] else "",
+        f"{1 - busy / held:.0%}" if held else "",
         str(redone(manifest["attempts"])),
     ]
 

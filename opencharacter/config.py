@@ -8,6 +8,7 @@ are YAML; the packaged ones are listed by `opencharacter plan --help`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -546,6 +547,49 @@ class Recipe(Config):
 # ------------------------------------------------------------------------------------- placement
 
 
+class Room(Config):
+    """What a cluster has, or what something holds of it."""
+
+    cpus: NonNegativeFloat = 0
+    gpus: NonNegativeFloat = 0
+    memory_gib: NonNegativeFloat = 0
+
+    def __or__(self, other: Room) -> Room:
+        """The greater of both, kind by kind."""
+        return Room(
+            cpus=max(self.cpus, other.cpus),
+            gpus=max(self.gpus, other.gpus),
+            memory_gib=max(self.memory_gib, other.memory_gib),
+        )
+
+
+def total(rooms: Iterable[Room]) -> Room:
+    """What several hold together."""
+    held = list(rooms)
+    return Room(
+        cpus=sum(room.cpus for room in held),
+        gpus=sum(room.gpus for room in held),
+        memory_gib=sum(room.memory_gib for room in held),
+    )
+
+
+def fits(rooms: Iterable[Room], there: Room) -> bool:
+    """Whether a cluster holds several at once."""
+    wanted = total(rooms)
+    return (
+        wanted.cpus <= there.cpus + 1e-6
+        and wanted.gpus <= there.gpus + 1e-6
+        and wanted.memory_gib <= there.memory_gib + 1e-6
+    )
+
+
+JOBS_AN_ENGINE = 2
+"""Jobs that use an engine at once: one fills the seats that the last rows of another leave, and its
+time without requests."""
+LIGHT = 0.02
+"""CPUs that Ray reserves for what only waits or writes: the engines hold the rest."""
+
+
 class Pool(Config):
     """Where a role's engines run."""
 
@@ -580,6 +624,15 @@ class Pool(Config):
         """Replicas when it has grown."""
         return max(self.replicas, self.max_replicas or 0)
 
+    @property
+    def room(self) -> Room:
+        """What its replicas hold together, with what the jobs that use them need beside."""
+        return Room(
+            cpus=self.replicas * (self.cpus + JOBS_AN_ENGINE * LIGHT),
+            gpus=self.replicas * self.gpus,
+            memory_gib=self.replicas * self.memory_gib,
+        )
+
 
 class Pools(Config):
     """One pool a role."""
@@ -611,6 +664,11 @@ class Training(Config):
     """Optimiser steps between checkpoints: at most these are redone after a crash."""
     retries: NonNegativeInt = 3
     """Restarts after a lost worker."""
+
+    @property
+    def room(self) -> Room:
+        """What its workers hold together."""
+        return Room(cpus=self.workers * self.cpus, gpus=self.workers * self.gpus)
 
 
 class Serving(Config):
@@ -651,6 +709,12 @@ class Placement(Config):
     """CPUs of a Ray that this command starts itself; all of the machine's where absent."""
     object_store_gib: PositiveFloat = 0.5
     """Object store of a Ray that this command starts itself."""
+    jobs_at_once: PositiveInt | None = None
+    """Jobs that generate or train at once: for machines whose cores bear fewer than would fit."""
+    cluster: Room | None = None
+    """What the cluster has, or may grow to: how much runs at once in `plan`, and on a cluster that
+    grows when asked. Where absent, `plan` takes the least that holds every role and the training
+    by itself, and a run what it finds."""
     price_per_gpu_hour: NonNegativeFloat = 0
     """In any currency; `plan` multiplies."""
 

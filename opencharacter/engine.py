@@ -13,8 +13,12 @@ import asyncio
 import contextlib
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, replace
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -31,7 +35,7 @@ from opencharacter.chat import (
     row_seed,
     strip_think,
 )
-from opencharacter.config import ECHO, Pool, Role, Sampling
+from opencharacter.config import ECHO, JOBS_AN_ENGINE, Pool, Role, Room, Sampling, fits
 from opencharacter.errors import RowFailed, StageFailed, UserError
 from opencharacter.filters import whole_sentences
 from opencharacter.progress import Tally
@@ -74,10 +78,50 @@ class EngineSpec:
         """Whether it is worth keeping: an endpoint and an echo start at once."""
         return not self.role.endpoint and not self.role.model.startswith(ECHO)
 
+    @property
+    def room(self) -> Room:
+        """What its hosts hold."""
+        return self.pool.room if self.has_weights else Room()
+
+    @property
+    def at_once(self) -> int:
+        """Jobs that may use it at once; an endpoint has a limit of requests, so one."""
+        return 1 if self.role.endpoint else JOBS_AN_ENGINE
+
+    @property
+    def label(self) -> str:
+        """Its weights, in words."""
+        return " + ".join([self.role.model, *([self.folded.relative] if self.folded else [])])
+
     def key(self) -> str:
         """The same for specs that one engine can serve."""
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:
         role = self.role.model_copy(update={"name": "", "called": "", "aliases": ()})
-        return repr((role, self.pool, self.folded))
+        return repr((role, self.pool, self.folded if self.has_weights else None))
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes of training, which a job has for itself.
+
+    Args:
+        owner: the job's dataset.
+        room: of all of them together.
+    """
+
+    owner: str
+    room: Room
+    at_once: int = 1
+
+    def key(self) -> str:
+        return f"workers of {self.owner}"
+
+
+Need = EngineSpec | Workers
+"""What a job may hold; its `key()` is the same for jobs that can share it."""
 
 
 class Engine(Protocol):
@@ -386,6 +430,8 @@ class Host:
 
 AHEAD_OF_RAY = 2
 """Calls that a host takes at once, over its seats; Ray's default would be 1,000."""
+PATIENCE = 60
+"""Seconds for which new hosts wait for Ray to place them before another engine makes room."""
 
 
 @dataclass(frozen=True)
@@ -393,12 +439,10 @@ class Fleet:
     """The hosts of one spec.
 
     Args:
-        pool: where they run.
         ready: handles, one a replica, whose engines have started.
         coming: handles that join when the cluster has room for them.
     """
 
-    pool: Pool
     ready: list[Any]
     coming: list[Any]
 
@@ -414,72 +458,251 @@ class Fleet:
             ray.kill(host)
 
 
-_fleets: dict[str, Fleet] = {}
-"""Running hosts by the key of their spec, the one that was asked for last at the end."""
+@dataclass(eq=False)
+class Held:
+    """What a job holds for a while, and what that came to.
+
+    Args:
+        needs: engines with weights, and workers.
+        places: where they are held, by the same keys.
+        seconds: of all of them together; see `_settle`.
+        gpu_seconds: the same, times the GPUs of each.
+        busy: seconds in which work was under way, told by who does it.
+        starting: seconds until all engines had started.
+        started: the engines that were started for this.
+    """
+
+    needs: dict[str, Need]
+    places: dict[str, _Place] = field(default_factory=dict)
+    seconds: float = 0
+    gpu_seconds: float = 0
+    busy: float = 0
+    starting: float = 0
+    started: list[str] = field(default_factory=list)
+
+    def fleet(self, spec: EngineSpec) -> Fleet | None:
+        """The running hosts of one of its engines; None for an engine without weights."""
+        return self.places[spec.key()].fleet.result() if spec.has_weights else None
 
 
-def hosts(spec: EngineSpec) -> Fleet:
-    """The running hosts of a spec; started if they are not there.
+@dataclass
+class _Place:
+    """Something that is held: by whom now, and since when that has been so."""
 
-    Hosts of other weights are stopped, the longest unused first, where the cluster has no room.
+    need: Need
+    since: float
+    users: list[Held] = field(default_factory=list)
+    fleet: Future[Fleet] = field(default_factory=Future)
+
+
+_places: dict[str, _Place] = {}
+"""Running engines and workers by their key, the one that was asked for last at the end."""
+_changed = threading.Condition()
+"""Guards `_places`, and tells when something was given back."""
+_spent: dict[str, list[Held]] = {}
+"""What jobs have held, by the job."""
+
+
+@contextlib.contextmanager
+def hold(job: str, needs: Sequence[Need], cluster: Room | None) -> Iterator[Held]:
+    """Have engines and workers at once, and nobody else evicts them meanwhile.
+
+    Engines that run already are shared. Where the cluster has no room, engines that no job uses
+    are stopped, the longest unused first; if that is not enough, this waits until another job
+    gives something back. A job waits with empty hands, so none waits for ever.
+
+    Args:
+        job: the dataset that is made, on whose account it goes.
+        needs: all that is used at the same time.
+        cluster: what it has, by the placement.
 
     Raises:
         StageFailed: if an engine does not start.
     """
-    key, pool = spec.key(), spec.pool
-    if key in _fleets:
-        _fleets[key] = _fleets.pop(key)
-        return _fleets[key]
-    while _fleets and not has_room([fleet.pool for fleet in _fleets.values()] + [pool]):
-        _fleets.pop(next(iter(_fleets))).stop()
-    options = {
-        "num_cpus": pool.cpus,
-        "num_gpus": pool.gpus,
-        "memory": int(pool.memory_gib * 2**30),
-        "max_restarts": pool.restarts,
-        "max_task_retries": -1,
-        "max_concurrency": AHEAD_OF_RAY * seats(spec),
-    }
-    handles: list[Any] = [Host.options(**options).remote(spec) for _ in range(pool.most_replicas)]
-    fleet = Fleet(pool, handles[: pool.replicas], handles[pool.replicas :])
+    held = Held({n.key(): n for n in needs if isinstance(n, Workers) or n.has_weights})
+    new = _take(held, capacity(cluster)) if held.needs else []
+    began = time.monotonic()
     try:
-        ray.get([host.start.remote() for host in fleet.ready])
+        for spec in new:
+            _start(held.places[spec.key()], spec)
+            held.started.append(spec.label)
+        for need in held.needs.values():
+            if isinstance(need, EngineSpec):
+                _grow(held.places[need.key()], need)
+        held.starting = time.monotonic() - began
+        yield held
+    finally:
+        _give_back(held)
+        _spent.setdefault(job, []).append(held)
+
+
+def _take(held: Held, there: Room) -> list[EngineSpec]:
+    """Become a user of all that is needed; returns the engines that are to be started."""
+    new: list[EngineSpec] = []
+    with _changed:
+        while not _make_room(held.needs, there):
+            _changed.wait()
+        for key, need in held.needs.items():
+            now = time.monotonic()
+            if key not in _places and isinstance(need, EngineSpec):
+                new.append(need)
+            place = _places.pop(key, None) or _Place(need, now)
+            _settle(place, now, place.users or [held])
+            place.users.append(held)
+            _places[key] = held.places[key] = place
+    return new
+
+
+def _make_room(needs: dict[str, Need], there: Room) -> bool:
+    """Stop unused engines until there is room; whether there is, or nothing to wait for."""
+    others = [key for key in _places if key not in needs]
+    if not needs.keys() <= _places.keys():
+        for key in others:
+            _shrink(_places[key])
+    wanted = [need.room for need in needs.values()]
+    while not fits([*wanted, *(_places[key].need.room for key in others)], there):
+        unused = [key for key in others if not _places[key].users]
+        if not unused:
+            return not others  # what does not fit by itself is Ray's to refuse, or to grow for
+        others.remove(unused[0])
+        _stop(unused[0])
+    return True
+
+
+def _settle(place: _Place, now: float, users: list[Held]) -> None:
+    """Charge the time since the last change to its users, in equal shares.
+
+    An engine that stood unused is charged to the job that comes.
+    """
+    passed, place.since = now - place.since, now
+    for user in users:
+        user.seconds += passed / len(users)
+        user.gpu_seconds += passed * place.need.room.gpus / len(users)
+
+
+def _give_back(held: Held) -> None:
+    with _changed:
+        for key, place in held.places.items():
+            _settle(place, time.monotonic(), place.users)
+            place.users.remove(held)
+            if isinstance(place.need, Workers):
+                del _places[key]
+            elif _places.get(key) is place and any(other.users for other in _places.values()):
+                _shrink(place)  # somebody may be waiting for that room
+        _changed.notify_all()
+
+
+def _shrink(place: _Place) -> None:
+    """Stop the replicas of an unused engine that came beyond those which its pool waits for."""
+    if not place.users and isinstance(place.need, EngineSpec):
+        fleet = place.fleet.result()
+        Fleet([], fleet.coming).stop()
+        fleet.coming.clear()
+
+
+def _grow(place: _Place, spec: EngineSpec) -> None:
+    """Wait for an engine, and ask Ray for the replicas that join when there is room."""
+    fleet = place.fleet.result()
+    with _changed:
+        if not fleet.coming:
+            fleet.coming.extend(_new_hosts(spec, spec.pool.most_replicas - spec.pool.replicas))
+
+
+def _stop(key: str) -> None:
+    """Stop an unused engine."""
+    _places.pop(key).fleet.result().stop()
+
+
+def _start(place: _Place, spec: EngineSpec) -> None:
+    """Start an engine's hosts; who waits for them is told of a failure."""
+    handles = _new_hosts(spec, spec.pool.replicas)
+    try:
+        _await_placed(handles)
+        ray.get([host.start.remote() for host in handles])
+        place.fleet.set_result(Fleet(handles, []))
     except ray.exceptions.RayError as error:
         for host in handles:
             ray.kill(host)
         cause = getattr(error, "cause", None) or error
-        if isinstance(cause, UserError):
-            raise cause from None
-        raise StageFailed(f"engine for {spec.role.model} did not start: {cause}") from error
-    _fleets[key] = fleet
-    return fleet
+        with _changed:
+            del _places[spec.key()]
+        failed = StageFailed(f"engine for {spec.role.model} did not start: {cause}")
+        place.fleet.set_exception(cause if isinstance(cause, UserError) else failed)
 
 
-def has_room(pools: list[Pool]) -> bool:
-    """Whether the cluster holds all these pools at once, with a little to spare for the rest."""
-    there = ray.cluster_resources()
-    cpus = sum(pool.replicas * pool.cpus for pool in pools)
-    gpus = sum(pool.replicas * pool.gpus for pool in pools)
-    memory = sum(pool.replicas * pool.memory_gib * 2**30 for pool in pools)
-    enough = gpus <= there.get("GPU", 0) and memory <= there.get("memory", 0)
-    return enough and cpus < there.get("CPU", 0)
+def _new_hosts(spec: EngineSpec, count: int) -> list[Any]:
+    """Ask Ray for hosts."""
+    pool = spec.pool
+    host = Host.options(
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        memory=int(pool.memory_gib * 2**30),
+        max_restarts=pool.restarts,
+        max_task_retries=-1,
+        max_concurrency=AHEAD_OF_RAY * seats(spec),
+    )
+    return [host.remote(spec) for _ in range(count)]
 
 
-def fit_together(one: EngineSpec, other: EngineSpec) -> bool:
-    """Whether the cluster holds the engines of two specs at once."""
-    pools = {spec.key(): spec.pool for spec in (one, other) if spec.has_weights}
-    return len(pools) < 2 or has_room(list(pools.values()))
+def _await_placed(handles: list[Any]) -> None:
+    """Wait until Ray has found room; where nodes are too broken up for it, unused engines go."""
+    placed = [host.__ray_ready__.remote() for host in handles]
+    while len(ray.wait(placed, num_returns=len(placed), timeout=PATIENCE)[0]) < len(placed):
+        with _changed:
+            unused = [key for key, place in _places.items() if not place.users]
+            if unused:
+                _stop(unused[0])
+
+
+def spent(job: str) -> dict[str, Any]:
+    """What a job has held, as its manifest says it.
+
+    An engine or a worker, and its GPUs, are *held* from when they are asked for (what runs already:
+    since the job before) until they are given back, and *busy* from the first request to the last
+    reply, or from the first training step to the last. Jobs that use an engine at once share that.
+    """
+    made = _spent.pop(job, [])
+    gpus = {id(held): sum(need.room.gpus for need in held.needs.values()) for held in made}
+    seconds = {
+        "held_seconds": sum(h.seconds for h in made),
+        "busy_seconds": sum(min(h.busy * len(h.needs), h.seconds) for h in made),
+        "gpu_seconds": sum(h.gpu_seconds for h in made),
+        "gpu_busy_seconds": sum(min(h.busy * gpus[id(h)], h.gpu_seconds) for h in made),
+        "starting_seconds": sum(h.starting for h in made),
+    }
+    started = [name for held in made for name in held.started]
+    rounded = {k: round(v, 2) for k, v in seconds.items()}
+    return rounded | {"passes": len(made), "engines_started": started}
+
+
+def capacity(declared: Room | None) -> Room:
+    """What the cluster has now, or may grow to if that is more."""
+    there = ray.cluster_resources() if ray.is_initialized() else {}
+    now = Room(
+        cpus=there.get("CPU", 0),
+        gpus=there.get("GPU", 0),
+        memory_gib=there.get("memory", 0) / 2**30,
+    )
+    return now | (declared or now)
+
+
+def running_engines() -> dict[str, Room]:
+    """Engines that run, used or not, by their key."""
+    with _changed:
+        places = list(_places.items())
+    return {key: place.need.room for key, place in places if isinstance(place.need, EngineSpec)}
 
 
 def is_warm(spec: EngineSpec) -> bool:
     """Whether hosts of a spec are running."""
-    return spec.key() in _fleets
+    return spec.key() in _places
 
 
-def stop_hosts() -> None:
-    """Stop all hosts."""
-    while _fleets:
-        _fleets.popitem()[1].stop()
+def stop_hosts(but: Container[str] = ()) -> None:
+    """Stop all engines that no job uses, but for some keys."""
+    with _changed:
+        for key in [k for k, place in _places.items() if not place.users and k not in but]:
+            _stop(key)
 
 
 class Hosted:

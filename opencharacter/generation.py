@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import islice
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ import ray.data
 from ray.data.read_api import from_blocks
 
 from opencharacter import engine
-from opencharacter.config import Pool, Role
+from opencharacter.config import LIGHT, Role, fits
 from opencharacter.engine import (
     ROW_FIELDS,
     EngineSpec,
@@ -26,10 +27,10 @@ from opencharacter.engine import (
     Seat,
     Talk,
     converse,
-    hosts,
+    hold,
 )
 from opencharacter.errors import StageFailed
-from opencharacter.progress import Line, Meter, console, new_counters
+from opencharacter.progress import Line, Meter, console, new_counters, worked
 from opencharacter.stage import Attempts, Job
 from opencharacter.store import PARTS, Folder, Parts
 
@@ -37,8 +38,6 @@ BLOCK_ROWS = 25_000
 """Requests of a task at most: what is lost at a task's end is then little of it."""
 CHUNK = 1000
 """Requests that are Python objects at once."""
-LIGHT = 0.05
-"""CPUs that Ray reserves for what only waits or writes: the engines hold the rest."""
 
 
 def generate(
@@ -75,10 +74,11 @@ def generate(
     todo = without(asked, have)
     attempts = Attempts(job, kept=len(have), part=part)
     if todo.num_rows:
-        spec = spec_of(job, role, folded, model)
-        other = spec_of(job, partner, None) if partner else None
+        spec = job.engine(role, folded, model)
+        other = job.engine(partner) if partner else None
         title = " ".join(filter(None, (job.dataset, part)))
-        _stream(job, todo, spec, other, talk, parts, attempts, asked.num_rows, title)
+        with ExitStack() as holding:
+            _stream(job, todo, spec, other, talk, parts, attempts, asked.num_rows, title, holding)
         lost = without(asked, parts.ids()).num_rows
         if lost:
             raise StageFailed(f"{job.dataset} has no answer for {lost} rows; run it again")
@@ -99,20 +99,15 @@ def without(table: pa.Table, ids: pa.Array) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))
 
 
-def spec_of(job: Job, role: str, folded: Folder | None, model: Role | None = None) -> EngineSpec:
-    """The engine that a role needs."""
-    pool: Pool = getattr(job.placement.pools, role)
-    return EngineSpec(model or getattr(job.recipe.roles, role), pool, folded)
-
-
 def is_warm(job: Job, role: str, folded: Folder | None) -> bool:
     """Whether the engine that a role needs is running already."""
-    return engine.is_warm(spec_of(job, role, folded))
+    return engine.is_warm(job.engine(role, folded))
 
 
 def together(job: Job, role: str, folded: Folder | None, other: str) -> bool:
     """Whether the engines of two roles can run side by side."""
-    return engine.fit_together(spec_of(job, role, folded), spec_of(job, other, None))
+    rooms = {spec.key(): spec.room for spec in (job.engine(role, folded), job.engine(other))}
+    return fits(rooms.values(), engine.capacity(job.placement.cluster))
 
 
 def _stream(
@@ -125,6 +120,7 @@ def _stream(
     attempts: Attempts,
     total: int,
     title: str,
+    holding: ExitStack,
 ) -> None:
     counters = new_counters()
     replicas = spec.pool.replicas
@@ -133,8 +129,9 @@ def _stream(
     expected = job.expected(todo)
     meter = Meter(counters, total, attempts, getattr(job.section, "limits", None), expected)
     with Line(console, title, meter):
-        seat = Seat(spec, hosts(spec) if spec.has_weights else None)
-        partner = other and Seat(other, hosts(other) if other.has_weights else None)
+        needs = [spec, *([other] if other else [])]
+        held = holding.enter_context(hold(job.dataset, needs, job.placement.cluster))
+        seat, partner = Seat(spec, held.fleet(spec)), other and Seat(other, held.fleet(other))
         meter.begin()
     with ray.data.DataContext.current(telling_at_once()):
         # Unlike from_arrow, from_blocks reads the blocks' sizes here and not in a task for each.
@@ -160,6 +157,7 @@ def _stream(
             if meter.fault:
                 raise StageFailed(job.refused(meter.fault))
     meter()  # once more: the sums of the last second
+    held.busy = worked(counters)
 
 
 def telling_at_once() -> ray.data.DataContext:

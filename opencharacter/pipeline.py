@@ -1,4 +1,4 @@
-"""The method on one screen: the stages in running order, and the loop that runs what is not done.
+"""The method on one screen: the stages in order, and the loop that runs what is not done.
 
 A stage's dataset belongs to a scope: `constitution` (shared by all students), `student` (shared by
 all personas) or `persona`. Changing a field of the recipe changes the fingerprint of the stages
@@ -8,7 +8,6 @@ that read it and of all that follow them.
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
 import queue
 import subprocess
@@ -20,7 +19,10 @@ from typing import Any
 
 from opencharacter.config import Placement, Recipe
 from opencharacter.constitution import Constitution
+from opencharacter.engine import capacity, running_engines, spent, stop_hosts
 from opencharacter.errors import StaleError, UserError
+from opencharacter.progress import console
+from opencharacter.schedule import choose, keys, ready
 from opencharacter.stage import Job, Outcome, Stage
 from opencharacter.store import PARTS, Store
 
@@ -151,55 +153,69 @@ def check(selected: list[Job], rebuild: str | None) -> None:
 
 
 def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Run what is not done, in order; yields each job that ran with its manifest."""
+    """Run what is not done, jobs side by side where there is room; see schedule.
+
+    Yields each job that ran with its manifest, as they end. After a failure the jobs that do not
+    depend on it go on; it is raised when they have ended.
+    """
     if rebuild and rebuild not in NAMES:
         raise UserError(f"stage {rebuild!r} is unknown; stages: {', '.join(NAMES)}")
     check(selected, rebuild)
-    for stage, group in itertools.groupby(selected, key=lambda job: job.stage):
-        same = list(group)
-        for job in same:
-            replaced = rebuild and descends(job, rebuild)
-            if replaced or job.state()[0] == "stale":  # disposable, or check() would have refused
-                job.store.delete(job.dataset)
-        todo = [job for job in same if job.state()[0] != "done"]
-        if len(todo) > 1 and getattr(stage.module, "SIDE_BY_SIDE", False):
-            yield from side_by_side(todo)
+    for job in selected:
+        if rebuild and descends(job, rebuild):
+            job.store.delete(job.dataset)
+    waiting = [job for job in selected if job.state()[0] != "done"]
+    running: list[Job] = []
+    failed: list[Exception] = []
+    ended: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]] = queue.SimpleQueue()
+    while waiting or running:
+        while job := upcoming(waiting, running):
+            waiting.remove(job)
+            running.append(job)
+            threading.Thread(target=attempt, args=(job, ended), daemon=True).start()
+        job, result = ended.get()
+        running.remove(job)
+        if isinstance(result, Exception):
+            failed.append(result)
+            waiting = [other for other in waiting if not made_from(other, job)]
+            if waiting or running:
+                console.print(f"[red]failed[/] {job.dataset}; what does not need it goes on")
         else:
-            yield from map(build, todo)
+            yield job, result
+    if failed:
+        raise failed[0]
 
 
-def build(job: Job) -> tuple[Job, dict[str, Any]]:
-    """Make a job's dataset; returns the job with its manifest."""
+def upcoming(waiting: list[Job], running: list[Job]) -> Job | None:
+    """The job to start now, if any; engines that nothing will need are stopped."""
+    unfinished = [*waiting, *running]
+    if not unfinished:
+        return None
+    stop_hosts(but={key for job in unfinished for key in keys(job)})
+    there = capacity(unfinished[0].placement.cluster)
+    return choose(ready(waiting, running), running, running_engines(), there)
+
+
+def made_from(job: Job, other: Job) -> bool:
+    """Whether a job needs another to be done, directly or not."""
+    return any(parent == other or made_from(parent, other) for parent in job.parents)
+
+
+def attempt(job: Job, ended: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]]) -> None:
+    """Build a job on a thread of its own."""
+    try:
+        ended.put((job, build(job)))
+    except Exception as error:  # raised by `run` when the others have ended
+        ended.put((job, error))
+
+
+def build(job: Job) -> dict[str, Any]:
+    """Make a job's dataset; returns its manifest."""
+    if job.state()[0] == "stale":  # disposable, or check() would have refused
+        job.store.delete(job.dataset)
     began = time.monotonic()
     outcome: Outcome = job.stage.module.build(job)
-    return job, finish(job, outcome, time.monotonic() - began)
-
-
-def side_by_side(jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Build jobs of which none needs another, all at once: Ray starts each as it has room.
-
-    What fails is raised when the others have ended.
-    """
-    ended: queue.Queue[tuple[Job, dict[str, Any]] | Exception] = queue.Queue()
-
-    def attempt(job: Job) -> None:
-        try:
-            ended.put(build(job))
-        except Exception as error:
-            ended.put(error)
-
-    for job in jobs[1:]:
-        threading.Thread(target=attempt, args=(job,), daemon=True).start()
-    attempt(jobs[0])  # on the main thread, where Ray Train looks after Ctrl-C
-    errors = []
-    for _ in jobs:
-        result = ended.get()
-        if isinstance(result, Exception):
-            errors.append(result)
-        else:
-            yield result
-    if errors:
-        raise errors[0]
+    return finish(job, outcome, time.monotonic() - began)
 
 
 def finish(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
@@ -219,7 +235,7 @@ def finish(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
         "placement": job.placement.model_dump(mode="json"),
         "finished": now,
         "seconds": round(seconds, 2),
-        "gpu_seconds": round(seconds * outcome.gpus, 2),
+        **spent(job.dataset),
         "tokens_in": outcome.tokens_in,
         "tokens_out": outcome.tokens_out,
         "cached_tokens": outcome.cached_tokens,

@@ -7,11 +7,13 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
 
 from opencharacter.config import Limits
 from opencharacter.quality import Expected, beyond, measure
@@ -39,13 +41,23 @@ class Counters:
     def __init__(self):
         self.sums: Counter[str] = Counter()
         self.texts: deque[str] = deque(maxlen=RECENT_TEXTS)
+        self.told: list[float] = []
 
     def add(self, numbers: dict[str, float], texts: list[str]) -> None:
         self.sums.update(numbers)
         self.texts.extend(texts)
+        self._mark()
 
     def set(self, **numbers: float) -> None:
         self.sums = Counter({**self.sums, **numbers})
+        self._mark()
+
+    def _mark(self) -> None:
+        self.told = [*self.told[:1], time.monotonic()]
+
+    def span(self) -> float:
+        """Seconds from the first report to the last."""
+        return self.told[-1] - self.told[0] if self.told else 0.0
 
     def read(self) -> dict[str, float]:
         return dict(self.sums)
@@ -59,6 +71,12 @@ def new_counters() -> Any:
     """Counters on the driver's own node: they go when it goes, not with another."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return Counters.options(scheduling_strategy=here).remote()
+
+
+def worked(counters: Any) -> float:
+    """Seconds in which work was under way, as its actors or workers reported it."""
+    seconds: Any = ray.get(counters.span.remote())
+    return seconds
 
 
 class Tally:
@@ -98,7 +116,7 @@ def duration(seconds: float) -> str:
 
 
 class Line:
-    """The live line of one stage: redrawn on a terminal, every few seconds elsewhere.
+    """The live line of one stage: redrawn on a terminal, said every few seconds elsewhere.
 
     Args:
         console: where to write.
@@ -106,8 +124,10 @@ class Line:
         poll: returns the line's text, or None while there is nothing to say; called once a second.
     """
 
-    running = 0
-    """Lines at once; several are not redrawn."""
+    shown: ClassVar[dict[Line, Text]] = {}
+    """Of all that run, on a terminal."""
+    live: ClassVar[Live | None] = None
+    lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, console: Console, title: str, poll: Callable[[], str | None]):
         self.console, self.title, self.poll = console, title, poll
@@ -115,27 +135,39 @@ class Line:
         self.thread = threading.Thread(target=self._loop, daemon=True)
 
     def __enter__(self) -> Line:
-        Line.running += 1
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
         self.thread.join()
-        Line.running -= 1
+        self._show(None)
 
     def _loop(self) -> None:
         said = time.monotonic()
-        live = self.console.is_terminal
         while not self.stop.wait(1):
             text = self.poll()
-            if text and live and Line.running == 1:
-                self.console.print(f"\r[cyan]{self.title}[/] {text}\x1b[K", end="", soft_wrap=True)
+            if text and self.console.is_terminal:
+                self._show(text)
             elif text and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 self.console.print(f"{self.title} {text}", soft_wrap=True)
-        if live:
-            self.console.print("\r\x1b[K", end="")
+
+    def _show(self, text: str | None) -> None:
+        """Redraw the foot of a terminal with this line's text, or without it."""
+        with Line.lock:
+            Line.shown.pop(self, None)
+            if text:
+                Line.shown[self] = Text.assemble((self.title, "cyan"), " ", text, no_wrap=True)
+            if Line.shown and Line.live is None:
+                Line.live = Live(console=self.console, auto_refresh=False, transient=True)
+                Line.live.start()
+            if Line.live:
+                ordered = sorted(Line.shown, key=lambda line: line.title)
+                Line.live.update(Group(*(Line.shown[line] for line in ordered)), refresh=True)
+            if Line.live and not Line.shown:
+                Line.live.stop()
+                Line.live = None
 
 
 class Meter:

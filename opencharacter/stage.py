@@ -1,9 +1,9 @@
 """A stage, a job (a stage in one scope), and what a build may use.
 
 A stage is a module with pure row functions and one `build(job) -> Outcome`. It may also have
-`estimate(job) -> Estimate` and `notes(job) -> lines` for `plan`, and `identity(job) -> dict` for
-what its result depends on beside its section of the recipe, its roles, its constitution and its
-parents.
+`needs(job) -> passes`, what each holds at once; `estimate(job) -> Estimate` and `notes(job) ->
+lines` for `plan`; and `identity(job) -> dict` for what its result depends on beside its section of
+the recipe, its roles, its constitution and its parents.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from opencharacter.chat import row_id
-from opencharacter.config import Placement, Recipe
+from opencharacter.config import Placement, Pool, Recipe, Role
 from opencharacter.constitution import Constitution
+from opencharacter.engine import EngineSpec, Need, Workers
 from opencharacter.errors import StageFailed
 from opencharacter.quality import (
     LANGUAGE_PROMPTS,
@@ -74,13 +75,17 @@ class Stage:
 class Estimate:
     """What a stage will take, before it runs: rows written, tokens read and generated (or trained).
 
-    Generated and trained tokens cost very differently; `trained` says which these are.
+    Generated and trained tokens cost very differently; `trained` says which these are. `judged` are
+    those of `tokens_out` that the judge writes beside the student, `read` are tokens whose
+    log-probabilities training workers read.
     """
 
     rows: int
     tokens_in: int = 0
     tokens_out: int = 0
     trained: int = 0
+    judged: int = 0
+    read: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,6 @@ class Outcome:
     tokens_in: int = 0
     tokens_out: int = 0
     cached_tokens: int = 0
-    gpus: float = 0
     figures: dict[str, Any] = field(default_factory=dict)
 
 
@@ -161,10 +165,30 @@ class Job:
         assert self.constitution is not None
         return self.constitution
 
-    def gpus(self, role: str) -> float:
-        """GPUs that a role's engines hold together."""
-        pool = getattr(self.placement.pools, role)
-        return pool.replicas * pool.gpus
+    def engine(
+        self, role: str, folded: Folder | None = None, model: Role | None = None
+    ) -> EngineSpec:
+        """The engine of a role.
+
+        Args:
+            role: its model and its pool.
+            folded: adapter to fold into the weights, or None.
+            model: in the role's place, where the role has several.
+        """
+        pool: Pool = getattr(self.placement.pools, role)
+        return EngineSpec(model or getattr(self.recipe.roles, role), pool, folded)
+
+    def workers(self, count: int | None = None) -> Workers:
+        """The workers of training that this job has for itself; all that the placement says."""
+        training = self.placement.training
+        count = count or training.workers
+        return Workers(self.dataset, training.model_copy(update={"workers": count}).room)
+
+    @cached_property
+    def needs(self) -> list[tuple[Need, ...]]:
+        """What it holds, pass after pass; nothing where it runs on the driver alone."""
+        needs = getattr(self.stage.module, "needs", None)
+        return needs(self) if needs else []
 
     def parent(self, name: str) -> Job:
         """The one parent of this name."""

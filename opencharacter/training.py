@@ -31,10 +31,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from opencharacter import models, packing
 from opencharacter.config import Lora, Optimizer, Role, Training
-from opencharacter.engine import stop_hosts
+from opencharacter.engine import hold
 from opencharacter.errors import StageFailed
 from opencharacter.packing import Example, Pack, Totals
-from opencharacter.progress import Line, StepMeter, console, new_counters
+from opencharacter.progress import Line, StepMeter, console, new_counters, worked
 from opencharacter.stage import Attempts, Job, Outcome, kept
 from opencharacter.store import PARTS, Folder, Store
 
@@ -151,20 +151,22 @@ def train(
             worker_runtime_env={"env_vars": ALLOCATOR} if placement.gpus else None,
         ),
     )
-    stop_hosts()  # training needs what the engines hold
     attempts = Attempts(job, kept=0)
     meter = StepMeter(counters, attempts)
-    with Line(console, job.dataset, meter):
+    with (
+        Line(console, job.dataset, meter),
+        hold(job.dataset, [job.workers()], job.placement.cluster) as held,
+    ):
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise StageFailed(f"{job.dataset}: training failed: {error}") from error
+        held.busy = worked(counters)
     meter()
     curves = job.store.read_table(job.dataset, "curves")
     return Outcome(
         rows=kept(job.store.read_table(task.data, columns=["drop_reason"])).num_rows,
         schema=[f"{f.name}: {f.type}" for f in curves.schema],
-        gpus=placement.workers * placement.gpus,
         figures=figures(curves),
     )
 

@@ -1,18 +1,45 @@
 """What `plan` says of hours and price."""
 
 import json
+import time
+from statistics import median
 
 import pytest
 import yaml
 from samples import ECHO_ROLE, cli, recipe_of
 
-from opencharacter.config import Placement
-from opencharacter.cost import Speeds, cost, load_speeds
+from opencharacter import constitution, pipeline
+from opencharacter.config import Placement, Room
+from opencharacter.cost import (
+    Cost,
+    Speeds,
+    Warm,
+    cost,
+    critical_path,
+    load_speeds,
+    plan,
+    room_for,
+    simulate,
+    wall,
+)
+from opencharacter.distillation.teacher import typical
 from opencharacter.errors import UserError
 from opencharacter.models import footprint
+from opencharacter.schedule import keys
 from opencharacter.stage import Estimate
 
-SPEEDS = Speeds(teacher=100, student=1000, judge=500, expander=50, training=2000)
+SPEEDS = Speeds(
+    teacher=100,
+    student=1000,
+    judge=500,
+    expander=50,
+    training=2000,
+    reading=4000,
+    engine_start=30,
+    pass_start=2,
+    training_start=20,
+    other=1,
+)
 PLACEMENT = Placement.model_validate(
     {
         "pools": {"student": {"replicas": 4, "gpus": 0.5}},
@@ -20,27 +47,28 @@ PLACEMENT = Placement.model_validate(
         "price_per_gpu_hour": 3,
     }
 )
+ROOMY = Room(cpus=99, gpus=99, memory_gib=999)
+ROOM = Room(cpus=8, gpus=4, memory_gib=64)
+STUDENT = {**ECHO_ROLE, "model": "org/student"}
 
 
 @pytest.fixture
 def jobs(make_jobs):
-    return {job.stage.name: job for job in make_jobs(recipe_of(ECHO_ROLE), PLACEMENT)}
+    return {job.stage.name: job for job in make_jobs(recipe_of(STUDENT), PLACEMENT)}
 
 
 def test_generation_is_shared_by_the_replicas(jobs):
-    takes = cost(jobs["introspection/interaction"], Estimate(10, 999, 7_200_000), SPEEDS)
-    assert takes.seconds == 1800
-    assert takes.gpu_hours == 1.0
+    takes = cost(jobs["introspection/interaction"], Estimate(10, 999, 7_200_000), SPEEDS, ROOM)
+    assert takes[:3] == (2, 1800, 2)
 
 
 def test_training_is_shared_by_the_workers(jobs):
-    takes = cost(jobs["distillation/dpo"], Estimate(10, trained=14_400_000), SPEEDS)
-    assert takes.seconds == 3600
-    assert takes.gpu_hours == 2.0
+    takes = cost(jobs["distillation/dpo"], Estimate(10, trained=14_400_000), SPEEDS, ROOM)
+    assert takes[:3] == (20, 3600, 2)
 
 
-def test_what_runs_no_model_costs_nothing(jobs):
-    assert cost(jobs["distillation/pairs"], Estimate(10), SPEEDS).gpu_hours == 0
+def test_what_runs_no_model_holds_nothing(jobs):
+    assert cost(jobs["distillation/pairs"], Estimate(10), SPEEDS, ROOM)[:3] == (1, 0, 0)
 
 
 def test_a_missing_speed_is_named(tmp_path):
@@ -55,7 +83,16 @@ def test_plan_shows_hours_and_price(tmp_path):
     said = cli("plan", "llama-3.1-8b", *options, cwd=tmp_path).stdout
     assert "GPU-hours" in said
     total = next(line for line in said.splitlines() if line.startswith("total"))
-    assert float(total.split()[-1].replace(",", "")) > 1
+    hours, gpu_hours, idle = total.split()[-3:]  # the placement names no price
+    assert float(hours.replace(",", "")) > 1
+    assert float(gpu_hours.replace(",", "")) > 1
+    assert idle.endswith("%")
+    assert "wall time" in said
+    assert "GPUs: 1" in said
+    assert "critical path: distillation/teacher" in said
+    assert "K 5 -> 3 answers: " in said
+    assert "25,000 -> 12,500 games: " in said
+    assert "ratings +-36 -> +-51 points" in said
     assert "engine student: meta-llama/Llama-3.1-8B-Instruct, 1 x 1 GPU, each up to 256" in said
     assert "8,192 tokens a step" in said
 
@@ -67,3 +104,102 @@ def test_a_footprint_counts_key_value_heads_of_all_layers(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "model.safetensors").write_bytes(b"12345")
         assert footprint(tmp_path) == (5, 131_072)
+
+
+# ---------------------------------------------------------------------------------- on a clock
+
+
+def planned(store, cluster: Room | None = None) -> list:
+    """Three personas, of which nothing is done."""
+    return plan(three(store, PLACEMENT.model_copy(update={"cluster": cluster})), SPEEDS)
+
+
+def three(store, placement: Placement) -> list:
+    personas = constitution.load_all(["humor", "poeticism", "remorse"])
+    return pipeline.jobs(recipe_of(STUDENT), personas, placement, store)
+
+
+def test_a_plan_starts_each_engine_once_where_all_have_room(store):
+    jobs, done = three(store, PLACEMENT), planned(store, ROOMY)
+    engines = {key for job in jobs for key in keys(job) if "workers" not in key}
+    assert sum(one.starts for one in done) == len(engines)
+    assert {one.job.dataset for one in done} == {job.dataset for job in jobs}
+
+
+def test_a_plan_needs_more_time_and_starts_on_a_smaller_cluster(store):
+    large, small = planned(store, ROOMY), planned(store)
+    assert small[-1].ended > large[-1].ended
+    assert sum(one.starts for one in small) > sum(one.starts for one in large)
+    for done in (small, large):
+        ended = {one.job.dataset: one.ended for one in done}
+        for one in done:
+            assert all(ended[parent.dataset] <= one.began for parent in one.job.parents)
+            assert one.busy <= one.held + 1e-6
+
+
+def test_the_critical_path_has_no_gaps(store):
+    path = critical_path(planned(store))
+    assert path[0].began == 0
+    assert [one.ended for one in path[:-1]] == [one.began for one in path[1:]]
+
+
+def test_jobs_at_one_engine_share_its_speed(store):
+    jobs = [job for job in three(store, PLACEMENT) if job.stage.name == "distillation/teacher"]
+    costs = {job.dataset: Cost(0, 10, 0) for job in jobs}
+    done = simulate(jobs[:2], costs, 30, ROOM)
+    assert [one.ended for one in done] == [50, 50]
+    assert [one.starts for one in done] == [1, 0]
+
+
+def test_training_stops_an_engine_that_has_no_room_beside_it(store):
+    jobs = {job.dataset: job for job in three(store, PLACEMENT)}
+    names = ("echo/distillation/student", "echo/humor/distillation/dpo")
+    student, training = (jobs[name] for name in names)
+    warm = Warm(30)
+    small = Room(cpus=8, gpus=2, memory_gib=64)
+    assert warm.take(student, [], small, 0) == (1, 30, 0)
+    warm.leave([training, student], [], 40)
+    assert warm.take(training, [], small, 50) == (0, 0, 0)
+    assert warm.rooms == {}
+
+
+@pytest.mark.slow
+def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
+    """Two personas after one, from which the time beside the replies is taken."""
+    seconds, seats = 1.0, 4
+    placement = Placement.model_validate(
+        {
+            "pools": {role: {"max_sequences": seats} for role in ("teacher", "student")},
+            "ray_cpus": 2,
+        }
+    )
+    recipe = recipe_of({**ECHO_ROLE, "model": f"echo:{seconds}"})
+    made = recipe.distillation
+    speeds = SPEEDS.model_copy(
+        update={
+            "teacher": seats * typical(made.teacher.sampling) / seconds,
+            "student": seats * typical(made.student.sampling) / seconds,
+            "pass_start": 0,
+            "other": 0,
+        }
+    )
+
+    def jobs_of(*names: str) -> list:
+        personas = constitution.load_all(list(names))
+        made = pipeline.jobs(recipe, personas, placement, store)
+        return pipeline.select(made, until="distillation/pairs")
+
+    general = [job for job in jobs_of("humor") if job.scope == "echo"]
+    assert len(list(pipeline.run(general))) == 1  # what is slow the first time
+    beside = []
+    for job, manifest in pipeline.run(jobs_of("humor")):
+        work = cost(job, job.stage.module.estimate(job), speeds, room_for(placement)).work
+        if work:
+            beside.append(manifest["seconds"] - work)
+    speeds = speeds.model_copy(update={"pass_start": median(beside)})
+    left = [job for job in jobs_of("poeticism", "remorse") if job.state()[0] != "done"]
+    predicted = wall(plan(left, speeds))
+    began = time.monotonic()
+    assert len(list(pipeline.run(left))) == len(left) == 8
+    took = time.monotonic() - began
+    assert predicted == pytest.approx(took, rel=0.25), speeds.pass_start

@@ -65,7 +65,7 @@ def test_an_echo_run_goes_from_prompts_to_pairs_and_a_second_does_nothing(
 ):
     jobs = pipeline.select(make_jobs(echo_recipe), until="distillation/pairs")
     ran = [job.dataset for job, _ in pipeline.run(jobs)]
-    assert ran == [job.dataset for job in jobs]
+    assert sorted(ran) == sorted(job.dataset for job in jobs)
     pairs = jobs[-1].read("distillation/teacher")
     assert pairs.num_rows == 2 * (10 + 6)
     manifest = jobs[-1].store.manifest(jobs[-1].dataset)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from samples import cli, embedded_recipe
+from samples import ECHO_ROLE, TINY, cli, embedded_recipe
 
 from opencharacter.store import Store
 
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 PERSONA = "smollm2-135m/poeticism"
 POET = ("-c", "poeticism")
 SEATS = 4
+SLOW = {**ECHO_ROLE, "model": "echo:60"}
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +126,23 @@ def test_dpo_resumes_at_the_last_checkpoint(project):
 def test_the_self_conversations_resume_at_the_row(project):
     dataset = f"{PERSONA}/introspection/interaction"
     resume_generation(project, dataset, "introspection/interaction", 24)
+
+
+def test_an_interrupted_run_of_several_jobs_ends_at_once_and_goes_on(tmp_path):
+    recipe = {**TINY, "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), SLOW)}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    options = ["-c", "humor", "-c", "remorse", "--until", "distillation/teacher"]
+    command = [sys.executable, "-m", "opencharacter", "run", "tiny.yaml", *options]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    said = ""
+    while "distillation/teacher 0/" not in said:
+        said = process.stdout.readline()
+        assert said, "the run ended before it could be interrupted"
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert rest.splitlines()[-1] == "interrupted; the same command goes on from here"
+    again = cli("status", "tiny.yaml", *options[:4], cwd=tmp_path)
+    assert "humor/distillation/teacher" in again.stdout
+    assert " partial " in again.stdout

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from opencharacter.config import Dpo
 from opencharacter.distillation.reference import example
+from opencharacter.engine import Need
 from opencharacter.stage import Estimate, Job, Outcome
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from opencharacter.packing import Example, Pack, Totals
-
-SIDE_BY_SIDE = True
-"""Personas are trained at once where there is room."""
 
 
 def dpo_loss(
@@ -65,10 +63,14 @@ def examples(tokenizer: Any, rows: pa.Table) -> list[Example]:
     return [example(row) for row in rows.to_pylist()]
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(job.workers(),)]
+
+
 def estimate(job: Job) -> Estimate:
     parent = job.parent("distillation/reference")
-    rows = parent.stage.module.estimate(parent).rows
-    return Estimate(rows, trained=rows * job.section.optimizer.epochs * 780)
+    found = parent.stage.module.estimate(parent)
+    return Estimate(found.rows, trained=found.read * job.section.optimizer.epochs)
 
 
 def build(job: Job) -> Outcome:

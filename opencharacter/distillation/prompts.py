@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from opencharacter import filters
 from opencharacter.chat import Message, fill, row_id, system, user
 from opencharacter.config import Prompts, resource
-from opencharacter.engine import Conversation, Row
+from opencharacter.engine import Conversation, Need, Row
 from opencharacter.errors import UserError
 from opencharacter.quality import near_duplicates
 from opencharacter.stage import Estimate, Job, Outcome
@@ -214,6 +214,12 @@ def constitution_rows(name: str, questions: list[list[str]]) -> list[Row]:
 def identity(job: Job) -> dict[str, Any]:
     settings = job.recipe.distillation.prompts
     return {"general_prompts": read_source(settings.general_prompts, "general.jsonl")[1][:16]}
+
+
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    target = job.section.questions_per_trait
+    short = any(len(trait.questions) < target for trait in job.persona.traits)
+    return [(job.engine("expander"),)] if short else []
 
 
 def estimate(job: Job) -> Estimate:

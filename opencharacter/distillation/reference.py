@@ -12,11 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 
 from opencharacter import models
 from opencharacter.chat import assistant, encode_answer, user
 from opencharacter.config import Role, Training
+from opencharacter.engine import Need
 from opencharacter.packing import Example, Tokens
 from opencharacter.stage import Estimate, Job, Outcome
 
@@ -32,6 +34,8 @@ SCHEMA = pa.schema(
         pa.field("drop_reason", pa.string()),
     ]
 )
+TOKENS = ("prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
+"""Columns of both sequences."""
 BATCH = 64
 """Pairs that are laid out as packs together."""
 
@@ -66,15 +70,17 @@ class Reader:
         role: the student.
         placement: of training.
         devices: GPUs that this actor has.
+        counters: told when it reads.
     """
 
-    def __init__(self, role: Role, placement: Training, devices: float):
+    def __init__(self, role: Role, placement: Training, devices: float, counters: Any):
         import torch
         import transformers
 
         from opencharacter.training import fitting, load
 
         torch.set_num_threads(max(1, int(placement.cpus)))
+        self.counters = counters
         path = models.resolve(role.model)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.model: Any = load(path, role, devices > 0)
@@ -92,6 +98,7 @@ class Reader:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Rows of `SCHEMA` for rows of distillation/pairs."""
+        self.counters.set.remote()
         rows = [
             {"id": row["id"], "drop_reason": None, **tokenise(self.tokenizer, row)}
             for row in table.to_pylist()
@@ -99,6 +106,7 @@ class Reader:
         found = log_probs(self.model, [example(row) for row in rows], self.budget)
         for row, values in zip(rows, found, strict=True):
             row |= {f"{side}_logprobs": v for side, v in zip(SIDES, values, strict=True)}
+        self.counters.set.remote()
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
@@ -127,7 +135,7 @@ def log_probs(model: Any, pairs: list[Example], budget: int) -> list[list[list[f
     return found
 
 
-def read(job: Job, pairs: pa.Table) -> pa.Table:
+def read(job: Job, pairs: pa.Table, counters: Any) -> pa.Table:
     """Rows of `SCHEMA`, sorted by id, over as many actors as there are training workers."""
     placement = job.placement.training
     split = placement.parallel == "fsdp"  # then one actor over all GPUs: the model needs them
@@ -135,7 +143,7 @@ def read(job: Job, pairs: pa.Table) -> pa.Table:
     batches = [pairs.slice(at, BATCH) for at in range(0, len(pairs), BATCH)]
     dataset = ray.data.from_arrow(batches).map_batches(
         Reader,
-        fn_constructor_args=(job.recipe.roles.student, placement, gpus),
+        fn_constructor_args=(job.recipe.roles.student, placement, gpus, counters),
         batch_size=BATCH,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=1 if split else placement.workers),
@@ -146,17 +154,28 @@ def read(job: Job, pairs: pa.Table) -> pa.Table:
     return pa.concat_tables([t.cast(SCHEMA) for t in tables]).sort_by("id")
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(job.workers(),)]
+
+
 def estimate(job: Job) -> Estimate:
-    pairs = job.parent("distillation/pairs")
-    return Estimate(pairs.stage.module.estimate(pairs).rows)
+    from opencharacter.distillation.teacher import typical
+
+    pairs, made = job.parent("distillation/pairs"), job.recipe.distillation
+    rows = pairs.stage.module.estimate(pairs).rows
+    answers = typical(made.teacher.sampling) + typical(made.student.sampling)
+    return Estimate(rows, read=rows * min(80 + answers, 2 * made.pairs.max_tokens))
 
 
 def build(job: Job) -> Outcome:
-    from opencharacter.engine import stop_hosts
+    from opencharacter.engine import hold
     from opencharacter.generation import quieten
+    from opencharacter.progress import new_counters, worked
 
-    stop_hosts()
     quieten()
-    placement = job.placement.training
-    rows = read(job, job.read("distillation/pairs"))
-    return job.write(rows, gpus=placement.workers * placement.gpus)
+    pairs, counters = job.read("distillation/pairs"), new_counters()
+    with hold(job.dataset, [job.workers()], job.placement.cluster) as held:
+        rows = read(job, pairs, counters)
+        held.busy = worked(counters)
+    tokens = sum(pc.sum(pc.list_value_length(rows[name])).as_py() or 0 for name in TOKENS)
+    return job.write(rows, figures={"tokens_read": tokens})

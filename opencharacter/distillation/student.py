@@ -15,7 +15,7 @@ from typing import Any
 from opencharacter.chat import user
 from opencharacter.config import Student
 from opencharacter.distillation import prompts, teacher
-from opencharacter.engine import Conversation, Row
+from opencharacter.engine import Conversation, Need, Row
 from opencharacter.stage import Estimate, Job, Outcome
 
 
@@ -40,6 +40,10 @@ def identity(job: Job) -> dict[str, Any]:
     return prompts.identity(job) | {"general": settings.general}
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(job.engine("student"),)]
+
+
 def estimate(job: Job) -> Estimate:
     settings = job.recipe.distillation.prompts
     if job.constitution is None:
@@ -56,4 +60,4 @@ def build(job: Job) -> Outcome:
     settings = job.section
     requests = teacher.requests(job.stage.name, job.scope, asked(job), settings.answers)
     rows = generate(job, requests, partial(answer, settings=settings), "student", teacher.FIELDS)
-    return job.write(rows, gpus=job.gpus("student"))
+    return job.write(rows)

@@ -22,7 +22,7 @@ from opencharacter.chat import (
 )
 from opencharacter.config import Teacher
 from opencharacter.constitution import Constitution
-from opencharacter.engine import Conversation, Row
+from opencharacter.engine import Conversation, Need, Row
 from opencharacter.stage import Estimate, Job, Outcome
 
 SYSTEM = """\
@@ -100,6 +100,10 @@ async def answer(
     return {"answer": reply.text.strip(), "finish_reason": reply.finish_reason}
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(job.engine("teacher"),)]
+
+
 def estimate(job: Job) -> Estimate:
     from opencharacter.distillation import prompts
 
@@ -127,4 +131,4 @@ def build(job: Job) -> Outcome:
     prompts = job.read("distillation/prompts").to_pylist()
     asked = requests(job.stage.name, constitution.name, prompts, settings.answers)
     rows = generate(job, asked, talk, "teacher", FIELDS)
-    return job.write(rows, gpus=job.gpus("teacher"))
+    return job.write(rows)

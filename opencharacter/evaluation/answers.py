@@ -18,8 +18,8 @@ from opencharacter.chat import Message, row_id, user
 from opencharacter.config import Answers, Sampling
 from opencharacter.distillation.prompts import read_source
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Row
-from opencharacter.evaluation.conditions import under_each_condition
+from opencharacter.engine import Conversation, Need, Row
+from opencharacter.evaluation.conditions import engines, under_each_condition
 from opencharacter.filters import words
 from opencharacter.stage import Estimate, Job, Outcome
 
@@ -53,6 +53,10 @@ def identity(job: Job) -> dict[str, Any]:
     return {"prompts": read_source(source, EVALUATION_FILE)[1][:16]}
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(engine,) for engine in engines(job)]
+
+
 def estimate(job: Job) -> Estimate:
     rows = min(job.section.count, len(held_out(job.section))) * len(job.section.conditions)
     return Estimate(rows, rows * 40, rows * typical(job.section.sampling))
@@ -69,4 +73,4 @@ def build(job: Job) -> Outcome:
     talk = partial(answer, sampling=settings.sampling)
     table = under_each_condition(job, requests, talk, FIELDS, settings.conditions)
     seen = {"trained_on": len(prompts) - len(fresh)}
-    return job.write(table, figures=seen, gpus=job.gpus("student"))
+    return job.write(table, figures=seen)

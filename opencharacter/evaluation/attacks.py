@@ -18,9 +18,9 @@ import pyarrow as pa
 from opencharacter.chat import Message, assistant, row_id, user
 from opencharacter.config import Attacks, Sampling
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Row
+from opencharacter.engine import Conversation, Need, Row
 from opencharacter.evaluation.answers import held_out
-from opencharacter.evaluation.conditions import under_each_condition
+from opencharacter.evaluation.conditions import engines, under_each_condition
 from opencharacter.stage import Estimate, Job, Outcome
 
 INSTRUCTIONS = {
@@ -94,6 +94,10 @@ def requests(job: Job, untrained: dict[str, str]) -> list[Row]:
     ]
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(engine,) for engine in engines(job)]
+
+
 def estimate(job: Job) -> Estimate:
     settings: Attacks = job.section
     prompts = min(settings.prompts, job.recipe.evaluation.answers.count)
@@ -109,4 +113,4 @@ def build(job: Job) -> Outcome:
     }
     talk = partial(answer, sampling=settings.sampling)
     table = under_each_condition(job, requests(job, untrained), talk, FIELDS, settings.conditions)
-    return job.write(table, gpus=job.gpus("student"))
+    return job.write(table)

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from opencharacter.chat import Message, fill, row_id, system, user
 from opencharacter.config import Coherence, Sampling
-from opencharacter.engine import Conversation, Row
+from opencharacter.engine import Conversation, Need, Row
 from opencharacter.evaluation import judge
 from opencharacter.evaluation.scores import Score, wilson
 from opencharacter.stage import Estimate, Job, Outcome, kept
@@ -143,6 +143,10 @@ def figures(rows: list[Row]) -> dict[str, Any]:
     return {"rivals": found, "longer_won": vars(longer_won(rows))}
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(job.engine("judge"),)]
+
+
 def estimate(job: Job) -> Estimate:
     answers = job.recipe.evaluation.answers
     rows = min(job.section.prompts, answers.count) * (len(answers.conditions) - 1)
@@ -158,4 +162,4 @@ def build(job: Job) -> Outcome:
     talk = partial(compare, assertions=job.persona.assertions(), sampling=settings.sampling)
     table = generate(job, asked, talk, "judge", FIELDS).table()
     found = figures(kept(table).to_pylist())
-    return job.write(table, figures=found, gpus=job.gpus("judge"))
+    return job.write(table, figures=found)

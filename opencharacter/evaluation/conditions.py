@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from opencharacter.chat import Message, row_id, system
 from opencharacter.config import Condition
 from opencharacter.distillation import teacher
-from opencharacter.engine import Conversation, Row, Talk
+from opencharacter.engine import Conversation, EngineSpec, Row, Talk
 from opencharacter.stage import Job, kept
 from opencharacter.store import Folder
 
@@ -33,6 +33,12 @@ def weights(job: Job, condition: Condition) -> Folder | None:
     """What a condition adds to the student's weights; None for the student itself."""
     made_by = TRAINED.get(condition)
     return job.parent(made_by).adapter if made_by else None
+
+
+def engines(job: Job) -> list[EngineSpec]:
+    """The student's engines under the conditions that a stage compares, each once."""
+    made = [job.engine("student", weights(job, c)) for c in job.section.conditions]
+    return list({spec.key(): spec for spec in made}.values())
 
 
 def before(job: Job, condition: Condition) -> list[Message]:
@@ -67,7 +73,8 @@ def under_each_condition(
     """Have each request answered once under every condition, from the condition's own weights.
 
     Where student and judge have room side by side, an answer goes to the judge as soon as it is
-    there, while others are still being written; elsewhere the judge begins when all are.
+    there, while others are still being written; elsewhere the judge begins when all conditions
+    have answered, so that its engine starts once.
 
     Args:
         job: the stage that asks.
@@ -81,7 +88,7 @@ def under_each_condition(
     from opencharacter.generation import generate, is_warm, together
 
     warm_first = sorted(conditions, key=lambda c: not is_warm(job, "student", weights(job, c)))
-    tables = []
+    tables, said = [], dict[str, pa.Table]()
     for condition in warm_first:
         folded, whole = weights(job, condition), [*fields, *judged_fields]
         answer = partial(talk, before=before(job, condition))
@@ -94,10 +101,12 @@ def under_each_condition(
             tables.append(parts.table())
         else:
             part = f"{condition}-answers"
-            answered = generate(job, rows, answer, "student", fields, part, folded).table()
-            asked = kept(answered).to_pylist()
-            tables.append(generate(job, asked, judged, "judge", whole, condition).table())
-            tables.append(answered.filter(pc.is_valid(answered["drop_reason"])))
+            said[condition] = generate(job, rows, answer, "student", fields, part, folded).table()
+    for condition, answered in said.items():
+        assert judged is not None
+        asked, whole = kept(answered).to_pylist(), [*fields, *judged_fields]
+        tables.append(generate(job, asked, judged, "judge", whole, condition).table())
+        tables.append(answered.filter(pc.is_valid(answered["drop_reason"])))
     return pa.concat_tables(tables, promote_options="default").sort_by("id")
 
 

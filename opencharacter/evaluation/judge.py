@@ -31,7 +31,7 @@ from opencharacter.chat import (
     user,
 )
 from opencharacter.config import Judge, Role, Sampling, resource
-from opencharacter.engine import Conversation, Row
+from opencharacter.engine import Conversation, Need, Row
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation.scores import Score, wilson
 from opencharacter.stage import Estimate, Job, Outcome
@@ -272,6 +272,10 @@ def identity(job: Job) -> dict[str, Any]:
     return {"gold": row_id(*(sorted(item.items()) for item in gold()))}
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(job.engine("judge", model=role),) for role in panel(job)]
+
+
 def estimate(job: Job) -> Estimate:
     rows = 2 * min(job.section.items, len(gold())) * len(panel(job))
     return Estimate(rows, 150 * rows, 4 * rows)
@@ -295,4 +299,4 @@ def build(job: Job) -> Outcome:
         rows = [row for rows in by_judge.values() for row in rows]
         found |= panel_figures(rows, list(by_judge))
     table = pa.concat_tables(tables).sort_by("id")
-    return job.write(table, figures=found, gpus=job.gpus("judge"))
+    return job.write(table, figures=found)

@@ -20,10 +20,10 @@ import pyarrow as pa
 from opencharacter.chat import Message, fill, row_id, row_seed, user
 from opencharacter.config import Preferences, Sampling, resource
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Row
+from opencharacter.engine import Conversation, Need, Row
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import answers, judge
-from opencharacter.evaluation.conditions import joined, under_each_condition
+from opencharacter.evaluation.conditions import engines, joined, under_each_condition
 from opencharacter.stage import Estimate, Job, Outcome, kept
 
 PLAY = """\
@@ -102,10 +102,18 @@ def identity(job: Job) -> dict[str, Any]:
     return answers.identity(job)
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    panel = job.recipe.evaluation.judge.panel
+    return [
+        *((engine, job.engine("judge")) for engine in engines(job)),
+        *((job.engine("judge", model=role),) for role in panel),
+    ]
+
+
 def estimate(job: Job) -> Estimate:
     rows = len(job.section.conditions) * job.section.games
     said = typical(job.section.sampling)
-    return Estimate(rows, rows * (300 + said), rows * (said + 4))
+    return Estimate(rows, rows * (300 + said), rows * (said + 4), judged=rows * 4)
 
 
 def first_named(rows: list[Row]) -> dict[str, Any]:
@@ -155,6 +163,5 @@ def build(job: Job) -> Outcome:
     figures = {"scored": scored, "unscored": len(table) - scored, **panel_agreement(job, table)}
     return job.write(
         table,
-        gpus=max(job.gpus("student"), job.gpus("judge")),
         figures={**figures, "first_named": first_named(kept(table).select(SIDES).to_pylist())},
     )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from opencharacter.chat import row_id, row_seed
 from opencharacter.config import Robustness
-from opencharacter.engine import Row
+from opencharacter.engine import Need, Row, hold
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
@@ -240,6 +240,10 @@ def answers_of(job: Job) -> list[Row]:
     return rows
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [] if job.section.classifier == classifiers.TFIDF else [(job.workers(1),)]
+
+
 def estimate(job: Job) -> Estimate:
     return Estimate(0)
 
@@ -256,7 +260,9 @@ def build(job: Job) -> Outcome:
         placement=job.placement.training,
         seed=seed,
     )
-    guessed = [new for c in conditions for new in guesses(rows, c, settings.folds, guess)]
+    workers = [need for together in needs(job) for need in together]
+    with hold(job.dataset, workers, job.placement.cluster):
+        guessed = [new for c in conditions for new in guesses(rows, c, settings.folds, guess)]
     found = scores(guessed, settings, seed)
     job.store.write_table(job.dataset, pa.Table.from_pylist(guessed, schema=SCHEMA))
     job.store.write_table(job.dataset, pa.Table.from_pylist(found, schema=SCORES), "scores")

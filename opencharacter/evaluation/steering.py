@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from opencharacter import models
 from opencharacter.chat import Message, assistant, encode_answer, user
 from opencharacter.config import Role, Steering
 from opencharacter.distillation import teacher
+from opencharacter.engine import Need
 from opencharacter.errors import StageFailed
 from opencharacter.stage import Estimate, Job, Outcome
 
@@ -216,6 +218,10 @@ def identity(job: Job) -> dict[str, Any]:
     return {"wanted": wanted(job)}
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(job.workers(1),)] if wanted(job) else []
+
+
 def estimate(job: Job) -> Estimate:
     return Estimate(0)
 
@@ -226,7 +232,7 @@ def build(job: Job) -> Outcome:
     import ray
     from safetensors.torch import save_file
 
-    from opencharacter.engine import stop_hosts
+    from opencharacter.engine import hold
 
     settings: Steering = job.section
     learned, held_out = split(job.read("distillation/pairs").to_pylist(), settings)
@@ -235,10 +241,12 @@ def build(job: Job) -> Outcome:
     head = teacher.opening(job.persona, job.recipe.distillation.teacher.exemplars)
     training = job.placement.training
     task = ray.remote(find).options(num_cpus=training.cpus, num_gpus=training.gpus)
-    stop_hosts()  # the model needs what the engines hold
     role = job.recipe.roles.student
     args = (role, learned, held_out, head, settings, training.gpus > 0)
-    vectors, found = ray.get(task.remote(*args))
+    with hold(job.dataset, [job.workers(1)], job.placement.cluster) as held:
+        began = time.monotonic()
+        vectors, found = ray.get(task.remote(*args))
+        held.busy = time.monotonic() - began
     with tempfile.TemporaryDirectory() as scratch:
         named = {str(layer): vector.contiguous() for layer, vector in vectors.items()}
         save_file(named, Path(scratch) / models.STEERING)
@@ -247,4 +255,4 @@ def build(job: Job) -> Outcome:
     job.store.write_table(job.dataset, pa.Table.from_pylist(rows, schema=SWEEP), "sweep")
     best = chosen(found)
     figures = {"strength": best, "nll": found[best], "nll_unsteered": found[0.0]}
-    return Outcome(len(vectors), figures=figures, gpus=training.gpus)
+    return Outcome(len(vectors), figures=figures)

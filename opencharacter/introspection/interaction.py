@@ -17,7 +17,7 @@ import pyarrow as pa
 from opencharacter.chat import Message, assistant, fill, row_id, row_seed, system, user
 from opencharacter.config import Interaction, Sampling
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Row
+from opencharacter.engine import Conversation, Need, Row
 from opencharacter.errors import RowFailed
 from opencharacter.introspection.reflection import MESSAGES
 from opencharacter.stage import Estimate, Job, Outcome
@@ -118,6 +118,10 @@ async def interact(
     return {"messages": view(lines, side=(len(lines) - 1) % 2), "finish_reason": "stop"}
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(job.engine("student", job.parent("distillation/dpo").adapter),)]
+
+
 def estimate(job: Job) -> Estimate:
     settings: Interaction = job.section
     rows = settings.free + settings.leading
@@ -145,4 +149,4 @@ def build(job: Job) -> Outcome:
     rows = generate(
         job, requests, talk, "student", FIELDS, folded=job.parent("distillation/dpo").adapter
     )
-    return job.write(rows, gpus=job.gpus("student"))
+    return job.write(rows)

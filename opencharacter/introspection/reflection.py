@@ -15,7 +15,7 @@ import pyarrow as pa
 from opencharacter.chat import Message, assistant, fill, row_id, system, user
 from opencharacter.config import Sampling
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Row
+from opencharacter.engine import Conversation, Need, Row
 from opencharacter.stage import Estimate, Job, Outcome
 
 SYSTEM = """\
@@ -71,6 +71,10 @@ async def reflect(row: Row, talk: Conversation, head: Message, sampling: Samplin
     return {"messages": messages, "finish_reason": reply.finish_reason}
 
 
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(job.engine("student", job.parent("distillation/dpo").adapter),)]
+
+
 def estimate(job: Job) -> Estimate:
     rows = len(PROMPTS) * job.section.transcripts_per_prompt
     shared = len(job.persona.assertions()) // 4 + 60
@@ -91,4 +95,4 @@ def build(job: Job) -> Outcome:
     rows = generate(
         job, requests, talk, "student", FIELDS, folded=job.parent("distillation/dpo").adapter
     )
-    return job.write(rows, gpus=job.gpus("student"))
+    return job.write(rows)

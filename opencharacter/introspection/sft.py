@@ -12,15 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opencharacter.chat import encode
+from opencharacter.engine import Need
 from opencharacter.packing import Example, Pack, Tokens, Totals
 from opencharacter.stage import Estimate, Job, Outcome
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
-
-SIDE_BY_SIDE = True
-"""Personas are trained at once where there is room."""
 
 
 def example(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
@@ -44,6 +42,10 @@ def sft_loss(policy: torch.Tensor, batch: Pack, totals: Totals) -> dict[str, tor
         totals: of the step.
     """
     return {"loss": -policy.sum() / totals.learned}
+
+
+def needs(job: Job) -> list[tuple[Need, ...]]:
+    return [(job.workers(),)]
 
 
 def estimate(job: Job) -> Estimate:

@@ -1,0 +1,167 @@
+"""Several personas as one job: does each engine start once, and is `plan` right about the time?
+
+The whole method with the embedded model, as small as it can be: every role is that model, so a run
+of n personas has 1 + 2n engines (the model itself, each persona after DPO, and each persona). The
+placement has room for all engines that are needed at once beside the training, and lets one job
+generate or train at a time, which is what two cores bear.
+
+Ways:
+- `one`: a run of one persona, from which speeds are measured, as `plan --speed STORAGE` does.
+- `several`: the same recipe with `personas` of them.
+
+Figures: `wall_s` of `several`, `predicted_s` by `plan` from the speeds of `one`, and their
+`predicted_over_measured`; `engines` and `engine_starts`; `idle`, the share of the time that engines
+and workers were held without work under way; and the speeds, so that the file is one for `plan
+--speed`.
+
+Run: python benchmarks/personas.py --out benchmarks/results     (on a CPU)
+     python benchmarks/personas.py --out /tmp/results --tiny    (two personas)
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+from harness import Figures, Machine, Run, Series, Settings, figure
+
+from opencharacter import cluster, constitution, cost, pipeline
+from opencharacter.config import Placement, Recipe, load_recipe
+from opencharacter.stage import Job
+from opencharacter.store import Store
+
+PERSONAS = ("poeticism", "humor", "remorse")
+SHORT = {"temperature": 0.6, "top_p": 1.0, "trim": True}
+LOOSE = {"max_drop_rate": 1.0}
+TRAINED = {
+    "lora": {"rank": 8, "alpha": 16},
+    "optimizer": {"batch": 8, "learning_rate": 2e-4},
+}
+WORD = {"max_tokens": 4, "temperature": 0.1, "repetition_penalty": 1.0, "typical_tokens": 3}
+CONDITIONS = ["base", "full"]
+
+
+def said(tokens: int, typical: int) -> dict[str, Any]:
+    """How an answer of few tokens is drawn."""
+    return {"sampling": {**SHORT, "max_tokens": tokens, "typical_tokens": typical}, **LOOSE}
+
+
+SETTINGS: Settings = {
+    "personas": 3,
+    "recipe": {
+        "name": "personas",
+        "distillation": {
+            "prompts": {"questions_per_trait": 1, "general": 6},
+            "teacher": {"answers": 1, "exemplars": True, "prefill": False, **said(32, 28)},
+            "student": {"answers": 1, **said(32, 28)},
+            "pairs": LOOSE,
+            "dpo": TRAINED,
+        },
+        "introspection": {
+            "reflection": {"transcripts_per_prompt": 1, **said(48, 44)},
+            "interaction": {"free": 1, "leading": 1, "turns": 4, **said(32, 28)},
+            "transcripts": LOOSE,
+            "sft": TRAINED,
+        },
+        "evaluation": {
+            "judge": {"items": 4, "min_agreement": None, "sampling": WORD},
+            "answers": {"conditions": CONDITIONS, "count": 8, **said(32, 28)},
+            "preferences": {
+                "conditions": CONDITIONS,
+                "games": 6,
+                "traits": ["poetic", "technical", "casual", "formal"],
+                "judge": WORD,
+                **said(32, 28),
+            },
+            "attacks": {
+                "conditions": CONDITIONS,
+                "prompts": 4,
+                "kinds": ["plain", "stop"],
+                **said(32, 28),
+            },
+            "coherence": {"prompts": 3, "sampling": WORD, **LOOSE},
+        },
+    },
+    "placement": {
+        "name": "personas",
+        "pools": {role: {"cpus": 0.15, "memory_gib": 1} for role in ("teacher", "student", "judge")}
+        | {"expander": {"cpus": 0.15, "memory_gib": 1}},
+        "training": {"cpus": 2},
+        "ray_cpus": 3,
+        "jobs_at_once": 1,
+    },
+}
+TINY: Settings = {"personas": 2}
+
+
+def make_jobs(settings: Settings, count: int, storage: Path) -> list[Job]:
+    """The jobs of a run of so many personas."""
+    roles = load_recipe("demo").roles.model_dump()
+    recipe = Recipe.model_validate({"roles": roles, **settings["recipe"]})
+    personas = [constitution.load(name) for name in PERSONAS[:count]]
+    placement = Placement.model_validate(settings["placement"])
+    return pipeline.jobs(recipe, personas, placement, Store.at(str(storage)))
+
+
+def run_personas(settings: Settings, series: str) -> Iterator[Run]:
+    """Run the pipeline once; what its manifests say."""
+    count = 1 if series == "one" else settings["personas"]
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = make_jobs(settings, count, Path(folder))
+        cluster.connect(jobs[0].placement)
+        began = time.monotonic()
+        manifests = [manifest for _, manifest in pipeline.run(jobs)]
+        seconds = time.monotonic() - began
+        started = [name for manifest in manifests for name in manifest["engines_started"]]
+        yield {
+            "series": series,
+            "seconds": seconds,
+            "tokens": sum(manifest["tokens_out"] for manifest in manifests),
+            "engines_started": started,
+            "held": sum(manifest["held_seconds"] for manifest in manifests),
+            "busy": sum(manifest["busy_seconds"] for manifest in manifests),
+            "speeds": cost.measured(folder).model_dump(),
+            "stages": {m["scope"] + "/" + m["stage"]: m["seconds"] for m in manifests},
+        }
+
+
+def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
+    """What was predicted, and what it was."""
+    found: Figures = {}
+    if "one" in series:
+        speeds = cost.Speeds.model_validate(series["one"][0]["speeds"])
+        jobs = make_jobs(settings, settings["personas"], Path("unused"))
+        planned = cost.wall(cost.plan(jobs, speeds))
+        numbers = {k: v for k, v in speeds.model_dump().items() if k != "stages"}
+        found |= {name: figure([value]) for name, value in numbers.items()}
+        found |= {"one_s": figure([series["one"][0]["seconds"]]), "predicted_s": figure([planned])}
+    if "several" in series:
+        runs = series["several"]
+        walls = [one["seconds"] for one in runs]
+        found |= {
+            "wall_s": figure(walls),
+            "engines": figure([len(set(one["engines_started"])) for one in runs]),
+            "engine_starts": figure([len(one["engines_started"]) for one in runs]),
+            "idle": figure([1 - one["busy"] / one["held"] for one in runs]),
+        }
+        if "one" in series:
+            found["predicted_over_measured"] = harness.ratio([planned], walls)
+    return found
+
+
+BENCHMARK = harness.Benchmark(
+    name="personas",
+    script=Path(__file__).resolve(),
+    settings=SETTINGS,
+    tiny=TINY,
+    ways={name: partial(run_personas, series=name) for name in ("one", "several")},
+    figures=figures,
+)
+
+if __name__ == "__main__":
+    harness.main(BENCHMARK, __doc__ or "")

@@ -1,0 +1,222 @@
+"""What starts next, and engines that several jobs hold at once; no Ray, no engine."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from samples import recipe_of
+
+from opencharacter import constitution, engine, pipeline
+from opencharacter.config import Placement, Room
+from opencharacter.engine import EngineSpec, Fleet, Workers, hold
+from opencharacter.errors import StageFailed
+from opencharacter.schedule import choose, held, ready
+from opencharacter.stage import Outcome
+from opencharacter.store import Store
+
+PLACEMENT = Placement.model_validate(
+    {
+        "pools": {role: {"gpus": 1, "cpus": 1} for role in ("teacher", "student", "judge")},
+        "training": {"gpus": 1, "cpus": 1},
+    }
+)
+ONE, TWO, MANY = (Room(cpus=64, gpus=gpus, memory_gib=999) for gpus in (1, 2, 16))
+ROLE = {"name": "small", "called": "Small", "context": 2048}
+
+
+@pytest.fixture
+def jobs(tmp_path: Path):
+    """Jobs of three personas by dataset; teacher, student and judge are different models."""
+    return jobs_of(tmp_path, PLACEMENT)
+
+
+def jobs_of(folder: Path, placement: Placement) -> dict:
+    recipe = recipe_of({**ROLE, "model": "org/student"})
+    others = {name: {**ROLE, "model": f"org/{name}"} for name in ("teacher", "judge", "expander")}
+    recipe = type(recipe).model_validate(
+        recipe.model_dump() | {"roles": {"student": {**ROLE, "model": "org/student"}, **others}}
+    )
+    personas = constitution.load_all(["humor", "poeticism", "remorse"])
+    made = pipeline.jobs(recipe, personas, placement, Store(str(folder)))
+    return {job.dataset: job for job in made}
+
+
+def key(job) -> str:
+    ((need,),) = job.needs
+    return need.key()
+
+
+def test_a_job_whose_engine_runs_goes_before_an_earlier_stage(jobs):
+    teacher, student = jobs["humor/distillation/teacher"], jobs["small/distillation/student"]
+    warm = {key(student): Room(gpus=1)}
+    assert choose([teacher, student], [], warm, ONE) is student
+    assert choose([teacher, student], [], {}, ONE) is teacher
+
+
+def test_a_job_that_needs_no_other_engine_to_stop_goes_first(tmp_path):
+    training = PLACEMENT.training.model_copy(update={"workers": 2})
+    jobs = jobs_of(tmp_path, PLACEMENT.model_copy(update={"training": training}))
+    teacher, dpo = jobs["humor/distillation/teacher"], jobs["small/humor/distillation/dpo"]
+    assert choose([dpo, teacher], [], {}, TWO) is dpo
+    assert choose([dpo, teacher], [], {"another": Room(gpus=1)}, TWO) is teacher
+
+
+def test_trainings_fill_the_room_that_there_is(jobs):
+    waiting = [jobs[f"small/{name}/distillation/dpo"] for name in ("humor", "poeticism", "remorse")]
+    assert choose(waiting[1:], waiting[:1], {}, TWO) is waiting[1]
+    assert choose(waiting[2:], waiting[:2], {}, TWO) is None
+
+
+def test_two_jobs_use_an_engine_at_once_and_it_counts_once(jobs):
+    teachers = [jobs[f"{name}/distillation/teacher"] for name in ("humor", "poeticism", "remorse")]
+    assert choose(teachers[1:], teachers[:1], {}, ONE) is teachers[1]
+    assert choose(teachers[2:], teachers[:2], {}, MANY) is None
+    assert sum(room.gpus for room in held(teachers, MANY)) == 1
+
+
+def test_jobs_on_the_driver_go_one_at_a_time_beside_the_others(jobs):
+    one, other = (jobs[f"small/{name}/distillation/pairs"] for name in ("humor", "remorse"))
+    assert choose([one], [jobs["humor/distillation/teacher"]], {}, ONE) is one
+    assert choose([one], [other], {}, ONE) is None
+
+
+def test_a_placement_may_allow_one_job_at_a_time(tmp_path):
+    jobs = jobs_of(tmp_path, PLACEMENT.model_copy(update={"jobs_at_once": 1}))
+    teacher = jobs["humor/distillation/teacher"]
+    assert choose([jobs["small/distillation/student"]], [teacher], {}, MANY) is None
+    pairs = jobs["small/humor/distillation/pairs"]
+    assert choose([pairs], [teacher], {}, MANY) is pairs
+
+
+def test_what_is_too_large_for_the_cluster_is_started_when_nothing_runs(jobs):
+    teacher = jobs["humor/distillation/teacher"]
+    assert choose([teacher], [], {}, Room()) is teacher
+
+
+def test_a_job_is_ready_when_its_parents_are_done(jobs):
+    teacher, prompts = jobs["humor/distillation/teacher"], jobs["humor/distillation/prompts"]
+    assert ready([teacher], [prompts]) == []
+    assert ready([teacher], []) == [teacher]
+
+
+# --------------------------------------------------------------------------- engines that are held
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Engines that start at once; returns a function that makes specs, and the labels stopped."""
+    stopped = []
+
+    def start(place, spec):
+        place.fleet.set_result(Fleet([], []))
+
+    stop = engine._stop
+
+    def told(key):
+        stopped.append(engine._places[key].need.label)
+        stop(key)
+
+    monkeypatch.setattr(engine, "_places", {})
+    monkeypatch.setattr(engine, "_spent", {})
+    monkeypatch.setattr(engine, "_start", start)
+    monkeypatch.setattr(engine, "_stop", told)
+    monkeypatch.setattr(engine, "capacity", lambda declared: declared)
+    role = recipe_of({**ROLE, "model": "org/x"}).roles.student
+    pool = PLACEMENT.pools.student
+    return lambda name: EngineSpec(role.model_copy(update={"model": name}), pool), stopped
+
+
+def test_an_engine_in_use_is_never_stopped_for_another(engines):
+    spec, stopped = engines
+    got = threading.Event()
+
+    def take():
+        with hold("b", [spec("other")], ONE):
+            got.set()
+
+    with hold("a", [spec("one")], ONE):
+        waiting = threading.Thread(target=take)
+        waiting.start()
+        assert not got.wait(0.2)
+        assert stopped == []
+    assert got.wait(5)
+    waiting.join()
+    assert stopped == ["one"]
+
+
+def test_the_longest_unused_engine_makes_room(engines):
+    spec, stopped = engines
+    for name in ("one", "other", "one"):
+        with hold("a", [spec(name)], TWO):
+            pass
+    with hold("b", [Workers("b", Room(gpus=1))], TWO):
+        assert stopped == ["other"]
+    engine.stop_hosts(but={spec("one").key()})
+    assert stopped == ["other"]
+
+
+def test_an_engine_is_started_once_and_shared_while_it_is_used(engines):
+    spec, _ = engines
+    with hold("a", [spec("one")], ONE) as first, hold("b", [spec("one")], ONE) as second:
+        assert first.started == ["one"]
+        assert second.started == []
+
+
+def test_an_engine_that_does_not_start_fails_the_job_and_may_be_tried_anew(engines, monkeypatch):
+    spec, _ = engines
+
+    def start(place, spec):
+        del engine._places[spec.key()]
+        place.fleet.set_exception(StageFailed("no weights"))
+
+    monkeypatch.setattr(engine, "_start", start)
+    for _ in range(2):
+        with pytest.raises(StageFailed, match="no weights"), hold("a", [spec("one")], ONE):
+            pass
+    assert engine.running_engines() == {}
+
+
+def test_time_is_charged_to_who_holds_and_idle_time_to_who_comes(engines, monkeypatch):
+    spec, _ = engines
+    now = [0.0]
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
+    one = hold("a", [spec("one")], ONE)
+    held_by_a = one.__enter__()
+    now[0] = 10
+    held_by_a.busy = 4
+    one.__exit__(None, None, None)
+    now[0] = 30  # unused for 20 seconds
+    with hold("b", [spec("one")], ONE) as held_by_b:
+        now[0] = 40
+        with hold("c", [spec("one")], ONE):
+            now[0] = 60  # both for 20 seconds
+        held_by_b.busy = 99
+    assert engine.spent("a")["gpu_seconds"] == 10
+    assert engine.spent("c")["gpu_seconds"] == 10
+    of_b = engine.spent("b")
+    assert of_b["gpu_seconds"] == 20 + 10 + 10
+    assert of_b["gpu_busy_seconds"] == 40
+    assert engine.spent("b")["gpu_seconds"] == 0  # asked for once
+
+
+# ------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_failed_job_stops_only_what_needs_it(store, echo_recipe, monkeypatch):
+    personas = constitution.load_all(["humor", "remorse"])
+    jobs = pipeline.jobs(echo_recipe, personas, Placement(), store)
+    selected = pipeline.select(jobs, until="distillation/prompts")
+    selected += [job for job in jobs if job.stage.name == "distillation/teacher"]
+
+    def build(job):
+        if job.dataset == "humor/distillation/prompts":
+            raise StageFailed("no prompts")
+        return Outcome(1)
+
+    for job in selected:
+        monkeypatch.setattr(job.stage.module, "build", build)
+    ended = []
+    with pytest.raises(StageFailed, match="no prompts"):
+        for job, _ in pipeline.run(selected):
+            ended.append(job.dataset)
+    assert set(ended) == {"remorse/distillation/prompts", "remorse/distillation/teacher"}
