@@ -689,8 +689,9 @@ class Conversations:
                 await asyncio.wait_for(self.enough.wait(), FLUSH_SECONDS)
             self.enough.clear()
             ended = talking.done()
-            if self.finished:
-                yield await self._store(name)
+            rows, self.finished = self.finished, []
+            for at in range(0, len(rows), FLUSH_ROWS):
+                yield await self._store(rows[at : at + FLUSH_ROWS], name)
         self.tally.send()
         await talking
 
@@ -731,9 +732,8 @@ class Conversations:
     def _seed(self, of: str) -> int | None:
         return None if self.seed is None else row_seed(self.seed, self.stage, of)
 
-    async def _store(self, name: str) -> int:
-        """Store what is finished; what finishes while a file is written goes into the next one."""
-        rows, self.finished = self.finished, []
+    async def _store(self, rows: list[Row], name: str) -> int:
+        """Write a file of rows; what finishes meanwhile goes into a later one."""
         table = pa.Table.from_pylist(rows, schema=self.parts.schema)
         await asyncio.to_thread(self.parts.write, table, name)
         return len(rows)
