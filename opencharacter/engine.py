@@ -40,7 +40,7 @@ from opencharacter.errors import RowFailed, StageFailed, UserError
 from opencharacter.filters import whole_sentences
 from opencharacter.progress import Tally
 from opencharacter.quality import texts_of
-from opencharacter.store import Folder, Parts
+from opencharacter.store import Folder, Parts, among, digests
 
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two threads were a third slower than one on two cores
@@ -802,8 +802,8 @@ class Conversation:
 
 FLUSH_SECONDS = 5
 FLUSH_ROWS = 512
-REQUESTS = 256
-"""Of a block that are Python objects at once."""
+REQUESTS = 1000
+"""That are one object in Ray's store, or Python objects at once."""
 
 SPENT = ("tokens_in", "tokens_out", "cached_tokens")
 
@@ -838,19 +838,25 @@ class Seat:
         return Hosted(self.fleet) if self.fleet else start(self.spec)
 
 
-def converse(block: pa.Table, **settings: Any) -> Iterator[pa.Table]:
-    """The function of Ray Data's `map_batches`: has the conversations of a block.
+def converse(share: pa.Table, **settings: Any) -> Iterator[pa.Table]:
+    """The function of Ray Data's `map_batches`: has a share of a stage's conversations.
 
     A task and not an actor: an actor has a process of its own, which takes a second to start for
     each stage; tasks find the process of the stage before, with all its modules.
 
     Args:
-        block: requests; those that are stored already, where a lost task is repeated, are left out.
-        settings: of `Conversations`.
+        share: one row, `from` and `to`: the first request and the one after the last. Those that
+            are stored already, where a lost task is repeated, are left out.
+        settings: of `Conversations`; and `chunks`, references to the tables that all requests are
+            in, `REQUESTS` in each but the last.
 
     Yields:
         How many rows were `stored`, each time that some were.
     """
+    first, end = share["from"][0].as_py(), share["to"][0].as_py()
+    needed: Any = ray.get(settings.pop("chunks")[first // REQUESTS : -(-end // REQUESTS)])
+    together = pa.concat_tables(needed, promote_options="permissive")
+    block = together.slice(first % REQUESTS, end - first)
     conversations = Conversations(**settings)
     with asyncio.Runner() as runner:
         stored = aiter(conversations.of(block))
@@ -896,7 +902,8 @@ class Conversations:
     async def of(self, block: pa.Table) -> AsyncIterator[int]:
         """Have the conversations of a block; yields how many were stored, every few seconds."""
         name = "part-" + row_id(block["id"][0].as_py())
-        rows = requests(block, set(self.parts.ids(name).to_pylist()))
+        stored = among(digests(block["id"]), self.parts.stored(name))
+        rows = one_by_one(block.filter(pa.array(~stored)))
         talking = asyncio.gather(*(self._sit(rows) for _ in range(self.seats)))
         talking.add_done_callback(lambda _: self.enough.set())
         ended = False
@@ -905,8 +912,9 @@ class Conversations:
                 await asyncio.wait_for(self.enough.wait(), FLUSH_SECONDS)
             self.enough.clear()
             ended = talking.done()
-            if self.finished:
-                yield await self._store(name)
+            rows, self.finished = self.finished, []
+            for at in range(0, len(rows), FLUSH_ROWS):
+                yield await self._store(rows[at : at + FLUSH_ROWS], name)
         self.tally.send()
         await talking
 
@@ -947,18 +955,17 @@ class Conversations:
     def _seed(self, of: str) -> int | None:
         return None if self.seed is None else row_seed(self.seed, self.stage, of)
 
-    async def _store(self, name: str) -> int:
-        """Store what is finished; what finishes while a file is written goes into the next one."""
-        rows, self.finished = self.finished, []
+    async def _store(self, rows: list[Row], name: str) -> int:
+        """Write a file of rows; what finishes meanwhile goes into a later one."""
         table = pa.Table.from_pylist(rows, schema=self.parts.schema)
         await asyncio.to_thread(self.parts.write, table, name)
         return len(rows)
 
 
-def requests(block: pa.Table, stored: set[str]) -> Iterator[Row]:
-    """The rows of a block that are not stored yet, of which few at a time are Python objects."""
-    for batch in block.to_batches(max_chunksize=REQUESTS):
-        yield from (row for row in batch.to_pylist() if row["id"] not in stored)
+def one_by_one(table: pa.Table) -> Iterator[Row]:
+    """Rows, of which few at a time are Python objects."""
+    for batch in table.to_batches(max_chunksize=REQUESTS):
+        yield from batch.to_pylist()
 
 
 def seats(spec: EngineSpec) -> int:

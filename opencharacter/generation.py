@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data.read_api import from_blocks
@@ -21,6 +23,7 @@ from ray.data.read_api import from_blocks
 from opencharacter import engine
 from opencharacter.config import LIGHT, Role, fits
 from opencharacter.engine import (
+    REQUESTS,
     ROW_FIELDS,
     EngineSpec,
     Row,
@@ -32,12 +35,10 @@ from opencharacter.engine import (
 from opencharacter.errors import StageFailed
 from opencharacter.progress import Line, Meter, console, new_counters, worked
 from opencharacter.stage import Attempts, Job
-from opencharacter.store import PARTS, Folder, Parts
+from opencharacter.store import PARTS, Folder, Parts, among, digests
 
 BLOCK_ROWS = 25_000
 """Requests of a task at most: what is lost at a task's end is then little of it."""
-CHUNK = 1000
-"""Requests that are Python objects at once."""
 
 
 def generate(
@@ -70,33 +71,61 @@ def generate(
     schema = pa.schema([ROW_FIELDS[0], *fields, *ROW_FIELDS[1:]])
     folder = Folder(job.store, "/".join(filter(None, (job.dataset, PARTS, part))))
     parts = Parts(folder, schema)
-    asked, have = as_table(requests), parts.ids()
-    todo = without(asked, have)
-    attempts = Attempts(job, kept=len(have), part=part)
-    if todo.num_rows:
+    todo = Requests.of(requests, parts.stored())
+    attempts = Attempts(job, kept=len(todo.asked) - todo.rows, part=part)
+    if todo.rows:
         spec = job.engine(role, folded, model)
         other = job.engine(partner) if partner else None
         title = " ".join(filter(None, (job.dataset, part)))
         with ExitStack() as holding:
-            _stream(job, todo, spec, other, talk, parts, attempts, asked.num_rows, title, holding)
-        lost = without(asked, parts.ids()).num_rows
+            _stream(job, todo, spec, other, talk, parts, attempts, title, holding)
+        lost = int((~among(todo.asked, parts.stored())).sum())
         if lost:
             raise StageFailed(f"{job.dataset} has no answer for {lost} rows; run it again")
     return parts
 
 
-def as_table(rows: Iterable[Row]) -> pa.Table:
-    """Rows as a table, of which only a chunk at a time are Python objects."""
-    left, tables = iter(rows), []
-    while chunk := list(islice(left, CHUNK)):
-        tables.append(pa.Table.from_pylist(chunk))
-    nothing = pa.table({"id": pa.array([], pa.string())})
-    return pa.concat_tables(tables or [nothing], promote_options="permissive").combine_chunks()
+@dataclass(frozen=True)
+class Requests:
+    """What a stage asks for: in Ray's store, which spills to disk what it has no room for.
+
+    Args:
+        asked: digest of every id.
+        chunks: references to tables of `REQUESTS` rows, but for the last, of what is not stored.
+        first: the first of those tables.
+        rows: in all of them.
+    """
+
+    asked: np.ndarray
+    chunks: list[Any]
+    first: pa.Table
+    rows: int
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], stored: np.ndarray) -> Requests:
+        """Put rows into Ray's store, but for those whose digests are among some in order."""
+        asked, chunks, sizes, first = [np.empty(0, np.uint64)], [], [], pa.table({})
+        for chunk in in_chunks(new_rows(rows, stored, asked)):
+            table = pa.Table.from_pylist(chunk)
+            first = first if chunks else table
+            chunks.append(ray.put(table))
+            sizes.append(len(table))
+        return cls(np.concatenate(asked), chunks, first, sum(sizes))
 
 
-def without(table: pa.Table, ids: pa.Array) -> pa.Table:
-    """The rows whose id is not among those given."""
-    return table.filter(pc.invert(pc.is_in(table["id"], value_set=ids)))
+def in_chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows in lists of `REQUESTS`."""
+    left = iter(rows)
+    while chunk := list(islice(left, REQUESTS)):
+        yield chunk
+
+
+def new_rows(rows: Iterable[Row], stored: np.ndarray, asked: list[np.ndarray]) -> Iterator[Row]:
+    """Rows whose ids are not stored; the digests of all are added to those asked for."""
+    for chunk in in_chunks(rows):
+        asked.append(digests(pa.array([row["id"] for row in chunk], pa.string())))
+        known = among(asked[-1], stored).tolist()
+        yield from (row for row, there in zip(chunk, known, strict=True) if not there)
 
 
 def is_warm(job: Job, role: str, folded: Folder | None) -> bool:
@@ -112,21 +141,21 @@ def together(job: Job, role: str, folded: Folder | None, other: str) -> bool:
 
 def _stream(
     job: Job,
-    todo: pa.Table,
+    todo: Requests,
     spec: EngineSpec,
     other: EngineSpec | None,
     talk: Talk,
     parts: Parts,
     attempts: Attempts,
-    total: int,
     title: str,
     holding: ExitStack,
 ) -> None:
     counters = new_counters()
     replicas = spec.pool.replicas
-    rows = block_rows(todo.num_rows, replicas)
+    rows = block_rows(todo.rows, replicas)
     quieten()
-    expected = job.expected(todo)
+    expected = job.expected(todo.first)
+    total = len(todo.asked)
     meter = Meter(counters, total, attempts, getattr(job.section, "limits", None), expected)
     with Line(console, title, meter):
         needs = [spec, *([other] if other else [])]
@@ -135,10 +164,11 @@ def _stream(
         meter.begin()
     with ray.data.DataContext.current(telling_at_once()):
         # Unlike from_arrow, from_blocks reads the blocks' sizes here and not in a task for each.
-        blocks = [todo.slice(at, rows) for at in range(0, todo.num_rows, rows)]
-        dataset = from_blocks(blocks).map_batches(
+        shares = [{"from": at, "to": min(at + rows, todo.rows)} for at in range(0, todo.rows, rows)]
+        dataset = from_blocks([pa.Table.from_pylist([share]) for share in shares]).map_batches(
             converse,
             fn_kwargs={
+                "chunks": todo.chunks,
                 "seat": seat,
                 "partner": partner,
                 "talk": talk,

@@ -220,7 +220,7 @@ class Job:
         """
         tables = [rows] if isinstance(rows, pa.Table) else rows
         self.store.write_tables(self.dataset, tables, rows.schema)
-        small = [name for name in ("id", "drop_reason", *TOKENS) if name in rows.schema.names]
+        small = [name for name in ("drop_reason", *TOKENS) if name in rows.schema.names]
         table = self.store.read_table(self.dataset, columns=small)
         dropped = count_dropped(table)
         check_drop_rate(self.dataset, len(table), dropped, self.section)
@@ -320,7 +320,8 @@ def count_dropped(table: pa.Table) -> dict[str, int]:
     """Rows by drop reason, the commonest first."""
     if "drop_reason" not in table.schema.names:
         return {}
-    return dict(Counter(r for r in table["drop_reason"].to_pylist() if r).most_common())
+    found = table["drop_reason"].drop_null().value_counts().to_pylist()
+    return dict(Counter({each["values"]: each["counts"] for each in found}).most_common())
 
 
 def check_drop_rate(dataset: str, rows: int, dropped: dict[str, int], section: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,18 @@ def test_a_tiny_merge_is_measured(tmp_path):
     figures = json.loads((tmp_path / "merge.json").read_text())["figures"]
     assert figures["merge_relative_error"]["median"] == 0
     assert 0 < figures["svd_relative_error"]["median"] < 1
+
+
+def test_a_stage_over_two_simulated_nodes_is_measured_and_whole(tmp_path):
+    name = "200_rows_2_nodes"
+    script = [sys.executable, str(BENCHMARKS / "scale.py"), "--tiny", "--out", str(tmp_path)]
+    # Another test's Ray may have left a token, which the nodes do not ask for.
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    ran = subprocess.run([*script, "--ways", name], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads((tmp_path / "scale.json").read_text())["figures"]
+    assert figures[f"{name}_lost"]["median"] == figures[f"{name}_doubled"]["median"] == 0
+    assert 0 < figures[f"{name}_driver_gb"]["median"] < 0.5
 
 
 def test_a_tiny_training_has_all_its_figures_and_the_loss_of_trl(tmp_path):
