@@ -648,6 +648,8 @@ class Placement(Config):
     """CPUs of a Ray that this command starts itself; all of the machine's where absent."""
     object_store_gib: PositiveFloat = 0.5
     """Object store of a Ray that this command starts itself."""
+    storage_patience: NonNegativeFloat = 180
+    """Seconds for which a request that s3:// or gs:// refuses is tried again."""
     price_per_gpu_hour: NonNegativeFloat = 0
     """In any currency; `plan` multiplies."""
 

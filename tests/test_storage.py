@@ -1,0 +1,107 @@
+"""Object storage: a real S3 server on loopback, one that goes away, URLs, and a disk that is full."""
+
+import pickle
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pytest
+
+from opencharacter.errors import StageFailed, UserError
+from opencharacter.store import Folder, Parts, Store, attempts_within
+
+SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False)])
+
+
+@pytest.fixture
+def remote(bucket) -> Store:
+    return Store.at(bucket.url, patience=20)
+
+
+def test_s3_holds_what_a_folder_holds(remote, tmp_path):
+    remote.check_writable()
+    table = pa.table({"id": ["a", "b"]}, schema=SCHEMA)
+    remote.write_table("humor/distillation/prompts", table)
+    remote.write_table("humor/distillation/prompts/.parts", table, "part-1")
+    remote.write_manifest("humor/distillation/prompts", {"rows": 2})
+    assert remote.read_table("humor/distillation/prompts") == table
+    assert sum(len(t) for t in remote.scan("humor/distillation/prompts", rows=1)) == 2
+    assert (remote.manifest("humor/distillation/prompts") or {})["rows"] == 2
+    parts = Parts(Folder(remote, "humor/distillation/prompts/.parts"), SCHEMA)
+    assert parts.ids().to_pylist() == ["a", "b"]
+    assert remote.folders("humor") == ["distillation"]
+    remote.delete("humor/distillation/prompts/.parts")
+    assert parts.files() == []
+    assert not remote.exists(".writable")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/weights").write_bytes(b"w")
+    remote.upload(tmp_path / "adapter", "humor/adapter")
+    assert [p.name for p in Folder(remote, "humor/adapter").local().iterdir()] == ["weights"]
+
+
+def test_an_address_has_no_options(remote):
+    assert "?" not in remote.address("humor", "report.html")
+    assert remote.address("humor", "report.html").endswith("/runs/humor/report.html")
+    assert "?" not in remote.path("humor")
+
+
+@pytest.mark.parametrize("url", ["s3://KEY:hidden@bucket/runs", "gs://hidden@bucket/runs"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(url):
+    with pytest.raises(UserError, match="environment") as refused:
+        Store(url).resolve()
+    assert "hidden" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3:///runs", "ftp://bucket/runs", "s3://bucket/runs?secret_key=hidden", "gs://b?x=1"]
+)
+def test_a_url_that_cannot_be_opened_is_refused(url):
+    with pytest.raises(UserError, match="give a path") as refused:
+        Store(url).resolve()
+    assert "hidden" not in str(refused.value)
+
+
+def test_google_storage_is_opened_without_a_request():
+    filesystem, root = Store("gs://bucket/runs/", patience=5).resolve()
+    assert isinstance(filesystem, pafs.GcsFileSystem)
+    assert root == "bucket/runs"
+
+
+def test_storage_that_refuses_for_a_while_is_asked_again(remote, bucket):
+    remote.write_bytes("a", b"before")
+    bucket.stop()
+    threading.Timer(3, bucket.start).start()
+    began = time.monotonic()
+    elsewhere = pickle.loads(pickle.dumps(remote.fs))  # as Ray Train sends it to its workers
+    with elsewhere.open_output_stream(remote.path("a")) as stream:
+        stream.write(b"after")
+    assert time.monotonic() - began > 2
+    assert bucket.texts()[f"{bucket.name}/runs/a"] == b"after"
+
+
+def test_storage_that_does_not_come_back_is_given_up(bucket):
+    impatient = Store.at(bucket.url, patience=0.5)
+    impatient.resolve()
+    bucket.stop()
+    began = time.monotonic()
+    with pytest.raises(OSError, match="connect"):
+        impatient.write_bytes("a", b"1")
+    assert time.monotonic() - began < 20
+    with pytest.raises(UserError, match="cannot be written"):
+        impatient.check_writable()
+    bucket.start()
+
+
+def test_patience_is_a_number_of_attempts():
+    assert attempts_within(0) == 1
+    assert 10 < attempts_within(180) < 14
+
+
+def test_a_full_disk_is_named_and_nothing_half_is_left(tmp_path, small_disk):
+    store = Store(str(small_disk))
+    store.write_bytes("kept", b"1" * 1000)
+    with pytest.raises(StageFailed, match=f"no room for {small_disk}/a/big.*No space left"):
+        store.write_bytes("a/big", b"1" * 3_000_000)
+    assert [p.name for p in Path(small_disk).rglob("*") if p.is_file()] == ["kept"]
