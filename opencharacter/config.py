@@ -580,6 +580,15 @@ class Pool(Config):
         """Replicas when it has grown."""
         return max(self.replicas, self.max_replicas or 0)
 
+    @model_validator(mode="after")
+    def _a_gpu_for_each_share(self) -> Pool:
+        if self.gpus and self.tensor_parallel > max(self.gpus, 1):
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} needs as many GPUs in a replica, which "
+                f"has gpus: {self.gpus:g}; raise gpus or lower tensor_parallel"
+            )
+        return self
+
 
 class Pools(Config):
     """One pool a role."""
@@ -637,6 +646,19 @@ class Serving(Config):
     """Time for answers under way when the server stops."""
 
 
+class Growth(Config):
+    """Nodes that an autoscaling cluster may add when asked for more than it has."""
+
+    nodes: PositiveInt
+    """At most."""
+    cpus: PositiveFloat
+    """Of each."""
+    gpus: NonNegativeFloat = 0
+    """Of each."""
+    memory_gib: PositiveFloat
+    """Of each that Ray gives out, by itself about 70 % of the machine's."""
+
+
 class Placement(Config):
     """Where it runs. Enters no fingerprint."""
 
@@ -644,6 +666,8 @@ class Placement(Config):
     pools: Pools = Pools()
     training: Training = Training()
     serving: Serving = Serving()
+    grows: tuple[Growth, ...] = ()
+    """What the cluster may add: a run waits for it instead of being refused."""
     ray_cpus: PositiveInt | None = None
     """CPUs of a Ray that this command starts itself; all of the machine's where absent."""
     object_store_gib: PositiveFloat = 0.5

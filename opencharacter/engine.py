@@ -141,6 +141,8 @@ class VllmEngine:
             self.adapter = LoRARequest(adapter.name, 1, str(adapter))
         elif adapter:
             base = models.fold(base, adapter)
+        if spec.pool.tensor_parallel > 1:  # within this actor, whose GPUs are all on one node
+            arguments = {"distributed_executor_backend": "mp"} | arguments
         self.model, self.context = str(base), spec.role.context
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self.model, **arguments))
         self.requests = 0

@@ -1,4 +1,4 @@
-"""Object storage: a real S3 server on loopback, one that goes away, URLs, and a disk that is full."""
+"""Object storage: an S3 server on loopback, one that goes away, URLs, and a disk that is full."""
 
 import pickle
 import threading
