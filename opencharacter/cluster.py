@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
 
-from opencharacter.config import Placement, Pool
+from opencharacter.config import Growth, Placement, Pool, Training
 from opencharacter.errors import UserError
 
 GIB = 2**30
+CARD = "accelerator_type:"
 
 
 def connect(placement: Placement) -> None:
@@ -44,7 +46,7 @@ class Ask(NamedTuple):
     """What a part of a placement asks of Ray: so many bundles, each of them on one node."""
 
     who: str
-    count: int
+    copies: int
     each: dict[str, float]
     """By Ray's names: CPU, GPU, and memory in bytes."""
 
@@ -52,11 +54,11 @@ class Ask(NamedTuple):
 def asks(placement: Placement) -> list[Ask]:
     """All that a placement asks for, one role at a time."""
     made = [
-        Ask(name, pool.replicas, as_resources(pool.cpus, pool.gpus, pool.memory_gib))
+        Ask(name, pool.replicas, as_resources(pool.cpus, pool.gpus, pool.memory_gib) | card(pool))
         for name, pool in iter_pools(placement)
     ]
     training = placement.training
-    each = as_resources(training.cpus, training.gpus, 0)
+    each = as_resources(training.cpus, training.gpus, memory_gib=0) | card(training)
     return [*made, Ask("training", training.workers, each)]
 
 
@@ -65,11 +67,16 @@ def as_resources(cpus: float, gpus: float, memory_gib: float) -> dict[str, float
     return {"GPU": gpus, "CPU": cpus, "memory": memory_gib * GIB}
 
 
+def card(of: Pool | Training | Growth, share: float = 0.001) -> dict[str, float]:
+    """The kind of card by Ray's name: a node has 1, whoever wants it asks for a thousandth."""
+    return {f"{CARD}{of.accelerator}": share} if of.accelerator else {}
+
+
 def nodes(placement: Placement) -> list[dict[str, float]]:
     """What each node has, those included that the cluster may add."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     coming = [
-        as_resources(group.cpus, group.gpus, group.memory_gib)
+        as_resources(group.cpus, group.gpus, group.memory_gib) | card(group, share=1)
         for group in placement.grows
         for _ in range(group.nodes)
     ]
@@ -86,9 +93,9 @@ def check_fits(placement: Placement, nodes: Sequence[Mapping[str, float]]) -> No
     Raises:
         UserError: naming the role, what it asks for, and what is there.
     """
-    for who, count, each in asks(placement):
+    for who, copies, each in asks(placement):
         room = sum(times(node, each) for node in nodes)
-        if room >= count:
+        if room >= copies:
             continue
         lacking = [kind for kind in each if each[kind] > max(n.get(kind, 0) for n in nodes)]
         if lacking:
@@ -97,7 +104,7 @@ def check_fits(placement: Placement, nodes: Sequence[Mapping[str, float]]) -> No
             there = f"the largest has {amount(lacking[0], most).split()[0]}"
         else:
             bundle = ", ".join(amount(kind, n) for kind, n in each.items() if n)
-            wanted = f"{count} x ({bundle}), each in one node"
+            wanted = f"{copies} x ({bundle}), each in one node"
             there = f"the nodes of this Ray cluster have room for {room}"
         raise UserError(
             f"placement {placement.name!r}: {who} asks for {wanted}, {there}; choose another "
@@ -112,6 +119,8 @@ def times(node: Mapping[str, float], each: Mapping[str, float]) -> int:
 
 def amount(kind: str, number: float) -> str:
     """A resource in words."""
+    if kind.startswith(CARD):
+        return f"{math.ceil(number)} {kind.removeprefix(CARD)}"
     return f"{number / GIB:.3g} GiB of memory" if kind == "memory" else f"{number:g} {kind}s"
 
 

@@ -561,6 +561,8 @@ class Pool(Config):
     """Memory that Ray reserves per replica."""
     tensor_parallel: PositiveInt = 1
     """GPUs over which one replica's weights are split."""
+    accelerator: str | None = None
+    """Ray's name of the card, such as H100; any where absent."""
     max_sequences: PositiveInt = 48
     """Conversations under way per replica."""
     kv_cache_gib: PositiveFloat = 1
@@ -605,6 +607,8 @@ class Training(Config):
     workers: PositiveInt = 1
     gpus: NonNegativeFloat = 0
     """GPUs per worker."""
+    accelerator: str | None = None
+    """As in a pool."""
     cpus: PositiveFloat = 2
     """CPUs per worker, also its threads."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -655,6 +659,8 @@ class Growth(Config):
     """Of each."""
     gpus: NonNegativeFloat = 0
     """Of each."""
+    accelerator: str | None = None
+    """Ray's name of their cards."""
     memory_gib: PositiveFloat
     """Of each that Ray gives out, by itself about 70 % of the machine's."""
 

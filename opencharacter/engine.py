@@ -438,6 +438,7 @@ def hosts(spec: EngineSpec) -> Fleet:
     options = {
         "num_cpus": pool.cpus,
         "num_gpus": pool.gpus,
+        "accelerator_type": pool.accelerator,
         "memory": int(pool.memory_gib * 2**30),
         "max_restarts": pool.restarts,
         "max_task_retries": -1,

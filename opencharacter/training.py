@@ -140,6 +140,7 @@ def train(
         scaling_config=ray.train.ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpus > 0,
+            accelerator_type=placement.accelerator,
             resources_per_worker=resources(placement),
         ),
         run_config=ray.train.RunConfig(

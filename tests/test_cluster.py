@@ -45,6 +45,13 @@ def test_training_is_asked_for_as_well():
         check_fits(Placement.model_validate({"training": {"workers": 9, "gpus": 1}}), [EIGHT])
 
 
+def test_a_kind_of_card_is_looked_for():
+    cards = EIGHT | {"accelerator_type:H100": 1}
+    check_fits(placed(replicas=8, gpus=1, accelerator="H100"), [cards])
+    with pytest.raises(UserError, match="asks for 1 H200 in one node, the largest has 0;"):
+        check_fits(placed(gpus=1, accelerator="H200"), [cards])
+
+
 def test_more_shares_than_gpus_are_refused():
     with pytest.raises(ValueError, match="tensor_parallel 8 needs as many GPUs"):
         placed(gpus=4, tensor_parallel=8)
