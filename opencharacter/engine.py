@@ -35,7 +35,7 @@ from opencharacter.chat import (
 from opencharacter.config import ECHO, Pool, Role, Sampling
 from opencharacter.errors import RowFailed, StageFailed, UserError
 from opencharacter.filters import whole_sentences
-from opencharacter.progress import Tally
+from opencharacter.progress import Tally, actor_name
 from opencharacter.quality import texts_of
 from opencharacter.store import Folder, Parts
 
@@ -142,7 +142,7 @@ class VllmEngine:
         elif adapter:
             base = models.fold(base, adapter)
         if spec.pool.tensor_parallel > 1:  # within this actor, whose GPUs are all on one node
-            arguments = {"distributed_executor_backend": "mp"} | arguments
+            arguments.setdefault("distributed_executor_backend", "mp")
         self.model, self.context = str(base), spec.role.context
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self.model, **arguments))
         self.requests = 0
@@ -444,7 +444,10 @@ def hosts(spec: EngineSpec) -> Fleet:
         "max_task_retries": -1,
         "max_concurrency": AHEAD_OF_RAY * seats(spec),
     }
-    handles: list[Any] = [Host.options(**options).remote(spec) for _ in range(pool.most_replicas)]
+    handles: list[Any] = [
+        Host.options(**options, name=actor_name(f"engine {spec.role.model}")).remote(spec)
+        for _ in range(pool.most_replicas)
+    ]
     fleet = Fleet(pool, handles[: pool.replicas], handles[pool.replicas :])
     try:
         ray.get([host.start.remote() for host in fleet.ready])

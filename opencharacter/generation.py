@@ -129,7 +129,8 @@ def _stream(
     total: int,
     title: str,
 ) -> None:
-    counters = new_counters()
+    gpus = sum(s.pool.replicas * s.pool.gpus for s in (spec, other) if s)
+    counters = new_counters(job.dataset, gpus)
     rows = block_rows(todo.num_rows, spec.pool.replicas, seats(spec))
     in_flight = max(2, math.ceil(AHEAD * seats(spec) / rows))
     blocks = [todo.slice(at, rows) for at in range(0, todo.num_rows, rows)]

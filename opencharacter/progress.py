@@ -1,8 +1,13 @@
-"""What a running stage tells: one live line, and the figures that the manifest keeps."""
+"""What a running stage tells: one live line, figures for the manifest, metrics for Ray's dashboard.
+
+Ray's nodes export the metrics for Prometheus as `ray_opencharacter_rows_total` and so on, each with
+the dataset that it is of.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -10,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
+from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
@@ -32,33 +38,71 @@ RECENT_TEXTS = 1000
 TEXTS_PER_TALLY = 20
 
 
+METRICS = {
+    "finished": "rows",
+    "dropped": "dropped_rows",
+    "tokens_out": "tokens",
+    "gpu_seconds": "gpu_seconds",
+}
+"""What is counted, and Ray's name for it after `opencharacter_`."""
+_numbers = itertools.count(1)
+
+
 @ray.remote(num_cpus=0)
 class Counters:
-    """Collects what the stage's actors report; the driver polls it."""
+    """Collects what the stage's actors report; the driver polls it.
 
-    def __init__(self):
+    Args:
+        dataset: what is made.
+        gpus: held meanwhile.
+    """
+
+    def __init__(self, dataset: str, gpus: float):
         self.sums: Counter[str] = Counter()
         self.texts: deque[str] = deque(maxlen=RECENT_TEXTS)
+        self.metrics = {name: counted(said, dataset) for name, said in METRICS.items()}
+        self.gpus, self.since = gpus, time.monotonic()
 
     def add(self, numbers: dict[str, float], texts: list[str]) -> None:
         self.sums.update(numbers)
         self.texts.extend(texts)
+        self._export(numbers)
 
     def set(self, **numbers: float) -> None:
         self.sums = Counter({**self.sums, **numbers})
 
     def read(self) -> dict[str, float]:
+        now = time.monotonic()
+        self._export({"gpu_seconds": self.gpus * (now - self.since)})
+        self.since = now
         return dict(self.sums)
 
     def recent(self) -> list[str]:
         """A sample of what was written last."""
         return list(self.texts)
 
+    def _export(self, numbers: dict[str, float]) -> None:
+        for name in self.metrics.keys() & numbers.keys():
+            if numbers[name] > 0:
+                self.metrics[name].inc(numbers[name])
 
-def new_counters() -> Any:
+
+def counted(name: str, dataset: str) -> metrics.Counter:
+    """A metric of one dataset."""
+    made = metrics.Counter(f"opencharacter_{name}", "Of a stage.", tag_keys=("dataset",))
+    return made.set_default_tags({"dataset": dataset})
+
+
+def actor_name(what: str) -> str:
+    """A name for the dashboard; numbered, for Ray gives one away only when its owner has ended."""
+    return f"{what} #{next(_numbers)}"
+
+
+def new_counters(dataset: str, gpus: float) -> Any:
     """Counters on the driver's own node: they go when it goes, not with another."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return Counters.options(scheduling_strategy=here).remote()
+    options: Any = {"scheduling_strategy": here, "name": actor_name(f"progress of {dataset}")}
+    return Counters.options(**options).remote(dataset, gpus)
 
 
 class Tally:

@@ -120,7 +120,7 @@ def train(
         folded: adapter to fold into the student's weights first.
     """
     placement = job.placement.training
-    counters = new_counters()
+    counters = new_counters(job.dataset, placement.workers * placement.gpus)
     task = Task(
         store=job.store,
         dataset=job.dataset,

@@ -1,7 +1,7 @@
 """Every file of clusters/ is read by the tool that it is for.
 
-No package has KubeRay's schema. Its own fields are held against the lists below, the pods and claims inside against
-Kubernetes' schema, the worker groups are read by Ray's autoscaler as it reads them in a cluster.
+No package has KubeRay's schema. Its own fields are held against the lists below, the pods and
+claims inside against Kubernetes' schema, and Ray's autoscaler reads the worker groups.
 """
 
 from pathlib import Path
@@ -30,10 +30,12 @@ MACHINES = {
     "kuberay": [],
 }
 FIELDS = {
-    "RayJob": "entrypoint backoffLimit shutdownAfterJobFinishes ttlSecondsAfterFinished rayClusterSpec",
-    "RayService": "serviceUnhealthySecondThreshold deploymentUnhealthySecondThreshold serveConfigV2 "
-    "rayClusterConfig",
-    "cluster": "rayVersion enableInTreeAutoscaling autoscalerOptions headGroupSpec workerGroupSpecs",
+    "RayJob": """entrypoint backoffLimit shutdownAfterJobFinishes ttlSecondsAfterFinished
+        rayClusterSpec""",
+    "RayService": """serviceUnhealthySecondThreshold deploymentUnhealthySecondThreshold
+        serveConfigV2 rayClusterConfig""",
+    "cluster": """rayVersion enableInTreeAutoscaling autoscalerOptions headGroupSpec
+        workerGroupSpecs""",
     "autoscaler": "idleTimeoutSeconds upscalingMode",
     "head": "rayStartParams template",
     "workers": "groupName replicas minReplicas maxReplicas rayStartParams template",
