@@ -514,5 +514,6 @@ def main() -> None:
         console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except OpenCharacterError as error:
-        console.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        said = str(getattr(error, "cause", error))  # without the traceback of an actor
+        console.print(f"[red]failed:[/] {escape(said)}", soft_wrap=True, highlight=False)
         sys.exit(1)

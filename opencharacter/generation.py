@@ -173,6 +173,9 @@ def quieten() -> None:
     """Leave the telling to our own line."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = (
+        True  # a disk that is full says so, not that a UDF failed
+    )
     context.issue_detectors_config.detectors = []
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # Ray 2.60 has another name for max_concurrency, which 2.58 does not know.

@@ -7,6 +7,7 @@ the dataset that it is of.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
@@ -20,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from opencharacter.config import Limits
+from opencharacter.errors import OpenCharacterError
 from opencharacter.quality import Expected, beyond, measure
 
 console = Console()
@@ -168,11 +170,16 @@ class Line:
         self.thread.join()
         Line.running -= 1
 
+    def _text(self) -> str | None:
+        """The text, or None: what storage refuses to note is no reason to stop, or to say so."""
+        with contextlib.suppress(OpenCharacterError, OSError):
+            return self.poll()
+
     def _loop(self) -> None:
         said = time.monotonic()
         live = self.console.is_terminal
         while not self.stop.wait(1):
-            text = self.poll()
+            text = self._text()
             if text and live and Line.running == 1:
                 self.console.print(f"\r[cyan]{self.title}[/] {text}\x1b[K", end="", soft_wrap=True)
             elif text and time.monotonic() - said >= SECONDS_BETWEEN_LINES:

@@ -127,12 +127,12 @@ def demo_data() -> dict:
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A filesystem of 2 MB, as root can make one."""
+    """A filesystem of 1 MB, as root can make one."""
     import subprocess
 
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a small filesystem")
     yield folder

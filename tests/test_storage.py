@@ -1,5 +1,6 @@
 """Object storage: an S3 server on loopback, one that goes away, URLs, and a disk that is full."""
 
+import os
 import pickle
 import threading
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
+import yaml
+from samples import ECHO_ROLE, TINY, cli
 
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.store import Folder, Parts, Store, attempts_within
@@ -105,3 +108,31 @@ def test_a_full_disk_is_named_and_nothing_half_is_left(tmp_path, small_disk):
     with pytest.raises(StageFailed, match=f"no room for {small_disk}/a/big.*No space left"):
         store.write_bytes("a/big", b"1" * 3_000_000)
     assert [p.name for p in Path(small_disk).rglob("*") if p.is_file()] == ["kept"]
+
+
+@pytest.mark.slow
+def test_a_run_that_filled_its_disk_says_so_and_goes_on_when_there_is_room(tmp_path, small_disk):
+    recipe = {
+        **TINY,
+        "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), ECHO_ROLE),
+    }
+    recipe["distillation"] = {
+        **TINY["distillation"],
+        "student": {"answers": 40, "limits": {"after": 10**6}},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    run = ["run", "tiny.yaml", "-c", "poeticism", "--storage", str(small_disk)]
+    assert cli(*run, "--until", "distillation/prompts", cwd=tmp_path).returncode == 0
+    filler = small_disk / "filler"
+    free = os.statvfs(small_disk)
+    filler.write_bytes(b"1" * (free.f_bavail * free.f_bsize - 24_000))  # enough to begin with
+    full = cli(*run, "--until", "distillation/student", cwd=tmp_path)
+    assert full.returncode == 1, full.stdout + full.stderr
+    assert f"failed: no room for {small_disk}/" in full.stdout
+    assert "Traceback" not in full.stdout + full.stderr
+    assert full.stdout.count("\n") < 5
+    filler.unlink()
+    again = cli(*run, "--until", "distillation/student", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    ids = Store(str(small_disk)).read_table("echo/distillation/student")["id"].to_pylist()
+    assert len(ids) == len(set(ids)) == 240
