@@ -177,7 +177,7 @@ def quieten() -> None:
         True  # a disk that is full says so, not that a UDF failed
     )
     context.issue_detectors_config.detectors = []
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it raises what it logs
     # Ray 2.60 has another name for max_concurrency, which 2.58 does not know.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*is deprecated")
 

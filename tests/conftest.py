@@ -126,6 +126,16 @@ def demo_data() -> dict:
 
 
 @pytest.fixture
+def answering():
+    """A role's fields for a server on loopback that answers at once."""
+    import answering as servers
+
+    server = servers.serve()
+    yield {"endpoint": f"http://127.0.0.1:{server.server_port}/v1"}
+    server.shutdown()
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path):
     """A filesystem of 1 MB, as root can make one."""
     import subprocess

@@ -23,6 +23,7 @@ FAKE_KEYS = {
     "AWS_ACCESS_KEY_ID": "LOOPBACKKEYOFATEST",
     "AWS_SECRET_ACCESS_KEY": "loopback-secret-of-a-test",
     "AWS_REGION": "us-east-1",
+    "OPENAI_API_KEY": "loopback-key-of-an-endpoint",
 }
 
 TINY = {

@@ -1,7 +1,10 @@
 """Object storage: an S3 server on loopback, one that goes away, URLs, and a disk that is full."""
 
+import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,8 +13,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 import yaml
-from samples import ECHO_ROLE, TINY, cli
+from samples import ECHO_ROLE, FAKE_KEYS, TINY, cli, embedded_recipe
 
+from opencharacter import pipeline
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.store import Folder, Parts, Store, attempts_within
 
@@ -122,10 +126,9 @@ def test_a_run_that_filled_its_disk_says_so_and_goes_on_when_there_is_room(tmp_p
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     run = ["run", "tiny.yaml", "-c", "poeticism", "--storage", str(small_disk)]
-    assert cli(*run, "--until", "distillation/prompts", cwd=tmp_path).returncode == 0
     filler = small_disk / "filler"
     free = os.statvfs(small_disk)
-    filler.write_bytes(b"1" * (free.f_bavail * free.f_bsize - 24_000))  # enough to begin with
+    filler.write_bytes(b"1" * (free.f_bavail * free.f_bsize - 60_000))  # enough to begin with
     full = cli(*run, "--until", "distillation/student", cwd=tmp_path)
     assert full.returncode == 1, full.stdout + full.stderr
     assert f"failed: no room for {small_disk}/" in full.stdout
@@ -136,3 +139,55 @@ def test_a_run_that_filled_its_disk_says_so_and_goes_on_when_there_is_room(tmp_p
     assert again.returncode == 0, again.stdout + again.stderr
     ids = Store(str(small_disk)).read_table("echo/distillation/student")["id"].to_pylist()
     assert len(ids) == len(set(ids)) == 240
+
+
+@pytest.fixture
+def project(tmp_path, tiny_model, answering) -> Path:
+    """A recipe whose models answer at once and are really trained."""
+    recipe = embedded_recipe()
+    role = {"model": str(tiny_model), "name": "two-layers", "called": "Two", "context": 2048}
+    recipe["roles"] = dict.fromkeys(("teacher", "student", "judge", "expander"), role | answering)
+    recipe["distillation"]["prompts"]["general"] = 20
+    recipe["distillation"]["dpo"]["optimizer"] |= {"epochs": 8}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    placement = {"training": {"cpus": 1, "checkpoint_steps": 2}, "storage_patience": 60}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(placement))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_whole_run_lives_in_a_bucket_and_goes_on_after_a_kill(project, bucket):
+    run = ["tiny.yaml", "-c", "poeticism", "--placement", "two.yaml", "--storage", bucket.url]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "opencharacter", "run", *run],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    train = f"{bucket.name}/runs/two-layers/poeticism/distillation/dpo/.parts/train"
+    known = f"{train}/checkpoint_manager_snapshot.json"
+    while b"checkpoint_" not in bucket.texts().get(known, b""):
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.5)
+    killed.kill()
+    said = killed.communicate()[0]
+    done = cli("run", *run, cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        f"report: s3://{bucket.name}/runs/two-layers/evaluation/report/report.html" in done.stdout
+    )
+    (elsewhere := project / "elsewhere").mkdir()
+    status = cli("status", f"{project}/{run[0]}", *run[1:3], *run[5:], cwd=elsewhere)
+    assert status.stdout.count(" done ") == len(pipeline.STAGES)
+
+    stored = bucket.texts()
+    manifest = json.loads(stored[train.replace(".parts/train", "manifest.json")])
+    first, second = manifest["attempts"]
+    assert second["kept"] >= 2
+    assert first["kept"] == 0
+    everything = [said, done.stdout, done.stderr, status.stdout, status.stderr]
+    everything += [text.decode(errors="ignore") for text in stored.values()]
+    secrets = [value for name, value in FAKE_KEYS.items() if "KEY" in name]
+    assert not [secret for secret in secrets for text in everything if secret in text]
+    assert not [path for path in stored if "/.parts/" in path or path.endswith(".tmp")]
