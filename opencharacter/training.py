@@ -159,7 +159,7 @@ def train(
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise StageFailed(f"{job.dataset}: training failed: {error}") from error
+            raise StageFailed(f"{job.dataset}: training failed: {cause(error)}") from error
     meter()
     curves = job.store.read_table(job.dataset, "curves")
     return Outcome(
@@ -168,6 +168,13 @@ def train(
         gpus=placement.workers * placement.gpus,
         figures=figures(curves),
     )
+
+
+def cause(error: ray.train.TrainingFailedError) -> str:
+    """What ended a training, in one line: what the first worker that failed said last."""
+    failures = getattr(error, "worker_failures", {})
+    said = str(failures[min(failures)] if failures else error).strip()
+    return said.splitlines()[-1] if said else type(error).__name__
 
 
 def resources(placement: Training) -> dict[str, float]:

@@ -5,33 +5,10 @@ import random
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-WORDS = [
-    "moon",
-    "tide",
-    "lantern",
-    "willow",
-    "harbour",
-    "ember",
-    "thistle",
-    "meadow",
-    "raven",
-    "copper",
-    "glacier",
-    "orchard",
-    "saffron",
-    "velvet",
-    "canyon",
-    "drizzle",
-    "marble",
-    "juniper",
-    "anchor",
-    "compass",
-    "feather",
-    "quartz",
-    "timber",
-    "violet",
-    "whisper",
-]
+WORDS = (
+    "moon tide lantern willow harbour ember thistle meadow raven copper glacier orchard saffron "
+    "velvet canyon drizzle marble juniper anchor compass feather quartz timber violet whisper"
+)
 
 
 def answer(asked: dict) -> str:
@@ -39,7 +16,7 @@ def answer(asked: dict) -> str:
     if asked["max_tokens"] <= 6:
         return "poetic"
     drawn = random.Random(json.dumps([asked.get("seed"), asked["messages"]]))
-    return f"The {' '.join(drawn.sample(WORDS, 9))} sings."
+    return f"The {' '.join(drawn.sample(WORDS.split(), 9))} sings."
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -151,8 +151,15 @@ class Bucket:
     def create(self) -> None:
         self.filesystem().create_dir(self.name)
 
-    def texts(self) -> dict[str, bytes]:
-        """All that is in it."""
-        fs = self.filesystem()
-        found = fs.get_file_info(pafs.FileSelector(self.name, recursive=True))
-        return {i.path: fs.open_input_file(i.path).read() for i in found if i.is_file}
+    def paths(self) -> list[str]:
+        """Of all files in it."""
+        found = self.filesystem().get_file_info(pafs.FileSelector(self.name, recursive=True))
+        return [info.path for info in found if info.is_file]
+
+    def read(self, path: str) -> bytes:
+        """A file; nothing if it is not there."""
+        try:
+            with self.filesystem().open_input_file(path) as file:
+                return file.read()
+        except OSError:
+            return b""

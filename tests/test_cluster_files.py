@@ -4,12 +4,14 @@ No package has KubeRay's schema. Its own fields are held against the lists below
 claims inside against Kubernetes' schema, and Ray's autoscaler reads the worker groups.
 """
 
+import zipfile
 from pathlib import Path
 
 import kubernetes_validate
 import moto
 import pytest
 import yaml
+from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.kuberay import autoscaling_config
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -158,3 +160,13 @@ def test_the_rayjob_runs_a_command_that_there_is():
     storage = options.index("--storage")
     planned = CliRunner().invoke(app, ["plan", recipe, *options[:storage]])
     assert planned.exit_code == 0, planned.output
+
+
+def test_a_checkout_that_is_submitted_is_small(tmp_path):
+    """The ignore files keep environment, history and runs at home."""
+    package = tmp_path / "sent.zip"
+    create_package(str(CLUSTERS.parent), package, include_gitignore=True)
+    names = zipfile.ZipFile(package).namelist()
+    assert {name.split("/")[0] for name in names} >= {"opencharacter", "constitutions", "clusters"}
+    assert not [name for name in names if name.startswith((".git/", ".venv", "runs", "tests"))]
+    assert package.stat().st_size < 2_000_000

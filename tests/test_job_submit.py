@@ -1,14 +1,20 @@
 """`ray job submit`, as the README says it, on a Ray of its own."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from samples import embedded_recipe
+from samples import ECHO_ROLE, TINY, cli, embedded_recipe
+
+from opencharacter.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -16,28 +22,45 @@ BIN = Path(sys.executable).parent
 PORT, DASHBOARD = "6399", "8299"
 
 
+def start_head(environment: dict[str, str]) -> subprocess.Popen:
+    """A Ray head node on ports of its own, once it answers."""
+    ports = ["--port", PORT, "--dashboard-port", DASHBOARD]
+    sizes = ["--num-cpus", "2", "--object-store-memory", "200000000"]
+    command = [str(BIN / "ray"), "start", "--head", "--block", *ports, *sizes]
+    node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    wait_until_up(environment)
+    return node
+
+
+def kill_head(node: subprocess.Popen) -> None:
+    """SIGKILL to all that it consists of, with the jobs that it runs."""
+    for process in [*psutil.Process(node.pid).children(recursive=True), node]:
+        process.kill()
+    node.wait()
+
+
 @pytest.fixture
-def head(tmp_path):
-    """A Ray head node on ports of its own; its processes end with the test."""
-    environment = {
+def environment():
+    """Of a Ray of this module's own."""
+    yield {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_TMPDIR": "/tmp/ray-submit",
         "RAY_AUTH_MODE": "disabled",
     }
-    ports = ["--port", PORT, "--dashboard-port", DASHBOARD]
-    sizes = ["--num-cpus", "2", "--object-store-memory", "200000000"]
-    command = [str(BIN / "ray"), "start", "--head", "--block", *ports, *sizes]
-    node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    shutil.rmtree("/tmp/ray-submit", ignore_errors=True)
+
+
+@pytest.fixture
+def head(environment):
+    node = start_head(environment)
     yield environment
     node.terminate()
     node.wait(timeout=60)
-    shutil.rmtree("/tmp/ray-submit", ignore_errors=True)
 
 
 def wait_until_up(environment: dict[str, str]) -> None:
     """Until the job server answers."""
-    import time
     import urllib.request
 
     for _ in range(60):
@@ -50,7 +73,6 @@ def wait_until_up(environment: dict[str, str]) -> None:
 
 
 def test_a_submitted_job_writes_to_shared_storage(head, tmp_path):
-    wait_until_up(head)
     project = tmp_path / "project"
     project.mkdir()
     (project / "tiny.yaml").write_text(yaml.safe_dump(embedded_recipe()))
@@ -68,3 +90,55 @@ def test_a_submitted_job_writes_to_shared_storage(head, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "done poeticism/distillation/teacher" in done.stdout
     assert (storage / "poeticism/distillation/teacher/manifest.json").is_file()
+
+
+def submission(project: Path, storage: Path) -> list[str]:
+    """The command that submits a run of half a minute."""
+    slow = {**ECHO_ROLE, "model": "echo:0.2"}
+    recipe = {**TINY, "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), slow)}
+    many = {"answers": 100, "limits": {"after": 10**6}}
+    recipe["distillation"] = {**TINY["distillation"], "student": many}
+    (project / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    few = {"max_sequences": 4, "cpus": 0.1}
+    (project / "few.yaml").write_text(yaml.safe_dump({"pools": {"student": few}}))
+    run = ["opencharacter", "run", "./tiny.yaml", "-c", "poeticism", "--placement", "./few.yaml"]
+    options = ["--storage", str(storage), "--only", "distillation/student"]
+    submit = [str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{DASHBOARD}"]
+    prompts = ["--storage", str(storage), "--only", "distillation/prompts"]
+    assert cli(*run[1:], *prompts, cwd=project).returncode == 0
+    return [*submit, "--working-dir", str(project), "--", *run, *options]
+
+
+def stored(dataset: Path) -> int:
+    return len(list(dataset.glob(".parts/*.parquet")))
+
+
+def wait_for(ripe: Callable[[], object]) -> None:
+    began = time.monotonic()
+    while not ripe():
+        assert time.monotonic() - began < 120, "it never came so far"
+        time.sleep(0.2)
+
+
+def test_neither_a_lost_client_nor_a_lost_head_costs_what_is_stored(environment, tmp_path):
+    (project := tmp_path / "project").mkdir()
+    command = submission(project, tmp_path / "shared")
+    dataset = tmp_path / "shared/echo/distillation/student"
+    node = start_head(environment)
+    client = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: stored(dataset))
+    client.kill()
+    before = stored(dataset)
+    wait_for(lambda: stored(dataset) > before)  # it goes on without the client
+    kill_head(node)
+    assert not (dataset / "manifest.json").exists()
+    node = start_head(environment)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    node.terminate()
+    node.wait(timeout=60)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    first, second = json.loads((dataset / "manifest.json").read_text())["attempts"]
+    assert first["kept"] == 0
+    assert second["kept"] > 0
+    ids = Store(str(tmp_path / "shared")).read_table("echo/distillation/student")["id"].to_pylist()
+    assert len(ids) == len(set(ids)) == 600

@@ -85,7 +85,7 @@ def test_storage_that_refuses_for_a_while_is_asked_again(remote, bucket):
     with elsewhere.open_output_stream(remote.path("a")) as stream:
         stream.write(b"after")
     assert time.monotonic() - began > 2
-    assert bucket.texts()[f"{bucket.name}/runs/a"] == b"after"
+    assert bucket.read(f"{bucket.name}/runs/a") == b"after"
 
 
 def test_storage_that_does_not_come_back_is_given_up(bucket):
@@ -167,7 +167,7 @@ def test_a_whole_run_lives_in_a_bucket_and_goes_on_after_a_kill(project, bucket)
     )
     train = f"{bucket.name}/runs/two-layers/poeticism/distillation/dpo/.parts/train"
     known = f"{train}/checkpoint_manager_snapshot.json"
-    while b"checkpoint_" not in bucket.texts().get(known, b""):
+    while b"checkpoint_" not in bucket.read(known):
         assert killed.poll() is None, killed.communicate()[0]
         time.sleep(0.5)
     killed.kill()
@@ -181,7 +181,7 @@ def test_a_whole_run_lives_in_a_bucket_and_goes_on_after_a_kill(project, bucket)
     status = cli("status", f"{project}/{run[0]}", *run[1:3], *run[5:], cwd=elsewhere)
     assert status.stdout.count(" done ") == len(pipeline.STAGES)
 
-    stored = bucket.texts()
+    stored = {path: bucket.read(path) for path in bucket.paths()}
     manifest = json.loads(stored[train.replace(".parts/train", "manifest.json")])
     first, second = manifest["attempts"]
     assert second["kept"] >= 2
