@@ -169,7 +169,7 @@ def test_training_goes_on_from_its_checkpoint_on_another_node(
     recipe = embedded_recipe()
     role = {**ECHO_ROLE, "model": str(tiny_model), "name": "two-layers"}
     recipe["roles"] = dict.fromkeys(recipe["roles"], role)
-    recipe["distillation"]["dpo"]["optimizer"] |= {"epochs": 20}
+    recipe["distillation"]["dpo"]["optimizer"] |= {"epochs": 12}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     where = {"training": {"cpus": 1, "checkpoint_steps": 2}}
     # The driver is there before the workers' nodes, so that it is on neither.

@@ -148,7 +148,7 @@ def project(tmp_path, tiny_model, answering) -> Path:
     role = {"model": str(tiny_model), "name": "two-layers", "called": "Two", "context": 2048}
     recipe["roles"] = dict.fromkeys(("teacher", "student", "judge", "expander"), role | answering)
     recipe["distillation"]["prompts"]["general"] = 20
-    recipe["distillation"]["dpo"]["optimizer"] |= {"epochs": 8}
+    recipe["distillation"]["dpo"]["optimizer"] |= {"epochs": 4}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     placement = {"training": {"cpus": 1, "checkpoint_steps": 2}, "storage_patience": 60}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(placement))
