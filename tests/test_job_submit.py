@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,16 +20,17 @@ from opencharacter.store import Store
 pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
-PORT, DASHBOARD = "6399", "8299"
+PORT, DASHBOARD, AGENT = "6399", "8299", "8298"
 
 
 def start_head(environment: dict[str, str]) -> subprocess.Popen:
     """A Ray head node on ports of its own, once it answers."""
     ports = ["--port", PORT, "--dashboard-port", DASHBOARD]
+    ports += ["--dashboard-agent-listen-port", AGENT]  # Ray's own may be another Ray's
     sizes = ["--num-cpus", "2", "--object-store-memory", "200000000"]
     command = [str(BIN / "ray"), "start", "--head", "--block", *ports, *sizes]
     node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    wait_until_up(environment)
+    wait_until_up()
     return node
 
 
@@ -59,17 +61,17 @@ def head(environment):
     node.wait(timeout=60)
 
 
-def wait_until_up(environment: dict[str, str]) -> None:
-    """Until the job server answers."""
-    import urllib.request
-
+def wait_until_up() -> None:
+    """Until a job is taken: the agent that runs jobs comes up after the dashboard."""
+    url, body = f"http://127.0.0.1:{DASHBOARD}/api/jobs/", json.dumps({"entrypoint": "true"})
+    asked = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
     for _ in range(60):
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{DASHBOARD}/api/version", timeout=2)
+            urllib.request.urlopen(asked, timeout=15)
             return
         except OSError:
             time.sleep(1)
-    raise AssertionError("the dashboard did not come up")
+    raise AssertionError("the job server did not come up")
 
 
 def test_a_submitted_job_writes_to_shared_storage(head, tmp_path):
