@@ -167,6 +167,7 @@ def _stream(
             if meter.fault:
                 raise StageFailed(job.refused(meter.fault))
     meter()  # once more: the sums of the last second
+    counters.end.remote()
 
 
 def quieten() -> None:

@@ -36,6 +36,8 @@ ON_THE_LINE = ("refusals", "distinct_2", "self_bleu", "repeated_openings", "exag
 SECONDS_BETWEEN_TALLIES = 0.5
 SECONDS_BETWEEN_MEASURES = 10
 """Of the texts that were written last."""
+SECONDS_BETWEEN_EXPORTS = 10
+"""Ray's, from a process to its node's port."""
 RECENT_TEXTS = 1000
 TEXTS_PER_TALLY = 20
 
@@ -82,6 +84,11 @@ class Counters:
     def recent(self) -> list[str]:
         """A sample of what was written last."""
         return list(self.texts)
+
+    def end(self) -> None:
+        """Go, once the last numbers are exported; handles alone would keep the process for long."""
+        time.sleep(SECONDS_BETWEEN_EXPORTS)
+        ray.actor.exit_actor()
 
     def _export(self, numbers: dict[str, float]) -> None:
         for name in self.metrics.keys() & numbers.keys():

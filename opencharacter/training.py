@@ -161,6 +161,7 @@ def train(
         except ray.train.TrainingFailedError as error:
             raise StageFailed(f"{job.dataset}: training failed: {cause(error)}") from error
     meter()
+    counters.end.remote()
     curves = job.store.read_table(job.dataset, "curves")
     return Outcome(
         rows=kept(job.store.read_table(task.data, columns=["drop_reason"])).num_rows,
