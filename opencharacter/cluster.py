@@ -23,14 +23,15 @@ def connect(placement: Placement) -> None:
     Raises:
         UserError: if the cluster cannot hold the placement.
     """
+    address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
         own: dict[str, Any] = {} if address else local_options(placement)
         # "local", or Ray would join any that runs on this machine.
         ray.init(
             address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own
         )
-    check_fits(placement, nodes(placement))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_fits(placement, nodes + (coming(placement) if address else []))
 
 
 def local_options(placement: Placement) -> dict[str, Any]:
@@ -72,15 +73,13 @@ def card(of: Pool | Training | Growth, share: float = 0.001) -> dict[str, float]
     return {f"{CARD}{of.accelerator}": share} if of.accelerator else {}
 
 
-def nodes(placement: Placement) -> list[dict[str, float]]:
-    """What each node has, those included that the cluster may add."""
-    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    coming = [
+def coming(placement: Placement) -> list[dict[str, float]]:
+    """What each node has that the cluster may add."""
+    return [
         as_resources(group.cpus, group.gpus, group.memory_gib) | card(group, share=1)
         for group in placement.grows
         for _ in range(group.nodes)
     ]
-    return there + coming
 
 
 def check_fits(placement: Placement, nodes: Sequence[Mapping[str, float]]) -> None:

@@ -673,7 +673,7 @@ class Placement(Config):
     training: Training = Training()
     serving: Serving = Serving()
     grows: tuple[Growth, ...] = ()
-    """What the cluster may add: a run waits for it instead of being refused."""
+    """What a cluster that is joined may add: a run waits for it instead of being refused."""
     ray_cpus: PositiveInt | None = None
     """CPUs of a Ray that this command starts itself; all of the machine's where absent."""
     object_store_gib: PositiveFloat = 0.5

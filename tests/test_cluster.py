@@ -1,6 +1,6 @@
 import pytest
 
-from opencharacter.cluster import GIB, check_fits
+from opencharacter.cluster import GIB, check_fits, connect
 from opencharacter.config import Placement
 from opencharacter.errors import UserError
 
@@ -57,13 +57,13 @@ def test_more_shares_than_gpus_are_refused():
         placed(gpus=4, tensor_parallel=8)
 
 
-def test_nodes_that_may_come_count(cpu_ray):
-    from opencharacter import cluster
-
-    wide = placed(gpus=8, tensor_parallel=8, cpus=8, memory_gib=64)
-    with pytest.raises(UserError, match="largest has 0"):
-        check_fits(wide, cluster.nodes(wide))
+def test_a_cluster_that_grows_is_waited_for_but_not_a_machine(cpu_ray, monkeypatch):
     node = {"nodes": 1, "gpus": 8, "cpus": 96, "memory_gib": 500}
+    wide = placed(gpus=8, tensor_parallel=8, cpus=8, memory_gib=64)
     grown = Placement.model_validate(wide.model_dump() | {"grows": [node]})
-    check_fits(grown, cluster.nodes(grown))
-    cluster.connect(grown)
+    with pytest.raises(UserError, match="largest has 0"):
+        connect(grown)
+    monkeypatch.setenv("RAY_ADDRESS", "of a cluster")  # Ray runs already and is not joined again
+    connect(grown)
+    with pytest.raises(UserError, match="largest has 0"):
+        connect(wide)

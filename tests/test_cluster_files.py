@@ -17,7 +17,7 @@ from ray.autoscaler._private.kuberay import autoscaling_config
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from opencharacter.cluster import GIB, as_resources, card, check_fits
+from opencharacter.cluster import GIB, as_resources, check_fits, coming
 from opencharacter.config import load_placement
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
@@ -46,15 +46,6 @@ FIELDS = {
 KUBERNETES = "1.30"
 
 
-def grown(placement) -> list[dict[str, float]]:
-    """The nodes that a placement says may come, without those that are there."""
-    return [
-        as_resources(group.cpus, group.gpus, group.memory_gib) | card(group, share=1)
-        for group in placement.grows
-        for _ in range(group.nodes)
-    ]
-
-
 def documents(name: str) -> list[dict]:
     return list(yaml.safe_load_all((CLUSTERS / name).read_text()))
 
@@ -69,7 +60,7 @@ def test_each_folder_has_what_it_needs():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_placement_fits_the_machines_that_it_is_for(name):
     placement = load_placement(name)
-    check_fits(placement, MACHINES[name] + grown(placement))
+    check_fits(placement, MACHINES[name] + coming(placement))
 
 
 def same(resources: dict[str, float], node: dict[str, float]) -> bool:
@@ -87,7 +78,7 @@ def test_ray_up_takes_the_aws_cluster_and_starts_what_the_placement_counts_on():
     types = filled["available_node_types"]
     placement = load_placement("aws")
     for group, name in zip(placement.grows, ("h100", "l40s"), strict=True):
-        node = as_resources(group.cpus, group.gpus, group.memory_gib) | card(group, share=1)
+        node = coming(placement.model_copy(update={"grows": (group,)}))[0]
         assert same(types[name]["resources"], node)
         assert types[name]["max_workers"] == group.nodes
         assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
@@ -135,8 +126,9 @@ def test_the_autoscaler_on_kuberay_may_start_what_the_placement_counts_on(name):
     config = autoscaling_config._derive_autoscaling_config_from_ray_cr(resource)
     validate_config(config)
     types = config["available_node_types"]
-    for group, kind in zip(load_placement("kuberay").grows, ("h100", "l40s"), strict=True):
-        node = as_resources(group.cpus, group.gpus, group.memory_gib) | card(group, share=1)
+    placement = load_placement("kuberay")
+    for group, kind in zip(placement.grows, ("h100", "l40s"), strict=True):
+        node = coming(placement.model_copy(update={"grows": (group,)}))[0]
         assert same(types[kind]["resources"], node)
         assert types[kind]["max_workers"] == group.nodes
     assert types["headgroup"]["resources"]["CPU"] == 0
