@@ -57,8 +57,7 @@ def environment():
 def head(environment):
     node = start_head(environment)
     yield environment
-    node.terminate()
-    node.wait(timeout=60)
+    kill_head(node)
 
 
 def wait_until_up() -> None:
@@ -136,8 +135,7 @@ def test_neither_a_lost_client_nor_a_lost_head_costs_what_is_stored(environment,
     assert not (dataset / "manifest.json").exists()
     node = start_head(environment)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    node.terminate()
-    node.wait(timeout=60)
+    kill_head(node)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     first, second = json.loads((dataset / "manifest.json").read_text())["attempts"]
     assert first["kept"] == 0

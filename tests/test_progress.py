@@ -7,7 +7,7 @@ import ray
 
 from opencharacter import progress
 
-DATASET = "echo/poeticism/distillation/student"
+DATASET = "a/dataset/of/this/test"
 
 
 def exported(name: str) -> float | None:
@@ -15,8 +15,9 @@ def exported(name: str) -> float | None:
     (node,) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     lines = urllib.request.urlopen(url, timeout=5).read().decode().splitlines()
-    found = [line for line in lines if line.startswith(f"ray_opencharacter_{name}_total{{")]
-    return sum(float(line.split()[-1]) for line in found if DATASET in line) if found else None
+    start = f"ray_opencharacter_{name}_total{{"
+    found = [line for line in lines if line.startswith(start) and DATASET in line]
+    return sum(float(line.split()[-1]) for line in found) if found else None
 
 
 def test_rows_tokens_drops_and_gpu_seconds_reach_prometheus(cpu_ray):
