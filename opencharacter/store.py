@@ -171,7 +171,7 @@ class Store:
         try:
             self.write_bytes(".writable", b"")
             self.fs.delete_file(probe)
-        except OSError as error:
+        except (OSError, StageFailed) as error:
             raise UserError(
                 f"storage {self.address()!r} cannot be written ({error}); choose another --storage"
             ) from None
@@ -179,14 +179,21 @@ class Store:
     # ------------------------------------------------------------------------------ small files
 
     def exists(self, *parts: str) -> bool:
-        return self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound
+        """Whether there is a file or a folder; a UserError if storage refuses to say."""
+        try:
+            return self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound
+        except OSError as error:
+            raise UserError(
+                f"storage {self.address()!r} cannot be read ({error}); check that it is there, and "
+                "the credentials in the environment"
+            ) from None
 
     @contextmanager
     def output(self, relative: str) -> Iterator[pa.NativeFile]:
         """A stream into a file, which appears whole or not at all.
 
         Raises:
-            StageFailed: if there is no room for it.
+            StageFailed: if there is no room for it, or storage refuses it.
         """
         path = self.path(relative)
         local = isinstance(self.fs, pafs.LocalFileSystem)
@@ -200,12 +207,12 @@ class Store:
         except OSError as error:
             if local:
                 Path(target).unlink(missing_ok=True)
-            if error.errno in FULL:
-                raise StageFailed(
-                    f"no room for {self.address(relative)} ({os.strerror(error.errno)}); make some "
-                    "and run the same command again: what is stored stays"
-                ) from None
-            raise
+            reason = os.strerror(error.errno) if error.errno in FULL else str(error)
+            what = "no room for" if error.errno in FULL else "cannot write"
+            raise StageFailed(
+                f"{what} {self.address(relative)} ({reason}); mend that and run the same command "
+                "again: what is stored stays"
+            ) from None
 
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Write a small file."""

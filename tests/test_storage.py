@@ -93,11 +93,13 @@ def test_storage_that_does_not_come_back_is_given_up(bucket):
     impatient.resolve()
     bucket.stop()
     began = time.monotonic()
-    with pytest.raises(OSError, match="connect"):
+    with pytest.raises(StageFailed, match=r"cannot write s3://.*connect.*the same command again"):
         impatient.write_bytes("a", b"1")
     assert time.monotonic() - began < 20
     with pytest.raises(UserError, match="cannot be written"):
         impatient.check_writable()
+    with pytest.raises(UserError, match="cannot be read"):
+        impatient.manifest("humor/distillation/prompts")
     bucket.start()
 
 
