@@ -514,6 +514,7 @@ def main() -> None:
         console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except OpenCharacterError as error:
-        said = str(getattr(error, "cause", error))  # without the traceback of an actor
+        cause = getattr(error, "cause", None)  # of one from an actor, to which Ray adds lines
+        said = str(cause).splitlines()[0] if cause else str(error)
         console.print(f"[red]failed:[/] {escape(said)}", soft_wrap=True, highlight=False)
         sys.exit(1)

@@ -133,9 +133,8 @@ def test_a_run_that_filled_its_disk_says_so_and_goes_on_when_there_is_room(tmp_p
     filler.write_bytes(b"1" * (free.f_bavail * free.f_bsize - 60_000))  # enough to begin with
     full = cli(*run, "--until", "distillation/student", cwd=tmp_path)
     assert full.returncode == 1, full.stdout + full.stderr
-    assert f"failed: no room for {small_disk}/" in full.stdout
+    assert full.stdout.splitlines()[-1].startswith(f"failed: no room for {small_disk}/")
     assert "Traceback" not in full.stdout + full.stderr
-    assert full.stdout.count("\n") < 5
     filler.unlink()
     again = cli(*run, "--until", "distillation/student", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
