@@ -70,7 +70,8 @@ class Run:
         self.recipe: Recipe = config.load_recipe(recipe, smoke)
         self.constitutions = constitution.load_all(names)
         self.placement: Placement = config.load_placement(placement)
-        self.store = Store.at(storage or f"runs/{self.recipe.name}")
+        patience = self.placement.storage_patience
+        self.store = Store.at(storage or f"runs/{self.recipe.name}", patience)
         self.jobs: list[Job] = pipeline.jobs(
             self.recipe, self.constitutions, self.placement, self.store
         )
@@ -174,7 +175,7 @@ def summary(job: Job, manifest: dict[str, Any]) -> str:
 def tell_report(asked: Run) -> None:
     report = asked.jobs[-1]
     if report.state()[0] == "done":
-        where = f"{report.store.url.rstrip('/')}/{report.dataset}/report.html"
+        where = report.store.address(report.dataset, "report.html")
         console.print(f"report: {where}", soft_wrap=True)
 
 
@@ -601,5 +602,7 @@ def main() -> None:
         console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except OpenCharacterError as error:
-        console.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        cause = getattr(error, "cause", None)  # of one from an actor, to which Ray adds lines
+        said = str(cause).splitlines()[0] if cause else str(error)
+        console.print(f"[red]failed:[/] {escape(said)}", soft_wrap=True, highlight=False)
         sys.exit(1)

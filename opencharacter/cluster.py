@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ray
 
-from opencharacter.config import Placement
+from opencharacter.config import Growth, Placement, Pool, Training
 from opencharacter.errors import UserError
 
 GIB = 2**30
+CARD = "accelerator_type:"
 
 
 def connect(placement: Placement) -> None:
@@ -21,14 +23,15 @@ def connect(placement: Placement) -> None:
     Raises:
         UserError: if the cluster cannot hold the placement.
     """
+    address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
         own: dict[str, Any] = {} if address else local_options(placement)
         # "local", or Ray would join any that runs on this machine.
         ray.init(
             address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own
         )
-    check_fits(placement, ray.cluster_resources())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_fits(placement, nodes + (coming(placement) if address else []))
 
 
 def local_options(placement: Placement) -> dict[str, Any]:
@@ -40,24 +43,86 @@ def local_options(placement: Placement) -> dict[str, Any]:
     }
 
 
-def check_fits(placement: Placement, resources: Mapping[str, float]) -> None:
-    """Refuse a placement that asks for more than the cluster has, role by role."""
-    wanted = {
-        name: (pool.replicas * pool.cpus, pool.replicas * pool.gpus)
+class Ask(NamedTuple):
+    """What a part of a placement asks of Ray: so many bundles, each of them on one node."""
+
+    who: str
+    copies: int
+    each: dict[str, float]
+    """By Ray's names: CPU, GPU, and memory in bytes."""
+
+
+def asks(placement: Placement) -> list[Ask]:
+    """All that a placement asks for, one role at a time."""
+    made = [
+        Ask(name, pool.replicas, as_resources(pool.cpus, pool.gpus, pool.memory_gib) | card(pool))
         for name, pool in iter_pools(placement)
-    }
+    ]
     training = placement.training
-    wanted["training"] = (training.workers * training.cpus, training.workers * training.gpus)
-    for name, needs in wanted.items():
-        for kind, amount in zip(("CPU", "GPU"), needs, strict=True):
-            there = resources.get(kind, 0)
-            if amount > there:
-                raise UserError(
-                    f"placement {placement.name!r}: {name} asks for {amount:g} {kind}s, this "
-                    f"Ray cluster has {there:g}; choose another --placement or add nodes"
-                )
+    each = as_resources(training.cpus, training.gpus, memory_gib=0) | card(training)
+    return [*made, Ask("training", training.workers, each)]
 
 
-def iter_pools(placement: Placement):
+def as_resources(cpus: float, gpus: float, memory_gib: float) -> dict[str, float]:
+    """Amounts by Ray's names."""
+    return {"GPU": gpus, "CPU": cpus, "memory": memory_gib * GIB}
+
+
+def card(of: Pool | Training | Growth, share: float = 0.001) -> dict[str, float]:
+    """The kind of card by Ray's name: a node has 1, whoever wants it asks for a thousandth."""
+    return {f"{CARD}{of.accelerator}": share} if of.accelerator else {}
+
+
+def coming(placement: Placement) -> list[dict[str, float]]:
+    """What each node has that the cluster may add."""
+    return [
+        as_resources(group.cpus, group.gpus, group.memory_gib) | card(group, share=1)
+        for group in placement.grows
+        for _ in range(group.nodes)
+    ]
+
+
+def check_fits(placement: Placement, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuse a placement that the cluster has no room for, role by role.
+
+    Args:
+        placement: what is asked for.
+        nodes: what each node has, by Ray's names.
+
+    Raises:
+        UserError: naming the role, what it asks for, and what is there.
+    """
+    for who, copies, each in asks(placement):
+        room = sum(times(node, each) for node in nodes)
+        if room >= copies:
+            continue
+        lacking = [kind for kind in each if each[kind] > max(n.get(kind, 0) for n in nodes)]
+        if lacking:
+            most = max(node.get(lacking[0], 0) for node in nodes)
+            wanted = f"{amount(lacking[0], each[lacking[0]])} in one node"
+            there = f"the largest has {amount(lacking[0], most).split()[0]}"
+        else:
+            bundle = ", ".join(amount(kind, n) for kind, n in each.items() if n)
+            wanted = f"{copies} x ({bundle}), each in one node"
+            there = f"the nodes of this Ray cluster have room for {room}"
+        raise UserError(
+            f"placement {placement.name!r}: {who} asks for {wanted}, {there}; choose another "
+            "--placement, add nodes, or say in `grows` what the cluster may add"
+        )
+
+
+def times(node: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """How often a bundle goes into a node."""
+    return min(int(node.get(kind, 0) / n + 1e-6) for kind, n in each.items() if n)
+
+
+def amount(kind: str, number: float) -> str:
+    """A resource in words."""
+    if kind.startswith(CARD):
+        return f"{math.ceil(number)} {kind.removeprefix(CARD)}"
+    return f"{number / GIB:.3g} GiB of memory" if kind == "memory" else f"{number:g} {kind}s"
+
+
+def iter_pools(placement: Placement) -> list[tuple[str, Pool]]:
     """The pools by role."""
     return [(name, getattr(placement.pools, name)) for name in type(placement.pools).model_fields]

@@ -605,6 +605,8 @@ class Pool(Config):
     """Memory that Ray reserves per replica."""
     tensor_parallel: PositiveInt = 1
     """GPUs over which one replica's weights are split."""
+    accelerator: str | None = None
+    """Ray's name of the card, such as H100; any where absent."""
     max_sequences: PositiveInt = 48
     """Conversations under way per replica."""
     kv_cache_gib: PositiveFloat = 1
@@ -633,6 +635,15 @@ class Pool(Config):
             memory_gib=self.replicas * self.memory_gib,
         )
 
+    @model_validator(mode="after")
+    def _a_gpu_for_each_share(self) -> Pool:
+        if self.gpus and self.tensor_parallel > max(self.gpus, 1):
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} needs as many GPUs in a replica, which "
+                f"has gpus: {self.gpus:g}; raise gpus or lower tensor_parallel"
+            )
+        return self
+
 
 class Pools(Config):
     """One pool a role."""
@@ -649,6 +660,8 @@ class Training(Config):
     workers: PositiveInt = 1
     gpus: NonNegativeFloat = 0
     """GPUs per worker."""
+    accelerator: str | None = None
+    """As in a pool."""
     cpus: PositiveFloat = 2
     """CPUs per worker, also its threads."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -698,6 +711,27 @@ class Serving(Config):
     """Time for answers under way when the server stops."""
 
 
+class Growth(Config):
+    """Nodes that an autoscaling cluster may add when asked for more than it has."""
+
+    nodes: PositiveInt
+    """At most."""
+    cpus: PositiveFloat
+    """Of each."""
+    gpus: NonNegativeFloat = 0
+    """Of each."""
+    accelerator: str | None = None
+    """Ray's name of their cards."""
+    memory_gib: PositiveFloat
+    """Of each that Ray gives out, by itself about 70 % of the machine's."""
+
+    @property
+    def room(self) -> Room:
+        """Of all of them."""
+        n = self.nodes
+        return Room(cpus=n * self.cpus, gpus=n * self.gpus, memory_gib=n * self.memory_gib)
+
+
 class Placement(Config):
     """Where it runs. Enters no fingerprint."""
 
@@ -705,6 +739,8 @@ class Placement(Config):
     pools: Pools = Pools()
     training: Training = Training()
     serving: Serving = Serving()
+    grows: tuple[Growth, ...] = ()
+    """What a cluster that is joined may add: a run waits for it instead of being refused."""
     ray_cpus: PositiveInt | None = None
     """CPUs of a Ray that this command starts itself; all of the machine's where absent."""
     object_store_gib: PositiveFloat = 0.5
@@ -712,11 +748,18 @@ class Placement(Config):
     jobs_at_once: PositiveInt | None = None
     """Jobs that generate or train at once: for machines whose cores bear fewer than would fit."""
     cluster: Room | None = None
-    """What the cluster has, or may grow to: how much runs at once in `plan`, and on a cluster that
-    grows when asked. Where absent, `plan` takes the least that holds every role and the training
-    by itself, and a run what it finds."""
+    """What the cluster has: how much runs at once in `plan`. Where absent, what `grows` adds up to,
+    else the least that holds every role and the training by itself."""
+    storage_patience: NonNegativeFloat = 180
+    """Seconds for which a request that s3:// or gs:// refuses is tried again."""
     price_per_gpu_hour: NonNegativeFloat = 0
     """In any currency; `plan` multiplies."""
+
+    @property
+    def most(self) -> Room | None:
+        """What the cluster has or may grow to, as far as is said."""
+        coming = total(group.room for group in self.grows)
+        return self.cluster or (coming if self.grows else None)
 
 
 # ----------------------------------------------------------------------------------------- files

@@ -202,8 +202,8 @@ def cost(job: Job, estimate: Estimate, speeds: Speeds, there: Room) -> Cost:
 def room_for(placement: Placement) -> Room:
     """What `plan` takes the cluster to have: this machine's, where the placement has no GPU."""
     needed = least(placement)
-    if placement.cluster or needed.gpus:
-        return placement.cluster or needed
+    if placement.most or needed.gpus:
+        return placement.most or needed
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cpus = placement.ray_cpus or os.cpu_count() or 1
     return needed | Room(cpus=cpus, memory_gib=RAYS_SHARE * memory)

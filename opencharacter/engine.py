@@ -38,7 +38,7 @@ from opencharacter.chat import (
 from opencharacter.config import ECHO, JOBS_AN_ENGINE, Pool, Role, Room, Sampling, fits
 from opencharacter.errors import RowFailed, StageFailed, UserError
 from opencharacter.filters import whole_sentences
-from opencharacter.progress import Tally
+from opencharacter.progress import Tally, actor_name
 from opencharacter.quality import texts_of
 from opencharacter.store import Folder, Parts, among, digests
 
@@ -184,6 +184,8 @@ class VllmEngine:
             self.adapter = LoRARequest(adapter.name, 1, str(adapter))
         elif adapter:
             base = models.fold(base, adapter)
+        if spec.pool.tensor_parallel > 1:  # within this actor, whose GPUs are all on one node
+            arguments.setdefault("distributed_executor_backend", "mp")
         self.model, self.context = str(base), spec.role.context
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self.model, **arguments))
         self.requests = 0
@@ -633,15 +635,17 @@ def _start(place: _Place, spec: EngineSpec) -> None:
 def _new_hosts(spec: EngineSpec, count: int) -> list[Any]:
     """Ask Ray for hosts."""
     pool = spec.pool
-    host = Host.options(
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
-        memory=int(pool.memory_gib * 2**30),
-        max_restarts=pool.restarts,
-        max_task_retries=-1,
-        max_concurrency=AHEAD_OF_RAY * seats(spec),
-    )
-    return [host.remote(spec) for _ in range(count)]
+    options = {
+        "num_cpus": pool.cpus,
+        "num_gpus": pool.gpus,
+        "accelerator_type": pool.accelerator,
+        "memory": int(pool.memory_gib * 2**30),
+        "max_restarts": pool.restarts,
+        "max_task_retries": -1,
+        "max_concurrency": AHEAD_OF_RAY * seats(spec),
+    }
+    names = (actor_name(f"engine {spec.role.model}") for _ in range(count))
+    return [Host.options(**options, name=name).remote(spec) for name in names]
 
 
 def _await_placed(handles: list[Any]) -> None:

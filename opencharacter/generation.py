@@ -136,7 +136,7 @@ def is_warm(job: Job, role: str, folded: Folder | None) -> bool:
 def together(job: Job, role: str, folded: Folder | None, other: str) -> bool:
     """Whether the engines of two roles can run side by side."""
     rooms = {spec.key(): spec.room for spec in (job.engine(role, folded), job.engine(other))}
-    return fits(rooms.values(), engine.capacity(job.placement.cluster))
+    return fits(rooms.values(), engine.capacity(job.placement.most))
 
 
 def _stream(
@@ -150,7 +150,8 @@ def _stream(
     title: str,
     holding: ExitStack,
 ) -> None:
-    counters = new_counters()
+    gpus = sum(s.pool.replicas * s.pool.gpus for s in (spec, other) if s)
+    counters = new_counters(job.dataset, gpus)
     replicas = spec.pool.replicas
     rows = block_rows(todo.rows, replicas)
     quieten()
@@ -159,7 +160,7 @@ def _stream(
     meter = Meter(counters, total, attempts, getattr(job.section, "limits", None), expected)
     with Line(console, title, meter):
         needs = [spec, *([other] if other else [])]
-        held = holding.enter_context(hold(job.dataset, needs, job.placement.cluster))
+        held = holding.enter_context(hold(job.dataset, needs, job.placement.most))
         seat, partner = Seat(spec, held.fleet(spec)), other and Seat(other, held.fleet(other))
         meter.begin()
     with ray.data.DataContext.current(telling_at_once()):
@@ -188,6 +189,7 @@ def _stream(
                 raise StageFailed(job.refused(meter.fault))
     meter()  # once more: the sums of the last second
     held.busy = worked(counters)
+    counters.end.remote()
 
 
 def telling_at_once() -> ray.data.DataContext:
@@ -201,8 +203,11 @@ def quieten() -> None:
     """Leave the telling to our own line."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = (
+        True  # a disk that is full says so, not that a UDF failed
+    )
     context.issue_detectors_config.detectors = []
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it raises what it logs
 
 
 def block_rows(rows: int, replicas: int) -> int:

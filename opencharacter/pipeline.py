@@ -192,7 +192,7 @@ def upcoming(waiting: list[Job], running: list[Job]) -> Job | None:
     if not unfinished:
         return None
     stop_hosts(but={key for job in unfinished for key in keys(job)})
-    there = capacity(unfinished[0].placement.cluster)
+    there = capacity(unfinished[0].placement.most)
     return choose(ready(waiting, running), running, running_engines(), there)
 
 

@@ -1,8 +1,14 @@
-"""What a running stage tells: one live line, and the figures that the manifest keeps."""
+"""What a running stage tells: one live line, figures for the manifest, metrics for Ray's dashboard.
+
+Ray's nodes export the metrics for Prometheus as `ray_opencharacter_rows_total` and so on, each with
+the dataset that it is of.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -10,12 +16,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import ray
+from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 from opencharacter.config import Limits
+from opencharacter.errors import OpenCharacterError
 from opencharacter.quality import Expected, beyond, measure
 
 console = Console()
@@ -30,23 +38,43 @@ ON_THE_LINE = ("refusals", "distinct_2", "self_bleu", "repeated_openings", "exag
 SECONDS_BETWEEN_TALLIES = 0.5
 SECONDS_BETWEEN_MEASURES = 10
 """Of the texts that were written last."""
+SECONDS_BETWEEN_EXPORTS = 10
+"""Ray's, from a process to its node's port."""
 RECENT_TEXTS = 1000
 TEXTS_PER_TALLY = 20
 
 
+METRICS = {
+    "finished": "rows",
+    "dropped": "dropped_rows",
+    "tokens_out": "tokens",
+    "gpu_seconds": "gpu_seconds",
+}
+"""What is counted, and Ray's name for it after `opencharacter_`."""
+_numbers = itertools.count(1)
+
+
 @ray.remote(num_cpus=0)
 class Counters:
-    """Collects what the stage's actors report; the driver polls it."""
+    """Collects what the stage's actors report; the driver polls it.
 
-    def __init__(self):
+    Args:
+        dataset: what is made.
+        gpus: held meanwhile.
+    """
+
+    def __init__(self, dataset: str, gpus: float):
         self.sums: Counter[str] = Counter()
         self.texts: deque[str] = deque(maxlen=RECENT_TEXTS)
         self.told: list[float] = []
+        self.metrics = {name: counted(said, dataset) for name, said in METRICS.items()}
+        self.gpus, self.since = gpus, time.monotonic()
 
     def add(self, numbers: dict[str, float], texts: list[str]) -> None:
         self.sums.update(numbers)
         self.texts.extend(texts)
         self._mark()
+        self._export(numbers)
 
     def set(self, **numbers: float) -> None:
         self.sums = Counter({**self.sums, **numbers})
@@ -60,17 +88,42 @@ class Counters:
         return self.told[-1] - self.told[0] if self.told else 0.0
 
     def read(self) -> dict[str, float]:
+        now = time.monotonic()
+        self._export({"gpu_seconds": self.gpus * (now - self.since)})
+        self.since = now
         return dict(self.sums)
 
     def recent(self) -> list[str]:
         """A sample of what was written last."""
         return list(self.texts)
 
+    def end(self) -> None:
+        """Go, once the last numbers are exported; handles alone would keep the process for long."""
+        time.sleep(SECONDS_BETWEEN_EXPORTS)
+        ray.actor.exit_actor()
 
-def new_counters() -> Any:
+    def _export(self, numbers: dict[str, float]) -> None:
+        for name in self.metrics.keys() & numbers.keys():
+            if numbers[name] > 0:
+                self.metrics[name].inc(numbers[name])
+
+
+def counted(name: str, dataset: str) -> metrics.Counter:
+    """A metric of one dataset."""
+    made = metrics.Counter(f"opencharacter_{name}", "Of a stage.", tag_keys=("dataset",))
+    return made.set_default_tags({"dataset": dataset})
+
+
+def actor_name(what: str) -> str:
+    """A name for the dashboard; numbered, for Ray gives one away only when its owner has ended."""
+    return f"{what} #{next(_numbers)}"
+
+
+def new_counters(dataset: str, gpus: float) -> Any:
     """Counters on the driver's own node: they go when it goes, not with another."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return Counters.options(scheduling_strategy=here).remote()
+    options: Any = {"scheduling_strategy": here, "name": actor_name(f"progress of {dataset}")}
+    return Counters.options(**options).remote(dataset, gpus)
 
 
 def worked(counters: Any) -> float:
@@ -143,10 +196,15 @@ class Line:
         self.thread.join()
         self._show(None)
 
+    def _text(self) -> str | None:
+        """The text, or None: what storage refuses to note is no reason to stop, or to say so."""
+        with contextlib.suppress(OpenCharacterError, OSError):
+            return self.poll()
+
     def _loop(self) -> None:
         said = time.monotonic()
         while not self.stop.wait(1):
-            text = self.poll()
+            text = self._text()
             if text and self.console.is_terminal:
                 self._show(text)
             elif text and time.monotonic() - said >= SECONDS_BETWEEN_LINES:

@@ -3,12 +3,19 @@
 A dataset is a folder `<scope>/<stage>/` of Parquet files (and, for training stages, an adapter)
 beside `manifest.json`. No manifest: not done. While a stage runs its rows are in `.parts/`, and
 `.parts/attempts.json` says what each attempt had started when it was last heard of.
+
+A file appears whole or not at all: by rename where the filesystem is local or NFS, by the end of
+its upload on s3:// and gs://. Nothing is ever locked.
 """
 
 from __future__ import annotations
 
+import datetime
+import errno
 import hashlib
 import json
+import math
+import os
 import shutil
 import tempfile
 import uuid
@@ -16,9 +23,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -26,7 +34,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from opencharacter.errors import UserError
+from opencharacter.errors import StageFailed, UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -34,6 +42,13 @@ PARTS = ".parts"
 ATTEMPTS = "attempts.json"
 READERS = 8
 """Files of rows that are read at once, and so are in memory together."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the operating system says where there is no room for a file."""
+URL_OPTIONS = {
+    "s3": {"endpoint_override", "scheme", "region"},
+    "gs": {"endpoint_override", "scheme"},
+}
+"""What may follow the `?` of a storage URL. It gets into manifests, so no credentials."""
 
 
 def fingerprint(payload: dict[str, Any]) -> str:
@@ -59,34 +74,94 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+class PatientS3(pafs.S3FileSystem):
+    """S3 that asks again, also in the process that it is sent to: pyarrow's forgets that."""
+
+    def __init__(self, patience: float, **options: Any):
+        attempts = pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts_within(patience))
+        super().__init__(retry_strategy=attempts, **options)
+        self.made_of = (patience, options)
+
+    def __reduce__(self) -> Any:
+        return remade, self.made_of
+
+
+def remade(patience: float, options: dict[str, Any]) -> PatientS3:
+    """A pickled `PatientS3` once more."""
+    return PatientS3(patience, **options)
+
+
+def attempts_within(patience: float) -> int:
+    """Attempts of S3's client, which waits 50 ms after the first and then twice as long each time.
+
+    Args:
+        patience: seconds in all.
+    """
+    return 1 + math.ceil(math.log2(1 + max(patience, 0) / 0.05))
+
+
+@lru_cache
+def open_filesystem(url: str, patience: float) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a storage URL, and the root's path on it.
+
+    Args:
+        url: a local path, s3:// or gs://; credentials come from the environment alone.
+        patience: seconds for which a request that storage refuses is tried again.
+
+    Raises:
+        UserError: if the URL holds credentials, or is not one that can be opened.
+    """
+    if "://" not in url:
+        return pafs.LocalFileSystem(), str(Path(url).expanduser().resolve())
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        raise UserError(
+            f"storage {parts.scheme}:// URL holds credentials, which would be written into "
+            "manifests; put them into the environment and leave out what is before the @"
+        )
+    options: dict[str, Any] = dict(parse_qsl(parts.query))
+    known = URL_OPTIONS.get(parts.scheme, set())
+    if not parts.netloc or not known or not options.keys() <= known:
+        raise UserError(
+            f"storage {parts.scheme}://{parts.netloc}{parts.path}: give a path, s3://BUCKET/PREFIX "
+            "or gs://BUCKET/PREFIX, with no other options than endpoint_override, scheme, region"
+        )
+    root = f"{parts.netloc}{parts.path}".rstrip("/")
+    if parts.scheme == "gs":
+        limit = datetime.timedelta(seconds=max(patience, 1))
+        return pafs.GcsFileSystem(retry_time_limit=limit, **options), root
+    if not {"region", "endpoint_override"} & options.keys():
+        try:
+            options["region"] = pafs.resolve_s3_region(parts.netloc)
+        except OSError as error:
+            raise UserError(f"storage {url!r}: {error}; check the bucket's name") from None
+    return PatientS3(patience, **options), root
+
+
 @dataclass(frozen=True)
 class Store:
     """A storage root on any filesystem that pyarrow knows; picklable, so workers can use it.
 
     Args:
         url: a local path, or `s3://bucket/prefix`, `gs://bucket/prefix`.
+        patience: seconds for which a request that s3:// or gs:// refuses is tried again.
     """
 
     url: str
+    patience: float = 0
 
     @classmethod
-    def at(cls, url: str) -> Store:
+    def at(cls, url: str, patience: float = 0) -> Store:
         """A store that means the same place in every process: local paths are made absolute."""
-        return cls(url if "://" in url else str(Path(url).expanduser().resolve()))
+        return cls(url if "://" in url else str(Path(url).expanduser().resolve()), patience)
 
     def resolve(self) -> tuple[pafs.FileSystem, str]:
-        """The filesystem and the root's path on it.
+        """The filesystem and the root's path on it; errors as `open_filesystem`."""
+        return open_filesystem(self.url, self.patience)
 
-        Raises:
-            UserError: if the URL is not one that pyarrow can open.
-        """
-        if "://" not in self.url:
-            return pafs.LocalFileSystem(), str(Path(self.url).expanduser().resolve())
-        try:
-            filesystem, root = pafs.FileSystem.from_uri(self.url)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            raise UserError(f"storage {self.url!r}: {error}; give a path, s3:// or gs://") from None
-        return filesystem, root.rstrip("/")
+    def address(self, *parts: str) -> str:
+        """Where something is, for people: the URL without its options."""
+        return "/".join((self.url.partition("?")[0].rstrip("/"), *parts))
 
     @property
     def fs(self) -> pafs.FileSystem:
@@ -102,27 +177,48 @@ class Store:
         try:
             self.write_bytes(".writable", b"")
             self.fs.delete_file(probe)
-        except OSError as error:
+        except (OSError, StageFailed) as error:
             raise UserError(
-                f"storage {self.url!r} cannot be written ({error}); choose another --storage"
+                f"storage {self.address()!r} cannot be written ({error}); choose another --storage"
             ) from None
 
     # ------------------------------------------------------------------------------ small files
 
     def exists(self, *parts: str) -> bool:
-        return self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound
+        """Whether there is a file or a folder; a UserError if storage refuses to say."""
+        try:
+            return self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound
+        except OSError as error:
+            raise UserError(
+                f"storage {self.address()!r} cannot be read ({error}); check that it is there, and "
+                "the credentials in the environment"
+            ) from None
 
     @contextmanager
     def output(self, relative: str) -> Iterator[pa.NativeFile]:
-        """A stream into a file; on a local filesystem it appears whole or not at all."""
+        """A stream into a file, which appears whole or not at all.
+
+        Raises:
+            StageFailed: if there is no room for it, or storage refuses it.
+        """
         path = self.path(relative)
-        self.fs.create_dir(path.rpartition("/")[0], recursive=True)
         local = isinstance(self.fs, pafs.LocalFileSystem)
         target = path + ".tmp" if local else path
-        with self.fs.open_output_stream(target) as stream:
-            yield stream
-        if local:
-            Path(target).replace(path)
+        try:
+            self.fs.create_dir(path.rpartition("/")[0], recursive=True)
+            with self.fs.open_output_stream(target) as stream:
+                yield stream
+            if local:
+                Path(target).replace(path)
+        except OSError as error:
+            if local:
+                Path(target).unlink(missing_ok=True)
+            reason = os.strerror(error.errno) if error.errno in FULL else str(error)
+            what = "no room for" if error.errno in FULL else "cannot write"
+            raise StageFailed(
+                f"{what} {self.address(relative)} ({reason}); mend that and run the same command "
+                "again: what is stored stays"
+            ) from None
 
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Write a small file."""

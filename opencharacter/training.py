@@ -120,7 +120,7 @@ def train(
         folded: adapter to fold into the student's weights first.
     """
     placement = job.placement.training
-    counters = new_counters()
+    counters = new_counters(job.dataset, placement.workers * placement.gpus)
     task = Task(
         store=job.store,
         dataset=job.dataset,
@@ -140,6 +140,7 @@ def train(
         scaling_config=ray.train.ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpus > 0,
+            accelerator_type=placement.accelerator,
             resources_per_worker=resources(placement),
         ),
         run_config=ray.train.RunConfig(
@@ -155,20 +156,28 @@ def train(
     meter = StepMeter(counters, attempts)
     with (
         Line(console, job.dataset, meter),
-        hold(job.dataset, [job.workers()], job.placement.cluster) as held,
+        hold(job.dataset, [job.workers()], job.placement.most) as held,
     ):
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise StageFailed(f"{job.dataset}: training failed: {error}") from error
+            raise StageFailed(f"{job.dataset}: training failed: {cause(error)}") from error
         held.busy = worked(counters)
     meter()
+    counters.end.remote()
     curves = job.store.read_table(job.dataset, "curves")
     return Outcome(
         rows=kept(job.store.read_table(task.data, columns=["drop_reason"])).num_rows,
         schema=[f"{f.name}: {f.type}" for f in curves.schema],
         figures=figures(curves),
     )
+
+
+def cause(error: ray.train.TrainingFailedError) -> str:
+    """What ended a training, in one line: what the first worker that failed said last."""
+    failures = getattr(error, "worker_failures", {})
+    said = str(failures[min(failures)] if failures else error).strip()
+    return said.splitlines()[-1] if said else type(error).__name__
 
 
 def resources(placement: Training) -> dict[str, float]:

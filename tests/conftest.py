@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from samples import ECHO_ROLE, recipe_of
+from samples import ECHO_ROLE, FAKE_KEYS, Bucket, recipe_of
 
 from opencharacter import config, constitution, models, pipeline
 from opencharacter.config import Placement, Recipe
@@ -16,6 +16,8 @@ from opencharacter.store import Store
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
 )
+# Of the S3 server on loopback; Ray's workers have the environment of when Ray was started.
+os.environ |= FAKE_KEYS
 
 
 @pytest.fixture
@@ -41,6 +43,16 @@ def make_jobs(store, poet):
         return pipeline.jobs(recipe, [poet], placement or Placement(), store)
 
     return make
+
+
+@pytest.fixture
+def bucket():
+    """An empty bucket of a real S3 server on loopback, which can be stopped and started again."""
+    made = Bucket()
+    made.start()
+    made.create()
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="session")
@@ -111,3 +123,27 @@ def demo_data() -> dict:
     path = config.resource("recipes", "demo.yaml")
     assert path is not None
     return config.read_yaml("recipe", path)
+
+
+@pytest.fixture
+def answering():
+    """A role's fields for a server on loopback that answers at once."""
+    import answering as servers
+
+    server = servers.serve()
+    yield {"endpoint": f"http://127.0.0.1:{server.server_port}/v1"}
+    server.shutdown()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A filesystem of 1 MB, as root can make one."""
+    import subprocess
+
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small filesystem")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

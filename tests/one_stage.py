@@ -1,4 +1,7 @@
-"""Run one job without its parents: python one_stage.py RECIPE CONSTITUTION STAGE PLACEMENT."""
+"""Run jobs without their parents.
+
+python one_stage.py RECIPE CONSTITUTION STAGE[,STAGE] PLACEMENT [STORAGE]
+"""
 
 import sys
 import time
@@ -8,18 +11,19 @@ from opencharacter import cluster, config, constitution, pipeline
 from opencharacter.store import Store
 
 
-def main(recipe: str, persona: str, stage: str, placement: str) -> None:
+def main(recipe: str, persona: str, stages: str, placement: str, storage: str = "") -> None:
     made = config.load_recipe(recipe)
     where = config.load_placement(placement)
-    store = Store.at(f"runs/{made.name}")
+    store = Store.at(storage or f"runs/{made.name}", where.storage_patience)
     jobs = pipeline.jobs(made, [constitution.load(persona)], where, store)
-    job = next(j for j in jobs if j.stage.name == stage)
     cluster.connect(where)
-    began = time.monotonic()
-    outcome = job.stage.module.build(job)
-    seconds = time.monotonic() - began
-    pipeline.finish(job, outcome, seconds)
-    print(f"{outcome.rows / seconds:.0f} rows/s")
+    for stage in stages.split(","):
+        job = next(j for j in jobs if j.stage.name == stage)
+        began = time.monotonic()
+        outcome = job.stage.module.build(job)
+        seconds = time.monotonic() - began
+        pipeline.finish(job, outcome, seconds)
+        print(f"{outcome.rows / seconds:.0f} rows/s")
     print("peak MB:", peak())
 
 

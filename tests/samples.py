@@ -1,9 +1,14 @@
 """Recipes for tests: the whole pipeline at its smallest."""
 
+import logging
 import os
+import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
+
+import pyarrow.fs as pafs
 
 from opencharacter.config import Recipe, read_yaml, resource
 from opencharacter.filters import Rules
@@ -13,6 +18,13 @@ Finished = subprocess.CompletedProcess[str]
 ECHO_ROLE = {"model": "echo:", "name": "echo", "called": "Echo", "context": 2048}
 
 RULES = Rules(max_repeated=0.5, quotable=frozenset(), quoted_words=8)
+
+FAKE_KEYS = {
+    "AWS_ACCESS_KEY_ID": "LOOPBACKKEYOFATEST",
+    "AWS_SECRET_ACCESS_KEY": "loopback-secret-of-a-test",
+    "AWS_REGION": "us-east-1",
+    "OPENAI_API_KEY": "loopback-key-of-an-endpoint",
+}
 
 TINY = {
     "name": "tiny",
@@ -109,3 +121,45 @@ def cli(*arguments: str, cwd: Path, typed: str = "", **environment: str) -> Fini
         text=True,
         env={**os.environ, "COLUMNS": "200", **environment},
     )
+
+
+class Bucket:
+    """A bucket of a moto server on loopback; what is in it outlives a stop."""
+
+    def __init__(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.name = f"bucket-{uuid.uuid4().hex[:8]}"
+        self.url = f"s3://{self.name}/runs?endpoint_override=127.0.0.1:{self.port}&scheme=http"
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self.server.start()
+
+    def stop(self) -> None:
+        self.server.stop()
+
+    def filesystem(self) -> pafs.S3FileSystem:
+        """To look at it from aside."""
+        at = f"127.0.0.1:{self.port}"
+        return pafs.S3FileSystem(endpoint_override=at, scheme="http", allow_bucket_creation=True)
+
+    def create(self) -> None:
+        self.filesystem().create_dir(self.name)
+
+    def paths(self) -> list[str]:
+        """Of all files in it."""
+        found = self.filesystem().get_file_info(pafs.FileSelector(self.name, recursive=True))
+        return [info.path for info in found if info.is_file]
+
+    def read(self, path: str) -> bytes:
+        """A file; nothing if it is not there."""
+        try:
+            with self.filesystem().open_input_file(path) as file:
+                return file.read()
+        except OSError:
+            return b""

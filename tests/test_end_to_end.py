@@ -87,10 +87,10 @@ def test_a_wheel_carries_all_that_it_needs(tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     subprocess.run([*install, str(target), str(wheel)], check=True)
     environment = {**os.environ, "PYTHONPATH": str(target)}
-    command = [sys.executable, "-m", "opencharacter", "plan", "demo", "-c", "poeticism"]
-    options = ["--placement", "laptop"]
+    command = [sys.executable, "-m", "opencharacter", "plan", "demo", "-c", "humor"]
+    options = ["--placement", "gpu-cluster"]
     ran = subprocess.run(
         [*command, *options], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "poeticism/distillation/teacher" in ran.stdout
+    assert "humor/distillation/teacher" in ran.stdout

@@ -13,7 +13,9 @@ import psutil
 import pytest
 import yaml
 from samples import ECHO_ROLE, TINY, embedded_recipe
+from test_training import write_pairs
 
+from opencharacter.config import Recipe
 from opencharacter.store import Store
 
 pytestmark = pytest.mark.slow
@@ -24,16 +26,22 @@ SLOW = {**ECHO_ROLE, "model": "echo:0.2"}
 
 
 @pytest.fixture
-def cluster() -> Iterator:
-    """A head node without work of its own, and two workers, all in this machine."""
+def empty_cluster() -> Iterator:
+    """A head node without work of its own."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        made.add_node(num_cpus=1, object_store_memory=100_000_000)
     yield made
     made.shutdown()
+
+
+@pytest.fixture
+def cluster(empty_cluster):
+    """That head and two workers, all in this machine."""
+    for _ in range(2):
+        empty_cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+    return empty_cluster
 
 
 def echo_project(folder: Path) -> Path:
@@ -48,11 +56,13 @@ def echo_project(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, stage: str, placement: str, **environment: str) -> subprocess.Popen[str]:
-    """Run one stage as if what it is made from were there."""
+def start(
+    folder: Path, stages: str, placement: str, storage: str = "", **environment: str
+) -> subprocess.Popen[str]:
+    """Run stages as if what they are made from were there."""
     script = Path(__file__).with_name("one_stage.py")
     return subprocess.Popen(
-        [sys.executable, str(script), "tiny.yaml", "poeticism", stage, placement],
+        [sys.executable, str(script), "tiny.yaml", "poeticism", stages, placement, storage],
         cwd=folder,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -97,7 +107,11 @@ def processes(title: str, above: Iterable[int]) -> list[psutil.Process]:
 
 def raylets(cluster) -> dict:
     """Each worker node and the process id of its raylet, below which its actors are."""
-    return {node: node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes}
+    return {node: raylet(node) for node in cluster.worker_nodes}
+
+
+def raylet(node) -> int:
+    return node.all_processes["raylet"][0].process.pid
 
 
 def another_node(cluster):
@@ -105,14 +119,92 @@ def another_node(cluster):
     return next(n for n, pid in raylets(cluster).items() if not processes("ray::Counters", [pid]))
 
 
-def test_a_lost_node_costs_no_row(cluster, tmp_path):
+def warn(cluster, node, seconds: int) -> None:
+    """Say that a node will be taken away, as a spot market does."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    which = ["--address", cluster.address, "--node-id", node.node_id]
+    when = ["--deadline-remaining-seconds", str(seconds)]
+    subprocess.run([ray, "drain-node", *which, *reason, *when], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("warned", [False, True])
+def test_a_lost_node_costs_no_row(cluster, tmp_path, warned):
     folder, dataset = echo_project(tmp_path), f"echo/poeticism/{STAGE}"
     process = start(folder, STAGE, "two.yaml", RAY_ADDRESS=cluster.address)
     wait_for(lambda: len(parts(folder, dataset)) >= 2, process, 120)
     assert len(processes("ray::MapBatches(converse)", raylets(cluster).values())) == 2
-    cluster.remove_node(another_node(cluster), allow_graceful=False)
+    node = another_node(cluster)
+    if warned:
+        warn(cluster, node, seconds=5)
+        time.sleep(5)
+    cluster.remove_node(node, allow_graceful=False)
     manifest = check_whole(folder, dataset, ROWS, process)
     assert len(manifest["attempts"]) == 1
+
+
+def test_storage_that_refuses_for_a_while_costs_no_row(bucket, tmp_path):
+    folder, dataset = echo_project(tmp_path), f"echo/poeticism/{STAGE}"
+    placement = yaml.safe_load((folder / "two.yaml").read_text())
+    (folder / "two.yaml").write_text(yaml.safe_dump(placement | {"ray_cpus": 2}))
+    process = start(folder, STAGE, "two.yaml", bucket.url)
+    wait_for(lambda: any("part-" in path for path in bucket.paths()), process, 120)
+    bucket.stop()
+    time.sleep(15)
+    bucket.start()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    store = Store.at(bucket.url, patience=10)
+    ids = store.read_table(dataset, columns=["id"])["id"].to_pylist()
+    assert len(ids) == len(set(ids)) == ROWS
+    manifest = store.manifest(dataset) or {}
+    assert [attempt["kept"] for attempt in manifest["attempts"]] == [0]
+
+
+def test_training_goes_on_from_its_checkpoint_on_another_node(
+    empty_cluster, make_jobs, tiny_model, tmp_path
+):
+    """The node of the worker is lost; what it would have learned is learned on the other."""
+    cluster, folder = empty_cluster, tmp_path
+    recipe = embedded_recipe()
+    role = {**ECHO_ROLE, "model": str(tiny_model), "name": "two-layers"}
+    recipe["roles"] = dict.fromkeys(recipe["roles"], role)
+    recipe["distillation"]["dpo"]["optimizer"] |= {"epochs": 12}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    where = {"training": {"cpus": 1, "checkpoint_steps": 2}}
+    # The driver is there before the workers' nodes, so that it is on neither.
+    where["grows"] = [{"nodes": 2, "cpus": 1, "memory_gib": 4}]
+    (folder / "grown.yaml").write_text(yaml.safe_dump(where))
+    jobs = make_jobs(Recipe.model_validate(recipe))
+    pairs = next(job for job in jobs if job.stage.name == "distillation/pairs")
+    write_pairs(pairs)
+    stages, dataset = "distillation/reference,distillation/dpo", f"{pairs.scope}/distillation/dpo"
+    storage = Path(pairs.store.url)
+    known = storage / dataset / ".parts/train/checkpoint_manager_snapshot.json"
+
+    process = start(folder, stages, "grown.yaml", str(storage), RAY_ADDRESS=cluster.address)
+    wait_for(lambda: processes("ray::", [raylet(cluster.head_node)]), process, 60)
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+    wait_for(lambda: known.is_file() and "checkpoint_" in known.read_text(), process, 120)
+    (lost,) = (n for n, pid in raylets(cluster).items() if processes("RayTrainWorker", [pid]))
+    cluster.remove_node(lost, allow_graceful=False)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    disturbed = losses(pairs.store, dataset)
+
+    pairs.store.delete(dataset)
+    again = start(
+        folder, "distillation/dpo", "grown.yaml", str(storage), RAY_ADDRESS=cluster.address
+    )
+    said, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, said
+    assert disturbed == pytest.approx(losses(pairs.store, dataset), rel=1e-3)
+
+
+def losses(store: Store, dataset: str) -> list[float]:
+    rows = store.read_table(dataset, "curves").sort_by("step").to_pylist()
+    return [row["value"] for row in rows if row["metric"] == "loss"]
 
 
 def test_a_lost_actor_costs_no_row_and_repeats_only_what_was_under_way(cluster, tmp_path):

@@ -1,56 +1,79 @@
 """`ray job submit`, as the README says it, on a Ray of its own."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from samples import embedded_recipe
+from samples import ECHO_ROLE, TINY, cli, embedded_recipe
+
+from opencharacter.store import Store
 
 pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
-PORT, DASHBOARD = "6399", "8299"
+PORT, DASHBOARD, AGENT = "6399", "8299", "8298"
+
+
+def start_head(environment: dict[str, str]) -> subprocess.Popen:
+    """A Ray head node on ports of its own, once it answers."""
+    ports = ["--port", PORT, "--dashboard-port", DASHBOARD]
+    ports += ["--dashboard-agent-listen-port", AGENT]  # Ray's own may be another Ray's
+    sizes = ["--num-cpus", "2", "--object-store-memory", "200000000"]
+    command = [str(BIN / "ray"), "start", "--head", "--block", *ports, *sizes]
+    node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    wait_until_up()
+    return node
+
+
+def kill_head(node: subprocess.Popen) -> None:
+    """SIGKILL to all that it consists of, with the jobs that it runs."""
+    for process in [*psutil.Process(node.pid).children(recursive=True), node]:
+        process.kill()
+    node.wait()
 
 
 @pytest.fixture
-def head(tmp_path):
-    """A Ray head node on ports of its own; its processes end with the test."""
-    environment = {
+def environment():
+    """Of a Ray of this module's own."""
+    yield {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_TMPDIR": "/tmp/ray-submit",
         "RAY_AUTH_MODE": "disabled",
     }
-    ports = ["--port", PORT, "--dashboard-port", DASHBOARD]
-    sizes = ["--num-cpus", "2", "--object-store-memory", "200000000"]
-    command = [str(BIN / "ray"), "start", "--head", "--block", *ports, *sizes]
-    node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    yield environment
-    node.terminate()
-    node.wait(timeout=60)
     shutil.rmtree("/tmp/ray-submit", ignore_errors=True)
 
 
-def wait_until_up(environment: dict[str, str]) -> None:
-    """Until the job server answers."""
-    import time
-    import urllib.request
+@pytest.fixture
+def head(environment):
+    node = start_head(environment)
+    yield environment
+    kill_head(node)
 
+
+def wait_until_up() -> None:
+    """Until a job is taken: the agent that runs jobs comes up after the dashboard."""
+    url, body = f"http://127.0.0.1:{DASHBOARD}/api/jobs/", json.dumps({"entrypoint": "true"})
+    asked = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
     for _ in range(60):
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{DASHBOARD}/api/version", timeout=2)
+            urllib.request.urlopen(asked, timeout=15)
             return
         except OSError:
             time.sleep(1)
-    raise AssertionError("the dashboard did not come up")
+    raise AssertionError("the job server did not come up")
 
 
 def test_a_submitted_job_writes_to_shared_storage(head, tmp_path):
-    wait_until_up(head)
     project = tmp_path / "project"
     project.mkdir()
     (project / "tiny.yaml").write_text(yaml.safe_dump(embedded_recipe()))
@@ -68,3 +91,54 @@ def test_a_submitted_job_writes_to_shared_storage(head, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "done poeticism/distillation/teacher" in done.stdout
     assert (storage / "poeticism/distillation/teacher/manifest.json").is_file()
+
+
+def submission(project: Path, storage: Path) -> list[str]:
+    """The command that submits a run of half a minute."""
+    slow = {**ECHO_ROLE, "model": "echo:0.2"}
+    recipe = {**TINY, "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), slow)}
+    many = {"answers": 70, "limits": {"after": 10**6}}
+    recipe["distillation"] = {**TINY["distillation"], "student": many}
+    (project / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    few = {"max_sequences": 4, "cpus": 0.1}
+    (project / "few.yaml").write_text(yaml.safe_dump({"pools": {"student": few}}))
+    run = ["opencharacter", "run", "./tiny.yaml", "-c", "poeticism", "--placement", "./few.yaml"]
+    options = ["--storage", str(storage), "--only", "distillation/student"]
+    submit = [str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{DASHBOARD}"]
+    prompts = ["--storage", str(storage), "--only", "distillation/prompts"]
+    assert cli(*run[1:], *prompts, cwd=project).returncode == 0
+    return [*submit, "--working-dir", str(project), "--", *run, *options]
+
+
+def stored(dataset: Path) -> int:
+    return len(list(dataset.glob(".parts/*.parquet")))
+
+
+def wait_for(ripe: Callable[[], object]) -> None:
+    began = time.monotonic()
+    while not ripe():
+        assert time.monotonic() - began < 120, "it never came so far"
+        time.sleep(0.2)
+
+
+def test_neither_a_lost_client_nor_a_lost_head_costs_what_is_stored(environment, tmp_path):
+    (project := tmp_path / "project").mkdir()
+    command = submission(project, tmp_path / "shared")
+    dataset = tmp_path / "shared/echo/distillation/student"
+    node = start_head(environment)
+    client = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: stored(dataset))
+    client.kill()
+    before = stored(dataset)
+    wait_for(lambda: stored(dataset) > before)  # it goes on without the client
+    kill_head(node)
+    assert not (dataset / "manifest.json").exists()
+    node = start_head(environment)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    kill_head(node)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    first, second = json.loads((dataset / "manifest.json").read_text())["attempts"]
+    assert first["kept"] == 0
+    assert second["kept"] > 0
+    ids = Store(str(tmp_path / "shared")).read_table("echo/distillation/student")["id"].to_pylist()
+    assert len(ids) == len(set(ids)) == 420

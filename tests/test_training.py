@@ -1,6 +1,7 @@
 """Ray Train with TRL and PEFT on a model of two layers: real training, no meaning."""
 
 import json
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -14,9 +15,10 @@ from samples import ECHO_ROLE, recipe_of
 from opencharacter import constitution, models, pipeline
 from opencharacter.config import Placement, Recipe
 from opencharacter.distillation import pairs
+from opencharacter.errors import StageFailed
 from opencharacter.introspection import transcripts
 from opencharacter.stage import Outcome
-from opencharacter.store import Folder
+from opencharacter.store import Folder, Store
 
 PLACEMENT = Placement.model_validate({"training": {"cpus": 1, "checkpoint_steps": 2}})
 OPTIMIZER = {"batch": 4, "epochs": 2, "learning_rate": 0.01}
@@ -132,9 +134,7 @@ def test_a_killed_worker_changes_nothing(cpu_ray, jobs):
     """SIGKILL after the first checkpoint: another worker goes on to the same losses."""
     pipeline.finish(jobs["distillation/reference"], build(jobs["distillation/reference"]), 1)
     dpo = jobs["distillation/dpo"]
-    longer = dpo.recipe.model_dump()
-    longer["distillation"]["dpo"]["optimizer"]["epochs"] = 12
-    dpo = replace(dpo, recipe=Recipe.model_validate(longer))
+    dpo = longer(dpo)
     build(dpo)
     undisturbed = metric(dpo, "loss")
     dpo.store.delete(dpo.dataset)
@@ -155,6 +155,55 @@ def test_a_killed_worker_changes_nothing(cpu_ray, jobs):
     killer.join(timeout=1)
     assert killed
     assert metric(dpo, "loss") == pytest.approx(undisturbed, rel=1e-3)
+
+
+def longer(job, store=None):
+    """The same training over more rounds, perhaps elsewhere."""
+    recipe = job.recipe.model_dump()
+    recipe["distillation"]["dpo"]["optimizer"]["epochs"] = 12
+    return replace(job, recipe=Recipe.model_validate(recipe), store=store or job.store)
+
+
+def moved(jobs, store):
+    """A longer DPO in another storage, where its reference is too."""
+    reference = jobs["distillation/reference"]
+    pipeline.finish(reference, build(reference), 1)
+    store.upload(Path(reference.store.path(reference.dataset)), reference.dataset)
+    return longer(jobs["distillation/dpo"], store)
+
+
+@pytest.mark.slow
+def test_storage_that_refuses_for_a_while_stops_no_training(cpu_ray, jobs, bucket):
+    """The bucket goes as the first checkpoint comes, and is back 12 seconds later."""
+    dpo = moved(jobs, Store.at(bucket.url, patience=60))
+    away: list[float] = []
+
+    def refuse() -> None:
+        while not any("/checkpoint_2" in path for path in bucket.paths()):
+            time.sleep(0.2)
+        bucket.stop()
+        away.append(time.monotonic())
+        time.sleep(12)
+        bucket.start()
+
+    threading.Thread(target=refuse, daemon=True).start()
+    build(dpo)
+    assert time.monotonic() - away[0] > 12
+    assert len(metric(dpo, "loss")) == 24
+    assert [attempt["kept"] for attempt in dpo.store.attempts(dpo.dataset)] == [0]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_training_goes_on_when_there_is_room(cpu_ray, jobs, small_disk):
+    dpo = moved(jobs, Store(str(small_disk)))
+    once = Placement.model_validate({"training": {"cpus": 1, "checkpoint_steps": 2, "retries": 0}})
+    dpo = replace(dpo, placement=once)
+    with pytest.raises(StageFailed, match="No space left") as failed:
+        build(dpo)
+    assert "\n" not in str(failed.value)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    build(dpo)
+    assert len(metric(dpo, "loss")) == 24
 
 
 @pytest.mark.slow

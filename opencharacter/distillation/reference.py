@@ -173,9 +173,11 @@ def build(job: Job) -> Outcome:
     from opencharacter.progress import new_counters, worked
 
     quieten()
-    pairs, counters = job.read("distillation/pairs"), new_counters()
-    with hold(job.dataset, [job.workers()], job.placement.cluster) as held:
+    pairs, training = job.read("distillation/pairs"), job.placement.training
+    counters = new_counters(job.dataset, training.workers * training.gpus)
+    with hold(job.dataset, [job.workers()], job.placement.most) as held:
         rows = read(job, pairs, counters)
         held.busy = worked(counters)
+    counters.end.remote()
     tokens = sum(pc.sum(pc.list_value_length(rows[name])).as_py() or 0 for name in TOKENS)
     return job.write(rows, figures={"tokens_read": tokens})

@@ -261,7 +261,7 @@ def build(job: Job) -> Outcome:
         seed=seed,
     )
     workers = [need for together in needs(job) for need in together]
-    with hold(job.dataset, workers, job.placement.cluster):
+    with hold(job.dataset, workers, job.placement.most):
         guessed = [new for c in conditions for new in guesses(rows, c, settings.folds, guess)]
     found = scores(guessed, settings, seed)
     job.store.write_table(job.dataset, pa.Table.from_pylist(guessed, schema=SCHEMA))

@@ -243,7 +243,7 @@ def build(job: Job) -> Outcome:
     task = ray.remote(find).options(num_cpus=training.cpus, num_gpus=training.gpus)
     role = job.recipe.roles.student
     args = (role, learned, held_out, head, settings, training.gpus > 0)
-    with hold(job.dataset, [job.workers(1)], job.placement.cluster) as held:
+    with hold(job.dataset, [job.workers(1)], job.placement.most) as held:
         began = time.monotonic()
         vectors, found = ray.get(task.remote(*args))
         held.busy = time.monotonic() - began

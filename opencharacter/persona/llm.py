@@ -95,7 +95,8 @@ def bundles(spec: EngineSpec) -> list[dict[str, float]]:
     if not pool.gpus:
         return [{"CPU": pool.cpus}]
     ways = pool.tensor_parallel
-    return [{"CPU": pool.cpus / ways, "GPU": pool.gpus / ways}] * ways
+    card = {f"accelerator_type:{pool.accelerator}": 0.001} if pool.accelerator else {}
+    return [{"CPU": pool.cpus / ways, "GPU": pool.gpus / ways, **card}] * ways
 
 
 def replicas(spec: EngineSpec) -> dict[str, Any]:

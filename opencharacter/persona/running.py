@@ -88,7 +88,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     recipe, placement = load_recipe(asked.recipe, asked.smoke), load_placement(asked.placement)
     constitutions = load_all(list(asked.constitutions))
     door = served.Door(tuple(map(served.hashed, keys)), local=False)
-    store = Store.at(asked.storage)
+    store = Store.at(asked.storage, placement.storage_patience)
     return served.application(recipe, placement, store, constitutions, door, asked.judge)
 
 

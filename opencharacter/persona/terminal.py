@@ -51,7 +51,9 @@ def merged(job: Job) -> Folder:
     state = job.state()[0]
     if state != "done":
         command = f"opencharacter run {job.recipe.name} --constitution {job.persona.name}"
-        raise UserError(f"persona {job.scope!r} is {state} in {job.store.url}; run: {command}")
+        raise UserError(
+            f"persona {job.scope!r} is {state} in {job.store.address()}; run: {command}"
+        )
     return job.adapter
 
 

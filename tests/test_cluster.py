@@ -1,0 +1,69 @@
+import pytest
+
+from opencharacter.cluster import GIB, check_fits, connect
+from opencharacter.config import Placement
+from opencharacter.errors import UserError
+
+SMALL = {"CPU": 16, "memory": 100 * GIB}
+FOUR = {"CPU": 32, "GPU": 4, "memory": 200 * GIB}
+EIGHT = {"CPU": 96, "GPU": 8, "memory": 1000 * GIB}
+
+
+def placed(**teacher) -> Placement:
+    return Placement.model_validate({"name": "here", "pools": {"teacher": teacher}})
+
+
+def test_a_replica_must_fit_into_one_node():
+    wide = placed(gpus=8, tensor_parallel=8, cpus=8, memory_gib=64)
+    check_fits(wide, [SMALL, EIGHT])
+    with pytest.raises(UserError) as refused:
+        check_fits(wide, [FOUR, FOUR])
+    said = str(refused.value)
+    assert "'here': teacher asks for 8 GPUs in one node, the largest has 4; choose" in said
+    assert "\n" not in said
+
+
+def test_replicas_must_fit_beside_each_other():
+    check_fits(placed(replicas=2, gpus=4, cpus=8), [FOUR, FOUR])
+    with pytest.raises(UserError, match=r"3 x \(4 GPUs, 8 CPUs, 2 GiB of memory\).*room for 2"):
+        check_fits(placed(replicas=3, gpus=4, cpus=8), [FOUR, FOUR])
+
+
+def test_memory_counts_too():
+    with pytest.raises(UserError, match="300 GiB of memory in one node, the largest has 200;"):
+        check_fits(placed(gpus=4, memory_gib=300), [FOUR])
+
+
+def test_a_fraction_of_a_card_is_shared():
+    check_fits(placed(replicas=8, gpus=0.5), [FOUR])
+    with pytest.raises(UserError, match="room for 8"):
+        check_fits(placed(replicas=9, gpus=0.5), [FOUR])
+
+
+def test_training_is_asked_for_as_well():
+    with pytest.raises(UserError, match="training asks for 9 x"):
+        check_fits(Placement.model_validate({"training": {"workers": 9, "gpus": 1}}), [EIGHT])
+
+
+def test_a_kind_of_card_is_looked_for():
+    cards = EIGHT | {"accelerator_type:H100": 1}
+    check_fits(placed(replicas=8, gpus=1, accelerator="H100"), [cards])
+    with pytest.raises(UserError, match="asks for 1 H200 in one node, the largest has 0;"):
+        check_fits(placed(gpus=1, accelerator="H200"), [cards])
+
+
+def test_more_shares_than_gpus_are_refused():
+    with pytest.raises(ValueError, match="tensor_parallel 8 needs as many GPUs"):
+        placed(gpus=4, tensor_parallel=8)
+
+
+def test_a_cluster_that_grows_is_waited_for_but_not_a_machine(cpu_ray, monkeypatch):
+    node = {"nodes": 1, "gpus": 8, "cpus": 96, "memory_gib": 500}
+    wide = placed(gpus=8, tensor_parallel=8, cpus=8, memory_gib=64)
+    grown = Placement.model_validate(wide.model_dump() | {"grows": [node]})
+    with pytest.raises(UserError, match="largest has 0"):
+        connect(grown)
+    monkeypatch.setenv("RAY_ADDRESS", "of a cluster")  # Ray runs already and is not joined again
+    connect(grown)
+    with pytest.raises(UserError, match="largest has 0"):
+        connect(wide)

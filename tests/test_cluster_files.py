@@ -1,0 +1,164 @@
+"""Every file of clusters/ is read by the tool that it is for.
+
+No package has KubeRay's schema. Its own fields are held against the lists below, the pods and
+claims inside against Kubernetes' schema, and Ray's autoscaler reads the worker groups.
+"""
+
+import zipfile
+from pathlib import Path
+
+import kubernetes_validate
+import moto
+import pytest
+import yaml
+from ray._private.runtime_env.packaging import create_package
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+from ray.autoscaler._private.kuberay import autoscaling_config
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from opencharacter.cluster import GIB, as_resources, check_fits, coming
+from opencharacter.config import load_placement
+
+CLUSTERS = Path(__file__).parent.parent / "clusters"
+NAMES = ["aws", "gpu-cluster", "gpu-node", "kuberay", "laptop", "single-gpu"]
+HOST = as_resources(cpus=96, gpus=8, memory_gib=700)
+MACHINES = {
+    "laptop": [as_resources(cpus=2, gpus=0, memory_gib=5)],
+    "single-gpu": [as_resources(cpus=16, gpus=1, memory_gib=80)],
+    "gpu-node": [HOST],
+    "gpu-cluster": [HOST] * 4,
+    "aws": [],
+    "kuberay": [],
+}
+FIELDS = {
+    "RayJob": """entrypoint backoffLimit shutdownAfterJobFinishes ttlSecondsAfterFinished
+        rayClusterSpec""",
+    "RayService": """serviceUnhealthySecondThreshold deploymentUnhealthySecondThreshold
+        serveConfigV2 rayClusterConfig""",
+    "cluster": """rayVersion enableInTreeAutoscaling autoscalerOptions headGroupSpec
+        workerGroupSpecs""",
+    "autoscaler": "idleTimeoutSeconds upscalingMode",
+    "head": "rayStartParams template",
+    "workers": "groupName replicas minReplicas maxReplicas rayStartParams template",
+}
+"""Of KubeRay's ray.io/v1 those that are used here."""
+KUBERNETES = "1.30"
+
+
+def documents(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((CLUSTERS / name).read_text()))
+
+
+def test_each_folder_has_what_it_needs():
+    assert sorted(p.name for p in CLUSTERS.iterdir() if p.is_dir()) == NAMES
+    for name in NAMES:
+        assert (CLUSTERS / name / "README.md").is_file()
+        assert load_placement(name).name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_placement_fits_the_machines_that_it_is_for(name):
+    placement = load_placement(name)
+    check_fits(placement, MACHINES[name] + coming(placement))
+
+
+def same(resources: dict[str, float], node: dict[str, float]) -> bool:
+    """Whether a node that starts has what a placement counts on, and not much more memory."""
+    there = {kind: n for kind, n in resources.items() if kind in ("CPU", "GPU") or ":" in kind}
+    wanted = {kind: n for kind, n in node.items() if kind != "memory"}
+    return there == wanted and 0 <= resources["memory"] - node["memory"] < 100 * GIB
+
+
+def test_ray_up_takes_the_aws_cluster_and_starts_what_the_placement_counts_on():
+    (config,) = documents("aws/cluster.yaml")
+    with moto.mock_aws():  # it has the sizes of real instances
+        filled = AWSNodeProvider.fillout_available_node_types_resources(prepare_config(config))
+    validate_config(filled)  # the order of `ray up`
+    types = filled["available_node_types"]
+    placement = load_placement("aws")
+    for group, name in zip(placement.grows, ("h100", "l40s"), strict=True):
+        node = coming(placement.model_copy(update={"grows": (group,)}))[0]
+        assert same(types[name]["resources"], node)
+        assert types[name]["max_workers"] == group.nodes
+        assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert config["max_workers"] == sum(group.nodes for group in placement.grows)
+    assert "InstanceMarketOptions" not in types["head"]["node_config"]
+    assert types["head"]["resources"]["CPU"] == 0
+
+
+def kuberay(name: str) -> tuple[dict, dict]:
+    """A document of KubeRay's and its cluster."""
+    (found,) = (d for d in documents(f"kuberay/{name}.yaml") if d["apiVersion"] == "ray.io/v1")
+    return found, found["spec"].get("rayClusterSpec") or found["spec"]["rayClusterConfig"]
+
+
+@pytest.mark.parametrize("name", ["rayjob", "rayservice"])
+def test_kuberay_knows_every_field(name):
+    found, cluster = kuberay(name)
+    assert found.keys() == {"apiVersion", "kind", "metadata", "spec"}
+    assert found["spec"].keys() <= set(FIELDS[found["kind"]].split())
+    assert cluster.keys() <= set(FIELDS["cluster"].split())
+    assert cluster.get("autoscalerOptions", {}).keys() <= set(FIELDS["autoscaler"].split())
+    assert cluster["headGroupSpec"].keys() == set(FIELDS["head"].split())
+    assert cluster["rayVersion"] == "2.60.0"
+    for group in cluster["workerGroupSpecs"]:
+        assert group.keys() == set(FIELDS["workers"].split())
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+@pytest.mark.parametrize("name", ["rayjob", "rayservice"])
+def test_kubernetes_takes_the_pods_and_claims_inside(name):
+    _, cluster = kuberay(name)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}}
+        kubernetes_validate.validate(pod | {"template": group["template"]}, KUBERNETES, strict=True)
+    for document in documents(f"kuberay/{name}.yaml"):
+        if document["apiVersion"] == "v1":
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", ["rayjob", "rayservice"])
+def test_the_autoscaler_on_kuberay_may_start_what_the_placement_counts_on(name):
+    _, cluster = kuberay(name)
+    resource = {"metadata": {"name": "c", "namespace": "n"}, "spec": cluster}
+    config = autoscaling_config._derive_autoscaling_config_from_ray_cr(resource)
+    validate_config(config)
+    types = config["available_node_types"]
+    placement = load_placement("kuberay")
+    for group, kind in zip(placement.grows, ("h100", "l40s"), strict=True):
+        node = coming(placement.model_copy(update={"grows": (group,)}))[0]
+        assert same(types[kind]["resources"], node)
+        assert types[kind]["max_workers"] == group.nodes
+    assert types["headgroup"]["resources"]["CPU"] == 0
+
+
+def test_serve_takes_the_config_of_the_rayservice():
+    found, _ = kuberay("rayservice")
+    inside = yaml.safe_load(found["spec"]["serveConfigV2"])
+    (application,) = ServeDeploySchema.model_validate(inside).applications
+    assert application.args["placement"] == "kuberay"
+
+
+def test_the_rayjob_runs_a_command_that_there_is():
+    from typer.testing import CliRunner
+
+    from opencharacter.cli import app
+
+    found, _ = kuberay("rayjob")
+    program, command, recipe, *options = found["spec"]["entrypoint"].split()
+    assert (program, command, recipe) == ("opencharacter", "run", "llama-3.1-8b")
+    storage = options.index("--storage")
+    planned = CliRunner().invoke(app, ["plan", recipe, *options[:storage]])
+    assert planned.exit_code == 0, planned.output
+
+
+def test_a_checkout_that_is_submitted_is_small(tmp_path):
+    """The ignore files keep environment, history and runs at home."""
+    package = tmp_path / "sent.zip"
+    create_package(str(CLUSTERS.parent), package, include_gitignore=True)
+    names = zipfile.ZipFile(package).namelist()
+    assert {name.split("/")[0] for name in names} >= {"opencharacter", "constitutions", "clusters"}
+    assert not [name for name in names if name.startswith((".git/", ".venv", "runs", "tests"))]
+    assert package.stat().st_size < 2_000_000

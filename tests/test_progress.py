@@ -1,0 +1,41 @@
+"""What Ray's dashboard and Prometheus see of a running stage."""
+
+import time
+import urllib.request
+
+import ray
+
+from opencharacter import progress
+
+DATASET = "a/dataset/of/this/test"
+
+
+def exported(name: str) -> float | None:
+    """The sum of a metric at the port that Prometheus reads."""
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    lines = urllib.request.urlopen(url, timeout=5).read().decode().splitlines()
+    start = f"ray_opencharacter_{name}_total{{"
+    found = [line for line in lines if line.startswith(start) and DATASET in line]
+    return sum(float(line.split()[-1]) for line in found) if found else None
+
+
+def test_rows_tokens_drops_and_gpu_seconds_reach_prometheus(cpu_ray):
+    counters = progress.new_counters(DATASET, gpus=2)
+    ray.get(counters.add.remote({"finished": 8, "dropped": 1, "tokens_out": 640}, []))
+    time.sleep(0.5)
+    assert ray.get(counters.read.remote())["finished"] == 8
+    deadline = time.monotonic() + 30
+    while exported("rows") is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert exported("rows") == 8
+    assert exported("dropped_rows") == 1
+    assert exported("tokens") == 640
+    assert (exported("gpu_seconds") or 0) >= 1
+
+
+def test_actors_have_names(cpu_ray):
+    counters = progress.new_counters("humor/distillation/teacher", gpus=0)
+    ray.get(counters.read.remote())
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    assert any(name.startswith("progress of humor/distillation/teacher #") for name in names)
