@@ -96,6 +96,7 @@ def run(
     pipeline.check(selected, rebuild)
     check_models(selected)
     check_training(selected)
+    check_stages(selected)
     asked.store.check_writable()
     if all(job.state()[0] == "done" for job in selected) and not rebuild:
         console.print("nothing to do: every stage is done")
@@ -133,6 +134,13 @@ def check_training(selected: list[Job]) -> None:
         if job.stage.name == "persona/merge":
             ranks = sum(parent.section.lora.rank for parent in job.parents)
             models.allowed_rank(job.section.rank or ranks)
+
+
+def check_stages(selected: list[Job]) -> None:
+    """Refuse what a stage itself knows that it will lack."""
+    for job in selected:
+        if job.state()[0] != "done":
+            getattr(job.stage.module, "check", lambda _: None)(job)
 
 
 def summary(job: Job, manifest: dict[str, Any]) -> str:

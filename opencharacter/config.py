@@ -467,6 +467,33 @@ class Coherence(Config):
     max_drop_rate: Rate = 0.5
 
 
+class Capability(Config):
+    """A task of lm-evaluation-harness."""
+
+    task: Name
+    """By the harness's name; `commonplace` is this package's own."""
+    shots: NonNegativeInt | None = None
+    """Worked examples before each document; the task's own number where absent."""
+
+
+class Capabilities(Config):
+    """Stage evaluation/capabilities; nothing is done without tasks."""
+
+    tasks: tuple[Capability, ...] = ()
+    """Asked of base and persona."""
+    include: str | None = None
+    """A folder with further tasks, as YAML in the harness's form."""
+    documents: PositiveInt | None = None
+    """Of each task, and of each part of one that has parts, from the front; all where absent."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Capabilities:
+        names = [task.task for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError("names a task twice; remove one")
+        return self
+
+
 class Report(Config):
     """Stage evaluation/report."""
 
@@ -513,6 +540,7 @@ class Evaluation(Config):
     attacks: Attacks = Attacks()
     robustness: Robustness = Robustness()
     coherence: Coherence = Coherence()
+    capabilities: Capabilities = Capabilities()
     report: Report = Report()
 
     @model_validator(mode="after")
@@ -815,5 +843,6 @@ def shrink(recipe: Recipe) -> Recipe:
             ),
             attacks=less(evaluation.attacks, prompts=percent(evaluation.attacks.prompts, 4)),
             coherence=less(evaluation.coherence, prompts=percent(evaluation.coherence.prompts, 10)),
+            capabilities=less(evaluation.capabilities, documents=4),
         ),
     )

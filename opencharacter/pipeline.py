@@ -67,6 +67,13 @@ STAGES = (
     Stage(
         "evaluation/coherence", "persona", ("evaluation/answers", "evaluation/judge"), ("judge",)
     ),
+    Stage("evaluation/capabilities", "student", (), ("student",)),
+    Stage(
+        "evaluation/capabilities",
+        "persona",
+        ("persona/merge", "evaluation/capabilities"),
+        ("student",),
+    ),
     Stage(
         "evaluation/report",
         "student",
@@ -77,6 +84,7 @@ STAGES = (
             "evaluation/rating",
             "evaluation/robustness",
             "evaluation/coherence",
+            "evaluation/capabilities",
         ),
         disposable=True,
     ),

@@ -1,8 +1,9 @@
 """A stage, a job (a stage in one scope), and what a build may use.
 
 A stage is a module with pure row functions and one `build(job) -> Outcome`. It may also have
-`estimate(job) -> Estimate` and `notes(job) -> lines` for `plan`, and `identity(job) -> dict` for
-what its result depends on beside its section of the recipe, its roles, its constitution and its
+`estimate(job) -> Estimate` and `notes(job) -> lines` for `plan`, `check(job)` that raises a
+UserError before a run which it knows cannot end well, and `identity(job) -> dict` for what its
+result depends on beside its section of the recipe, its roles, its constitution and its
 parents.
 """
 
