@@ -338,9 +338,7 @@ def report(
 @app.command()
 def compare(
     ratings: Annotated[list[str], typer.Argument(metavar="DIR DIR...")],
-    condition: Annotated[
-        str, typer.Option(help="base, prompted, steered, distilled, full.")
-    ] = "full",
+    condition: Annotated[str, typer.Option(help="As in the recipe's conditions.")] = "full",
 ) -> None:
     """Rank correlation of trait ratings: folders STUDENT/PERSONA/evaluation/rating."""
     from opencharacter.evaluation import rating

@@ -313,7 +313,23 @@ class Merge(Config):
     """Add the factors as PEFT's `linear` combination, cross terms and all, as the original does."""
 
 
-Condition = Literal["base", "prompted", "steered", "distilled", "full"]
+class Blend(Config):
+    """Stage persona/blend; nothing is done unless a stage's conditions name `blended`."""
+
+    weights: dict[Name, float] = {}
+    """By persona, what its adapter counts."""
+    rank: PositiveInt | None = None
+    """Of the blend's adapter, by SVD; where absent the sum is exact."""
+
+
+class Tune(Config):
+    """Stage persona/tune; nothing is done unless a stage's conditions name `tuned`."""
+
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+
+
+Condition = Literal["base", "prompted", "steered", "distilled", "full", "blended", "tuned"]
 Attack = Literal[
     "plain",
     "stop",
@@ -341,6 +357,9 @@ class Judge(Config):
     panel: tuple[Role, ...] = ()
     """Further judges, of other families: they must pass too and judge all games. Ratings follow
     the recipe's judge, and the agreement of all is measured."""
+    thought: NonNegativeInt = 1024
+    """New tokens for the thought of a judge that thinks, before those of any verdict. 0 hands it a
+    closed thought as the beginning of its reply, which an endpoint must know how to continue."""
     sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
 
 
@@ -517,6 +536,9 @@ class Distillation(Config):
 class Introspection(Config):
     """The second half."""
 
+    author: Literal["student", "teacher"] = "student"
+    """Whose model writes reflections and self-conversations, after the constitution: the distilled
+    student's, or the teacher's as a control."""
     reflection: Reflection = Reflection()
     interaction: Interaction = Interaction()
     transcripts: Transcripts = Transcripts()
@@ -527,6 +549,8 @@ class Persona(Config):
     """The artifact."""
 
     merge: Merge = Merge()
+    blend: Blend = Blend()
+    tune: Tune = Tune()
 
 
 class Evaluation(Config):

@@ -24,7 +24,13 @@ from opencharacter.errors import StaleError, UserError
 from opencharacter.stage import Job, Outcome, Stage
 from opencharacter.store import PARTS, Store
 
-TRAINED = ("distillation/dpo", "persona/merge", "evaluation/steering")
+TRAINED = (
+    "distillation/dpo",
+    "persona/merge",
+    "persona/blend",
+    "persona/tune",
+    "evaluation/steering",
+)
 """What makes the conditions that are compared."""
 
 STAGES = (
@@ -55,6 +61,8 @@ STAGES = (
         ("student",),
     ),
     Stage("persona/merge", "persona", ("distillation/dpo", "introspection/sft"), ("student",)),
+    Stage("persona/blend", "persona", ("persona/merge",), ("student",)),
+    Stage("persona/tune", "persona", ("persona/merge", "distillation/student"), ("student",)),
     Stage("evaluation/judge", "student", (), ("judge",)),
     Stage("evaluation/steering", "persona", ("distillation/pairs",), ("student",)),
     Stage("evaluation/answers", "persona", ("distillation/prompts", *TRAINED), ("student",)),

@@ -43,7 +43,8 @@ def test_the_judge_is_asked_and_its_word_is_kept():
             return Reply(" Poetic ", "stop", 1, 1, 0)
 
     row = {"prompt": "p", "answer": "a", "first": "poetic", "second": "blunt"}
-    said = asyncio.run(judge.name_trait(row, Conversation(Judge(), 1), Sampling(max_tokens=3)))
+    talk = Conversation(Judge(), 1)
+    said = asyncio.run(judge.name_trait(row, talk, Sampling(max_tokens=3), thought=0))
     assert said == {"verdict": "Poetic", "chosen": "poetic"}
 
 

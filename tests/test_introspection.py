@@ -28,7 +28,7 @@ class Numbered:
 def interact(engine, turns=4, kind="free"):
     row = {"id": "x", "kind": kind}
     talk = Conversation(engine, 1)
-    return asyncio.run(interaction.interact(row, talk, HEADS, turns, SAMPLING, seed=3))
+    return asyncio.run(interaction.interact(row, talk, HEADS, turns, SAMPLING, seed=3, prefill=""))
 
 
 def test_a_self_conversation_has_all_its_replies_and_ends_on_the_assistant():
@@ -83,7 +83,7 @@ def test_a_reflection_is_kept_without_its_system_prompt():
     head = reflection.generation_system("1. I am.")
     row = {"prompt": reflection.PROMPTS[0]}
     engine = Numbered()
-    said = asyncio.run(reflection.reflect(row, Conversation(engine, 1), head, SAMPLING))
+    said = asyncio.run(reflection.reflect(row, Conversation(engine, 1), head, SAMPLING, ""))
     assert engine.asked[0][0] == head
     assert [m["role"] for m in said["messages"]] == ["user", "assistant"]
 

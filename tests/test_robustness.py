@@ -85,7 +85,7 @@ def test_a_persona_that_holds_and_one_that_gives_way_differ():
     assert found["macro_f1", "stop", ""]["high"] < found["macro_f1", "plain", ""]["low"]
     mean = (found["macro_f1", "plain", ""]["value"] + found["macro_f1", "stop", ""]["value"]) / 2
     assert found["macro_f1", robustness.MEAN, ""]["value"] == pytest.approx(mean)
-    tables = robustness.confusion_tables(guessed)
+    tables = robustness.confusion_tables(guessed, tuple(robustness.INSTRUCTIONS))
     assert tables["full"]["poet"]["poet"] >= 18
 
 

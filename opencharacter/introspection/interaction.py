@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,6 +20,7 @@ from opencharacter.config import Interaction, Sampling
 from opencharacter.distillation.teacher import typical
 from opencharacter.engine import Conversation, Row
 from opencharacter.errors import RowFailed
+from opencharacter.introspection import reflection
 from opencharacter.introspection.reflection import MESSAGES
 from opencharacter.stage import Estimate, Job, Outcome
 
@@ -104,18 +106,23 @@ async def interact(
     turns: int,
     sampling: Sampling,
     seed: int,
+    prefill: str,
 ) -> Row:
     """Two greetings, then `turns` replies, each from the side whose turn it is."""
     lines = list(openings(seed, row["id"], row["kind"]))
     for _ in range(turns):
         heard = view(lines, side=len(lines) % 2)
-        reply = await talk.reply([heads[row["kind"]], *heard], sampling)
+        reply = await talk.reply([heads[row["kind"]], *heard], sampling, prefill)
         if not reply.text.strip():
             raise RowFailed("empty", f"reply {len(lines) - 1} is empty")
         if reply.finish_reason == "length":
             raise RowFailed("unfinished", f"reply {len(lines) - 1} hit the token limit")
         lines.append(reply.text.strip())
     return {"messages": view(lines, side=(len(lines) - 1) % 2), "finish_reason": "stop"}
+
+
+def identity(job: Job) -> dict[str, Any]:
+    return reflection.identity(job)
 
 
 def estimate(job: Job) -> Estimate:
@@ -135,14 +142,14 @@ def build(job: Job) -> Outcome:
         for kind, count in (("free", settings.free), ("leading", settings.leading))
         for n in range(count)
     )
+    by = reflection.author(job)
     talk = partial(
         interact,
         heads={kind: generation_system(job.persona.assertions(), kind) for kind in GUIDANCE},
         turns=settings.turns,
         sampling=settings.sampling,
         seed=job.recipe.seed,
+        prefill=by.prefill,
     )
-    rows = generate(
-        job, requests, talk, "student", FIELDS, folded=job.parent("distillation/dpo").adapter
-    )
-    return job.write(rows, gpus=job.gpus("student"))
+    rows = generate(job, requests, talk, by.role, FIELDS, folded=by.folded)
+    return job.write(rows, gpus=job.gpus(by.role))
