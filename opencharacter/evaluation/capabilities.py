@@ -137,13 +137,14 @@ def measure(
         threads: on the CPU.
     """
     import torch
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
     torch.set_num_threads(threads)
     base = models.resolve(role.model)
     path = models.fold(base, adapter.local()) if adapter else base
+    harness_model: Any = huggingface.HFLM
     # bfloat16 logits are so coarse that options tie; on a CPU there is time for better ones.
-    model = HFLM(
+    model = harness_model(
         pretrained=str(path),
         device="cuda" if gpus else "cpu",
         dtype=role.dtype if gpus else "float32",
@@ -162,11 +163,12 @@ def samples(
     model: Any, spec: Any, task: Capability, settings: Capabilities, chat: bool = False
 ) -> Samples:
     """What the harness says of each document of a task."""
-    import lm_eval
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
     own = isinstance(spec, dict)
-    found = lm_eval.simple_evaluate(
+    evaluate: Any = evaluator.simple_evaluate
+    found = evaluate(
         model,
         tasks=[spec],
         num_fewshot=task.shots,
@@ -175,7 +177,6 @@ def samples(
         task_manager=TaskManager(include_path=settings.include, include_defaults=not own),
         bootstrap_iters=0,
     )
-    assert found is not None
     return found["samples"]
 
 
