@@ -81,6 +81,8 @@ class ScoreTable:
     caption: str
     columns: list[str]
     lines: list[Line]
+    empty: str = "Nothing was scored."
+    """Said where there are no lines."""
 
 
 @dataclass(frozen=True)
@@ -686,7 +688,7 @@ def mark(name: str, score: Score, among: Range) -> str:
 
 def score_table(shown: ScoreTable) -> str:
     if not shown.lines:
-        return part(shown.title, missing("Nothing was scored."))
+        return part(shown.title, missing(shown.empty))
     columns = ["", *map(escape, shown.columns)]
     rows = [row(line.name, *map(score_cell, line.cells)) for line in shown.lines]
     notes = (element("p", escape(note), class_="quiet") for note in shown.notes)

@@ -332,8 +332,8 @@ def ability_tables(rows: list[dict[str, Any]]) -> list[ScoreTable]:
         lines.append(Line(f"{task}: {ABILITY.get(metric, metric)}", cells))
     notes = [CAPABILITY_NOTE, *[FORM_NOTE] * own, *[PUBLISHED_ABILITY] * published]
     caption = "Share of the documents, and its change"
-    title = "What it costs in ability"
-    return [ScoreTable(title, notes, caption, ["Base", "Persona", "Change"], lines)]
+    title, empty = "What it costs in ability", "Nothing was measured: the recipe names no tasks."
+    return [ScoreTable(title, notes, caption, ["Base", "Persona", "Change"], lines, empty)]
 
 
 def unscored_table(rows: list[dict[str, Any]], by_name: dict[str, Job]) -> ScoreTable:
