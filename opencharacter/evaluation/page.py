@@ -314,8 +314,8 @@ PLOT_Y = (106.0, 10.0)
 BAR = (64, 8)
 
 SHARE_BAR = (96, 12)
-CHANGE_REACH = 0.2
-"""Change at which its bar ends, to each side; it may be longer than that."""
+CHANGE_REACH = 0.3
+"""Change that fills its bar, to each side: the same for all, so that rows can be compared."""
 
 STRIP = (212, 36)
 STRIP_X = (8.0, 204.0)
@@ -721,10 +721,11 @@ def points(share: float) -> str:
 
 
 def change_bar(change: Change, interval: str) -> str:
-    reach = max(CHANGE_REACH, *(abs(x or 0) for x in (change.value, change.low, change.high)))
     width, height = SHARE_BAR
+    ends = (-CHANGE_REACH, CHANGE_REACH)
     at, low, high = (
-        place(x or 0, (-reach, reach), (0, width)) for x in (change.value, change.low, change.high)
+        min(max(place(x or 0, ends, (0, width)), 0), width)
+        for x in (change.value, change.low, change.high)
     )
     middle, line = width / 2, height / 2
     return svg(
