@@ -59,8 +59,11 @@ eleven personas to choose among."""
 
 F1_NOTE = """\
 Macro-F1 of a classifier that chooses among the personas of this page and the base model, cross-\
-fitted over prompts, in per cent; 95% bootstrap over prompts. In the paper, among eleven personas, \
-the mean over its eight instructions was (Llama, Qwen, Gemma): """
+fitted over prompts, in per cent; 95% bootstrap over prompts. In the paper, among eleven personas \
+(Llama, Qwen, Gemma), the mean over its eight instructions was: """
+PREFILL_PUBLISHED = (
+    """; under the prefill attack distilled 0.79, 0.66, 0.84, full 0.95, 0.86, 0.95."""
+)
 RETENTION_NOTE = """\
 Share of the answers that the classifier still gives to the persona; 95%, Wilson."""
 CAPABILITY_NOTE = """\
@@ -278,7 +281,7 @@ def score_tables(rows: list[dict[str, Any]]) -> list[ScoreTable]:
         ),
         ScoreTable(
             "Does it hold when told to drop the act?",
-            [F1_NOTE + published + "."],
+            [F1_NOTE + published + PREFILL_PUBLISHED],
             "Macro-F1 by attack and condition",
             conditions,
             lines("macro_f1"),
