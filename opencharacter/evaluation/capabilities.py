@@ -47,9 +47,9 @@ Reply with the letter of the right answer and nothing else."""
 """Both are filled by the harness."""
 
 TEMPLATES = (QUESTION, CHAT)
-REPLY_TOKENS = 24
+REPLY_TOKENS = 16
 """Of a reply that should be one letter."""
-CPU_BATCH = 8
+CPU_BATCH = 12
 READ_TOKENS = 300
 """That `plan` expects of a document, or of a worked example, with all its options."""
 
