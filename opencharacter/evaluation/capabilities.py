@@ -57,6 +57,7 @@ METRICS = ("acc", "acc_norm", "exact_match")
 """What of the harness's metrics is kept: shares of 0 .. 1."""
 IN_CHAT, READABLE, FORMAT_LOST = "chat", "chat_readable", "format_lost"
 """Right in chat; a letter can be read there; known by likelihood, but no letter can be read."""
+MEASURED = (*METRICS, IN_CHAT, READABLE, FORMAT_LOST)
 
 SIZES = {
     "truthfulqa_mc2": 817,
@@ -278,7 +279,8 @@ def scores(persona: str, base: list[Row], full: list[Row]) -> list[dict[str, Any
     A document that only one of the two has is not compared, and counted as unscored.
     """
     rows = []
-    for task, metric in dict.fromkeys((r["task"], r["metric"]) for r in [*base, *full]):
+    there = {(r["task"], r["metric"]) for r in [*base, *full]}
+    for task, metric in sorted(there, key=lambda what: (what[0], MEASURED.index(what[1]))):
         sides = [
             {r["document"]: r["value"] for r in side if (r["task"], r["metric"]) == (task, metric)}
             for side in (base, full)

@@ -8,9 +8,9 @@ in one (see persona/blend), `tuned` the persona after training on plain data (se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,6 +36,12 @@ def compared(recipe: Recipe, condition: Condition) -> bool:
     """Whether any stage of a recipe compares a condition: others are not made."""
     stages = (recipe.evaluation.answers, recipe.evaluation.preferences, recipe.evaluation.attacks)
     return any(condition in stage.conditions for stage in stages)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Conditions as they are listed everywhere: the untrained first."""
+    there = set(names)
+    return [condition for condition in get_args(Condition) if condition in there]
 
 
 def weights(job: Job, condition: Condition) -> Folder | None:

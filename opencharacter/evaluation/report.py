@@ -19,6 +19,7 @@ from opencharacter.chat import row_id
 from opencharacter.evaluation import capabilities
 from opencharacter.evaluation.attacks import PREFILL
 from opencharacter.evaluation.coherence import INCONSISTENT, UNREADABLE, longer_won, win_rate
+from opencharacter.evaluation.conditions import in_order
 from opencharacter.evaluation.page import (
     Change,
     Curve,
@@ -200,7 +201,7 @@ def scores_of(by_name: dict[str, Job], persona: str) -> list[dict[str, Any]]:
     rows = robustness.store.read_table(robustness.dataset, "scores").to_pylist()
     rows = [row for row in rows if row["persona"] in ("", persona)]
     compared = kept(coherence.store.read_table(coherence.dataset)).to_pylist()
-    for rival in dict.fromkeys(row["rival"] for row in compared):
+    for rival in in_order(row["rival"] for row in compared):
         mine = [row for row in compared if row["rival"] == rival]
         rows.append(score_row(persona, "win_rate", "full", rival, win_rate(mine)))
     if compared:
@@ -347,9 +348,9 @@ def unscored_table(rows: list[dict[str, Any]], by_name: dict[str, Job]) -> Score
     )
     lines = [
         counted(f"games, {condition}: no trait named", mine, lambda r: r["chosen"] is None)
-        for condition, mine in grouped(games, "condition").items()
+        for condition, mine in per_condition(games, "condition").items()
     ]
-    for rival, mine in grouped(compared, "rival").items():
+    for rival, mine in per_condition(compared, "rival").items():
         for why in (INCONSISTENT, UNREADABLE):
             title = f"comparisons with {rival}: {why}"
             lines.append(counted(title, mine, lambda r, why=why: r["winner"] == why))
@@ -366,12 +367,12 @@ def unscored_table(rows: list[dict[str, Any]], by_name: dict[str, Job]) -> Score
     return ScoreTable("What could not be scored", [UNSCORED_NOTE], caption, ["Not scored"], lines)
 
 
-def grouped(rows: list[dict[str, Any]], by: str) -> dict[str, list[dict[str, Any]]]:
-    """Rows by the value of a column, in the order in which the values come."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row[by], []).append(row)
-    return groups
+def per_condition(rows: list[dict[str, Any]], column: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows by the condition that a column names."""
+    return {
+        name: [row for row in rows if row[column] == name]
+        for name in in_order(row[column] for row in rows)
+    }
 
 
 def counted(name: str, rows: list[dict[str, Any]], lost: Callable[[dict[str, Any]], bool]) -> Line:

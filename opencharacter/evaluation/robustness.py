@@ -25,6 +25,7 @@ from opencharacter.engine import Row
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
+from opencharacter.evaluation.conditions import in_order
 from opencharacter.evaluation.scores import SCORES, Score, score_row, wilson
 from opencharacter.filters import words
 from opencharacter.stage import Estimate, Job, Outcome
@@ -253,7 +254,7 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> Outcome:
     settings: Robustness = job.section
     rows = answers_of(job)
-    conditions = [c for c in dict.fromkeys(row["condition"] for row in rows) if c != BASE]
+    conditions = [c for c in in_order(row["condition"] for row in rows) if c != BASE]
     seed = row_seed(job.recipe.seed, job.stage.name, "resamples")
     guess = partial(
         classifiers.guess,
