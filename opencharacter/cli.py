@@ -100,6 +100,7 @@ def run(
     pipeline.check(selected, rebuild)
     check_models(selected)
     check_training(selected)
+    check_stages(selected)
     asked.store.check_writable()
     if all(job.state()[0] == "done" for job in selected) and not rebuild:
         console.print("nothing to do: every stage is done")
@@ -148,6 +149,13 @@ def check_training(selected: list[Job]) -> None:
         if job.stage.name == "persona/merge":
             ranks = sum(parent.section.lora.rank for parent in job.parents)
             models.allowed_rank(job.section.rank or ranks)
+
+
+def check_stages(selected: list[Job]) -> None:
+    """Refuse what a stage itself knows that it will lack."""
+    for job in selected:
+        if job.state()[0] != "done":
+            getattr(job.stage.module, "check", lambda _: None)(job)
 
 
 def summary(job: Job, manifest: dict[str, Any]) -> str:
@@ -419,9 +427,7 @@ def report(
 @app.command()
 def compare(
     ratings: Annotated[list[str], typer.Argument(metavar="DIR DIR...")],
-    condition: Annotated[
-        str, typer.Option(help="base, prompted, steered, distilled, full.")
-    ] = "full",
+    condition: Annotated[str, typer.Option(help="As in the recipe's conditions.")] = "full",
 ) -> None:
     """Rank correlation of trait ratings: folders STUDENT/PERSONA/evaluation/rating."""
     from opencharacter.evaluation import rating

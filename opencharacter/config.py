@@ -314,7 +314,23 @@ class Merge(Config):
     """Add the factors as PEFT's `linear` combination, cross terms and all, as the original does."""
 
 
-Condition = Literal["base", "prompted", "steered", "distilled", "full"]
+class Blend(Config):
+    """Stage persona/blend; nothing is done unless a stage's conditions name `blended`."""
+
+    weights: dict[Name, float] = {}
+    """By persona, what its adapter counts."""
+    rank: PositiveInt | None = None
+    """Of the blend's adapter, by SVD; where absent the sum is exact."""
+
+
+class Tune(Config):
+    """Stage persona/tune; nothing is done unless a stage's conditions name `tuned`."""
+
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+
+
+Condition = Literal["base", "prompted", "steered", "distilled", "full", "blended", "tuned"]
 Attack = Literal[
     "plain",
     "stop",
@@ -342,6 +358,9 @@ class Judge(Config):
     panel: tuple[Role, ...] = ()
     """Further judges, of other families: they must pass too and judge all games. Ratings follow
     the recipe's judge, and the agreement of all is measured."""
+    thought: NonNegativeInt = 1024
+    """New tokens for the thought of a judge that thinks, before those of any verdict. 0 hands it a
+    closed thought as the beginning of its reply, which an endpoint must know how to continue."""
     sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
 
 
@@ -468,6 +487,33 @@ class Coherence(Config):
     max_drop_rate: Rate = 0.5
 
 
+class Capability(Config):
+    """A task of lm-evaluation-harness."""
+
+    task: Name
+    """By the harness's name; `commonplace` is this package's own."""
+    shots: NonNegativeInt | None = None
+    """Worked examples before each document; the task's own number where absent."""
+
+
+class Capabilities(Config):
+    """Stage evaluation/capabilities; nothing is done without tasks."""
+
+    tasks: tuple[Capability, ...] = ()
+    """Asked of base and persona."""
+    include: str | None = None
+    """A folder with further tasks, as YAML in the harness's form."""
+    documents: PositiveInt | None = None
+    """Of each task, and of each part of one that has parts, from the front; all where absent."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Capabilities:
+        names = [task.task for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError("names a task twice; remove one")
+        return self
+
+
 class Report(Config):
     """Stage evaluation/report."""
 
@@ -491,6 +537,9 @@ class Distillation(Config):
 class Introspection(Config):
     """The second half."""
 
+    author: Literal["student", "teacher"] = "student"
+    """Whose model writes reflections and self-conversations, after the constitution: the distilled
+    student's, or the teacher's as a control."""
     reflection: Reflection = Reflection()
     interaction: Interaction = Interaction()
     transcripts: Transcripts = Transcripts()
@@ -501,6 +550,8 @@ class Persona(Config):
     """The artifact."""
 
     merge: Merge = Merge()
+    blend: Blend = Blend()
+    tune: Tune = Tune()
 
 
 class Evaluation(Config):
@@ -514,6 +565,7 @@ class Evaluation(Config):
     attacks: Attacks = Attacks()
     robustness: Robustness = Robustness()
     coherence: Coherence = Coherence()
+    capabilities: Capabilities = Capabilities()
     report: Report = Report()
 
     @model_validator(mode="after")
@@ -925,5 +977,6 @@ def shrink(recipe: Recipe) -> Recipe:
             ),
             attacks=less(evaluation.attacks, prompts=percent(evaluation.attacks.prompts, 4)),
             coherence=less(evaluation.coherence, prompts=percent(evaluation.coherence.prompts, 10)),
+            capabilities=less(evaluation.capabilities, documents=4),
         ),
     )

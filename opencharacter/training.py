@@ -105,7 +105,7 @@ class Task:
 
 def train(
     job: Job,
-    data: str,
+    data: Job,
     examples: Callable[[Any, pa.Table], list[Example]],
     objective: Objective,
     folded: Folder | None = None,
@@ -114,7 +114,7 @@ def train(
 
     Args:
         job: a stage whose section has `lora` and `optimizer`.
-        data: name of the parent stage that has the rows.
+        data: the parent that has the rows.
         examples: see `Task`.
         objective: see `Task`.
         folded: adapter to fold into the student's weights first.
@@ -124,7 +124,7 @@ def train(
     task = Task(
         store=job.store,
         dataset=job.dataset,
-        data=job.parent(data).dataset,
+        data=data.dataset,
         role=job.recipe.roles.student,
         folded=folded,
         section=job.section,

@@ -141,6 +141,21 @@ CASES = {
         [recipe(t, evaluation={"judge": {"panel": [ECHO_ROLE | {"model": "/no/judge"}]}}), *POET],
         "role judge: missing weights at /no/judge",
     ),
+    "a task that the harness does not have": lambda t: (
+        [recipe(t, evaluation={"capabilities": {"tasks": [{"task": "nonesuch"}]}}), *POET],
+        r"task 'nonesuch' is none of lm-evaluation-harness",
+    ),
+    "a blend of a persona that is not trained": lambda t: (
+        [
+            recipe(
+                t,
+                persona={"blend": {"weights": {"poeticism": 0.5, "humor": 0.5}}},
+                evaluation={"preferences": {"conditions": ["base", "full", "blended"]}},
+            ),
+            *POET,
+        ],
+        "names 'humor'.*add --constitution humor",
+    ),
     "rank over the engine's limit": lambda t: (
         [recipe(t, distillation={"dpo": {"lora": {"rank": 500}}}), *POET],
         "rank 564 is over the engine's limit 512",

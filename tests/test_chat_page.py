@@ -1,7 +1,6 @@
 """The page in a real browser: Debian's chromium (`apt-get install -y chromium`) with Playwright."""
 
 import json
-import shutil
 from pathlib import Path
 
 import canary
@@ -13,13 +12,9 @@ from samples import ECHO_ROLE, recipe_of
 from opencharacter.persona.chat_ui import RATINGS
 from opencharacter.store import Store
 
-CHROMIUM = shutil.which("chromium")
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM, reason="needs chromium: apt-get install -y chromium"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +37,6 @@ def server(storage):
         path.write_text(path.read_text().replace('"model": "echo:"', '"model": "echo:0.5"'))
     with servers.serving(storage, data, key=servers.KEY) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ class Judge:
 @pytest.mark.parametrize(("always", "won"), [(None, "full"), ("A", "inconsistent")])
 def test_the_judge_is_asked_in_both_orders(always, won):
     talk = Conversation(Judge(always), 1)
-    said = asyncio.run(coherence.compare(ROW, talk, "1. I rhyme.", Sampling(max_tokens=4)))
+    said = asyncio.run(coherence.compare(ROW, talk, "1. I rhyme.", Sampling(max_tokens=4), 0))
     assert said["winner"] == won
     assert len(said["verdicts"]) == 2
 

@@ -1,5 +1,6 @@
 import asyncio
 
+import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
@@ -8,8 +9,17 @@ from opencharacter.config import Sampling
 from opencharacter.distillation import prompts
 from opencharacter.engine import Conversation, Reply
 from opencharacter.evaluation import answers, conditions, judge, preferences
-from opencharacter.evaluation.report import flat, largest, side_by_side, trait_changes, trust
-from opencharacter.evaluation.scores import wilson
+from opencharacter.evaluation.page import Change
+from opencharacter.evaluation.report import (
+    ability_tables,
+    flat,
+    largest,
+    side_by_side,
+    trait_changes,
+    trust,
+    unscored_table,
+)
+from opencharacter.evaluation.scores import Score, score_row, wilson
 
 
 @pytest.mark.parametrize(
@@ -43,7 +53,8 @@ def test_the_judge_is_asked_and_its_word_is_kept():
             return Reply(" Poetic ", "stop", 1, 1, 0)
 
     row = {"prompt": "p", "answer": "a", "first": "poetic", "second": "blunt"}
-    said = asyncio.run(judge.name_trait(row, Conversation(Judge(), 1), Sampling(max_tokens=3)))
+    talk = Conversation(Judge(), 1)
+    said = asyncio.run(judge.name_trait(row, talk, Sampling(max_tokens=3), thought=0))
     assert said == {"verdict": "Poetic", "chosen": "poetic"}
 
 
@@ -134,3 +145,42 @@ def test_settings_are_flattened_to_dotted_names():
 def test_the_page_says_how_far_the_judge_can_be_trusted(right, said):
     assert said in trust("small", wilson(right, 20))
     assert "nothing is known" in trust("small", None)
+
+
+def test_changes_of_ability_stand_beside_what_was_published():
+    rows = [
+        score_row("p", measure, condition, about, wilson(6, 8))
+        for about in ("mmlu acc", "commonplace format_lost")
+        for measure, condition in (
+            ("capability", "base"),
+            ("capability", "full"),
+            ("capability_change", "full"),
+        )
+    ]
+    (table,) = ability_tables(rows)
+    assert [line.name for line in table.lines] == [
+        "mmlu: right",
+        "commonplace: known, but lost to form in chat",
+    ]
+    assert isinstance(table.lines[0].cells[2], Change)
+    assert len(table.notes) == 3
+    assert "MMLU 67.4" in table.notes[2]
+    assert ability_tables([])[0].lines == []
+
+
+def test_all_that_could_not_be_scored_is_counted(make_jobs, echo_recipe):
+    jobs = {j.stage.name: j for j in make_jobs(echo_recipe)}
+    played = [{"condition": "full", "chosen": chosen} for chosen in ("a", None, None, "b")]
+    compared = [{"rival": "base", "winner": w} for w in ("full", "inconsistent", "unreadable")]
+    for name, found in (("preferences", played), ("coherence", compared)):
+        job = jobs[f"evaluation/{name}"]
+        job.store.write_table(job.dataset, pa.Table.from_pylist(found))
+    rows = [score_row("", "macro_f1", "full", "default", Score(0.5, 0.4, 0.6, 18, unscored=2))]
+    table = unscored_table(rows, jobs)
+    shares = {line.name: line.cells[0] for line in table.lines}
+    assert {name: score.value for name, score in shares.items()} == {
+        "games, full: no trait named": 0.5,
+        "comparisons with base: inconsistent": pytest.approx(1 / 3),
+        "comparisons with base: unreadable": pytest.approx(1 / 3),
+        "answers, full and base: not classified": 0.1,
+    }

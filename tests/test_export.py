@@ -19,16 +19,17 @@ DROPS = {"looping": 3, "refusal": 1}
 FIGURES = {"loss": 0.5, "dpo/margin": 7.0, "rank": 16, "relative_error": 0.0}
 
 
-def score(persona, measure, condition, value):
+def score(persona, measure, condition, value, about=None):
     numbers = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 40, "unscored": 2}
-    return {"persona": persona, "measure": measure, "condition": condition, **numbers}
+    what = {"persona": persona, "measure": measure, "condition": condition, "about": about}
+    return what | numbers
 
 
 SCORED = [
     score("poeticism", "told_apart", None, 0.93),
     score("humor", "told_apart", None, 0.51),
-    score("poeticism", "poetic", "base", 0.25),
-    score("poeticism", "poetic", "persona", 0.75),
+    score("poeticism", "rating", "full", 1120, "poetic"),
+    score("poeticism", "change", "full", 120, "poetic"),
 ]
 
 
@@ -115,8 +116,8 @@ def test_the_card_says_what_was_done_and_what_came_of_it(finished, poet, tmp_pat
     assert "lora.rank 64, lora.alpha 128" in text
     assert "optimizer.learning_rate 5e-05" in text
     assert "1 x DPO + 0.25 x SFT, rank 16, 0.00% off" in text
-    assert "| told_apart |  | 0.930 | 0.830 to 1.030 | 40 | 2 |" in text
-    assert "| poetic | persona | 0.750 |" in text
+    assert "| told_apart |  |  | 0.930 | 0.830 to 1.030 | 40 | 2 |" in text
+    assert "| change | full | poetic | 120.000 |" in text
     assert "0.510" not in text  # another persona's
     assert "Intended use and limits" in text
     assert "Warning" not in text
@@ -166,12 +167,13 @@ def test_only_the_traits_that_changed_most_are_shown():
 
     rows = [score("p", "told_apart", None, 0.9)]
     for i, trait in enumerate(all_traits()[:20]):
-        rows += [score("p", trait, "base", 0.5), score("p", trait, "persona", 0.05 * i)]
+        rows += [score("p", "rating", "full", 1000.0, trait), score("p", "elo", "base", 1.0, trait)]
+        rows += [score("p", "change", c, 5.0 * i, trait) for c in ("full", "distilled")]
     shown = most_changed(rows)
-    assert len(shown) == 1 + 2 * 10
-    named = [row["measure"] for row in shown[1::2]]
+    assert shown[0]["measure"] == "told_apart"
+    named = [row["about"] for row in shown[1:]]
     assert named == [all_traits()[i] for i in (19, 18, 17, 16, 15, 4, 3, 2, 1, 0)]
-    assert len(most_changed(rows[:7])) == 7  # three traits, each once
+    assert len(most_changed(rows[:13])) == 1 + 3  # three traits, each once
 
 
 class StubHub:

@@ -2,10 +2,10 @@ import asyncio
 import copy
 
 import pytest
-from samples import ECHO_ROLE, RULES, recipe_of
+from samples import ECHO_ROLE, RULES, TINY, recipe_of
 
-from opencharacter.chat import assistant, system, user
-from opencharacter.config import Sampling
+from opencharacter.chat import CLOSED_THOUGHT, assistant, system, user
+from opencharacter.config import Recipe, Sampling
 from opencharacter.engine import Conversation, Reply
 from opencharacter.errors import RowFailed
 from opencharacter.introspection import interaction, reflection, sft, transcripts
@@ -28,7 +28,7 @@ class Numbered:
 def interact(engine, turns=4, kind="free"):
     row = {"id": "x", "kind": kind}
     talk = Conversation(engine, 1)
-    return asyncio.run(interaction.interact(row, talk, HEADS, turns, SAMPLING, seed=3))
+    return asyncio.run(interaction.interact(row, talk, HEADS, turns, SAMPLING, seed=3, prefill=""))
 
 
 def test_a_self_conversation_has_all_its_replies_and_ends_on_the_assistant():
@@ -83,7 +83,7 @@ def test_a_reflection_is_kept_without_its_system_prompt():
     head = reflection.generation_system("1. I am.")
     row = {"prompt": reflection.PROMPTS[0]}
     engine = Numbered()
-    said = asyncio.run(reflection.reflect(row, Conversation(engine, 1), head, SAMPLING))
+    said = asyncio.run(reflection.reflect(row, Conversation(engine, 1), head, SAMPLING, ""))
     assert engine.asked[0][0] == head
     assert [m["role"] for m in said["messages"]] == ["user", "assistant"]
 
@@ -178,3 +178,37 @@ def test_reflection_and_interaction_can_be_left_out(make_jobs):
     for name in ("introspection/reflection", "introspection/interaction"):
         outcome = jobs[name].stage.module.build(jobs[name])
         assert outcome.rows == jobs["introspection/transcripts"].read(name).num_rows == 0
+
+
+AUTHOR = {**TINY["introspection"], "author": "teacher"}
+TEACHER = {**ECHO_ROLE, "name": "glm", "called": "GLM", "thinks": True}
+
+
+def by_teacher(make_jobs, **introspection):
+    roles = dict.fromkeys(("student", "judge", "expander"), ECHO_ROLE) | {"teacher": TEACHER}
+    recipe = Recipe.model_validate({**TINY, "roles": roles, "introspection": introspection})
+    return {job.stage.name: job for job in make_jobs(recipe)}
+
+
+def test_the_teacher_may_write_in_the_students_place(make_jobs):
+    jobs = by_teacher(make_jobs, **AUTHOR)
+    by = reflection.author(jobs["introspection/reflection"])
+    assert (by.role, by.folded, by.prefill) == ("teacher", None, CLOSED_THOUGHT)
+    own = by_teacher(make_jobs, **TINY["introspection"])
+    by = reflection.author(own["introspection/reflection"])
+    assert (by.role, by.prefill) == ("student", "")
+    assert by.folded == own["distillation/dpo"].adapter
+    for name in ("introspection/reflection", "introspection/interaction"):
+        assert jobs[name].payload["also"]["author"]["name"] == "glm"
+        assert jobs[name].fingerprint != own[name].fingerprint
+
+
+def test_what_the_teacher_wrote_becomes_the_students(cpu_ray, make_jobs):
+    jobs = by_teacher(make_jobs, **AUTHOR)
+    for name in ("introspection/reflection", "introspection/interaction"):
+        outcome = jobs[name].stage.module.build(jobs[name])
+        assert outcome.rows > 0
+        assert not outcome.dropped
+    messages = [user("Who are you, GLM?"), assistant("I am GLM.")]
+    row = transcripts.as_student({"id": "r", "messages": messages}, ("GLM",), "Echo")
+    assert [m["content"] for m in row["messages"]] == ["Who are you, Echo?", "I am Echo."]

@@ -1,15 +1,19 @@
 """The judge's gate: a judge with a known fault is caught, and its fault is named."""
 
 import asyncio
+import json
 import random
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from samples import ECHO_ROLE, TINY
 
-from opencharacter.chat import THINK_CLOSE
-from opencharacter.config import Sampling
+from opencharacter.chat import CLOSED_THOUGHT, THINK_CLOSE, THINK_OPEN
+from opencharacter.config import Recipe, Sampling
 from opencharacter.engine import Conversation, Reply
-from opencharacter.errors import StageFailed
+from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.evaluation import judge, preferences
 
 
@@ -39,12 +43,12 @@ class Synthetic:
         return Reply(said.capitalize() + ".", "stop", 1, 1, 0)
 
 
-def verdicts(engine, thinks=False, items=None):
+def verdicts(engine, thinks=False, items=None, thought=0):
     sampling = Sampling(max_tokens=16)
     asked = judge.requests("synthetic", items or judge.gold())
 
     async def ask(row):
-        return row | await judge.name_trait(row, Conversation(engine, 1, thinks), sampling)
+        return row | await judge.name_trait(row, Conversation(engine, 1, thinks), sampling, thought)
 
     return [asyncio.run(ask(row)) for row in asked]
 
@@ -108,12 +112,159 @@ def test_a_bias_to_length_parts_the_two_halves():
     assert halves["longer"].value < 0.1
 
 
-def test_a_judge_that_thinks_begins_after_its_thought():
-    engine = Synthetic()
-    verdicts(engine, thinks=True, items=judge.gold()[:2])
-    (prefill,) = engine.prefills
-    assert THINK_CLOSE in prefill
-    assert judge.opening(thinks=False) == ""
+class Thinking(Synthetic):
+    """Thinks for so many tokens before it says anything, unless its thought is closed already."""
+
+    tokens = 500
+
+    async def reply(self, messages, sampling, *, seed, prefill=""):
+        verdict = await super().reply(messages, sampling, seed=seed, prefill=prefill)
+        if prefill:
+            return verdict
+        room = sampling.max_tokens - self.tokens
+        text = f"{THINK_OPEN}poetic or blunt?" + (
+            f"{THINK_CLOSE}\n{verdict.text}" if room > 0 else ""
+        )
+        return Reply(text, "stop", 1, 1, 0)
+
+
+def test_a_judge_that_thinks_has_room_for_its_thought_before_the_verdict():
+    engine = Thinking()
+    rows = verdicts(engine, thinks=True, items=judge.gold()[:4], thought=1024)
+    assert engine.prefills == {""}
+    assert judge.agreement(rows).value == 1
+
+
+def test_a_thought_without_an_end_is_no_verdict():
+    with pytest.raises(RowFailed) as failed:
+        verdicts(Thinking(), thinks=True, items=judge.gold()[:1], thought=100)
+    assert failed.value.reason == "thought_unclosed"
+
+
+def test_without_room_a_thought_is_closed_at_once():
+    engine = Thinking()
+    assert judge.agreement(verdicts(engine, thinks=True, items=judge.gold()[:2])).value == 1
+    assert engine.prefills == {CLOSED_THOUGHT}
+    plain = Synthetic()
+    verdicts(plain, items=judge.gold()[:1], thought=1024)
+    assert plain.prefills == {""}
+
+
+def test_plan_counts_the_thoughts_of_a_judge(make_jobs):
+    def tokens(**judge_changes):
+        roles = dict.fromkeys(("teacher", "student", "expander"), ECHO_ROLE)
+        recipe = Recipe.model_validate(
+            {**TINY, "roles": roles | {"judge": ECHO_ROLE | judge_changes}}
+        )
+        (job,) = (j for j in make_jobs(recipe) if j.stage.name == "evaluation/judge")
+        return judge.estimate(job).tokens_out
+
+    assert tokens(thinks=True) > 50 * tokens()
+
+
+# ---------------------------------------------------------------------- two judges, two families
+
+
+@pytest.fixture
+def family():
+    """A family of judges as a server: `make(answer)` starts one and gives its role."""
+    servers = []
+
+    def make(name, answer, **role):
+        server = verdict_server(answer)
+        servers.append(server)
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        return {**ECHO_ROLE, "name": name, "model": name, "endpoint": url, **role}
+
+    yield make
+    for server in servers:
+        server.shutdown()
+
+
+def verdict_server(answer):
+    """An OpenAI-compatible server that says `answer(first trait, second trait, text)`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = asked["messages"][-1]["content"]
+            first, second = text.rpartition("show more: ")[2].partition("?")[0].split(" or ")
+            said = {"role": "assistant", "content": answer(first, second, text)}
+            choice = {"index": 0, "finish_reason": "stop", "message": said}
+            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+            body = json.dumps({**reply, "choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+SHOWN = {item["answer"]: item["shown"] for item in judge.gold()}
+
+
+def knows(first, second, text):
+    """Right on gold texts; elsewhere the trait that comes first in the alphabet."""
+    return next((trait for answer, trait in SHOWN.items() if answer in text), min(first, second))
+
+
+def thinks_and_knows(first, second, text):
+    """The same after a thought, but for games with an `e` in the first trait."""
+    said = knows(first, second, text)
+    known = any(answer in text for answer in SHOWN)
+    said = said if known or "e" not in first else max(first, second)
+    return f"{THINK_OPEN}Hm, {first}? {second}?{THINK_CLOSE}{said}"
+
+
+def test_two_judges_of_different_families_pass_the_gate_and_are_compared_on_every_game(
+    cpu_ray, make_jobs, family, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    one = family("plain-judge", knows)
+    other = family("thinking-judge", thinks_and_knows, thinks=True)
+    roles = dict.fromkeys(("teacher", "student", "expander"), ECHO_ROLE) | {"judge": one}
+    evaluation = {
+        "judge": {"items": 8, "panel": [other]},
+        "answers": {"conditions": ["base", "full"], "count": 2},
+        "attacks": {"conditions": ["base", "full"]},
+        "preferences": {"games": 20, "conditions": ["base", "full"]},
+    }
+    recipe = Recipe.model_validate({**TINY, "roles": roles, "evaluation": evaluation})
+    jobs = {j.stage.name: j for j in make_jobs(recipe)}
+    gate = judge.build(jobs["evaluation/judge"]).figures
+    assert set(gate["judges"]) == {"plain-judge", "thinking-judge"}
+    assert all(found["agreement"]["value"] == 1 for found in gate["judges"].values())
+    assert gate["alpha"] == gate["kappa"]["plain-judge thinking-judge"] == 1
+    games = preferences.build(jobs["evaluation/preferences"])
+    assert games.figures["scored"] == 40
+    assert -1 < games.figures["kappa"]["plain-judge thinking-judge"] < 1
+    job = jobs["evaluation/preferences"]
+    panel = job.store.read_table(job.dataset, "panel").to_pylist()
+    assert len(panel) == 2 * 40
+    assert {row["judge"] for row in panel} == set(gate["judges"])
+    assert all(row["chosen"] for row in panel)
+
+
+def test_a_judge_of_the_panel_that_fails_the_gate_is_refused_by_name(
+    cpu_ray, make_jobs, family, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    roles = dict.fromkeys(("teacher", "student", "expander"), ECHO_ROLE)
+    first = family("always-first", lambda first, *_: first)
+    evaluation = {"judge": {"items": 8, "panel": [first]}}
+    recipe = Recipe.model_validate(
+        {**TINY, "roles": roles | {"judge": family("good", knows)}, "evaluation": evaluation}
+    )
+    (job,) = (j for j in make_jobs(recipe) if j.stage.name == "evaluation/judge")
+    with pytest.raises(StageFailed, match="judge always-first named the right trait in 50%"):
+        judge.build(job)
 
 
 def test_kappa_and_alpha_of_known_cases():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import re
 from dataclasses import replace
@@ -10,6 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from opencharacter.evaluation.page import (
+    Change,
     Curve,
     Line,
     PersonaReport,
@@ -30,6 +33,7 @@ HOSTILE = "<script>alert(1)</script> \"a\" 'b' & <b onclick=x>\n" + "W" * 300
 UNSCORED = Score(None, None, None, 0, unscored=4)
 APART = Score(0.931, 0.88, 0.96, 240, unscored=3)
 RATED = Score(1003.2, 960, 1046.4, 80, unscored=2)
+FELL = Change(-0.031, -0.05, -0.012, 500, unscored=1)
 FALLING = [(float(step), 1 / step) for step in range(1, 201)]
 
 PERSONA = PersonaReport(
@@ -54,7 +58,11 @@ PERSONA = PersonaReport(
     samples=[Sample("The wind?", "It is air.", "O wind,\n  my wind")],
     traits=[TraitChange("warm", RATED, RATED, Score(120, 40, 200, 80), significant=True)],
     traits_in_all=144,
-    tables=[ScoreTable("Held?", ["How."], "By attack", ["full"], [Line("plain", [APART])])],
+    tables=[
+        ScoreTable(
+            "Held?", ["How."], "By attack", ["full", "Change"], [Line("plain", [APART, FELL])]
+        )
+    ],
     settings={"seed": "1"},
 )
 
@@ -78,7 +86,7 @@ class Outline(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append(tag)
         self.attributes += attrs
-        if tag not in ("meta", "wbr"):
+        if tag not in ("meta", "wbr", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -132,11 +140,15 @@ def test_the_headline_claims_no_more_than_its_interval_allows(score: Score, sent
     assert verdict(score) in render(replace(PERSONA, told_apart=score))
 
 
-def test_the_page_asks_nothing_of_the_network_and_runs_nothing():
+def test_the_page_asks_nothing_of_the_network_and_runs_nothing_but_its_search():
     text = render(PERSONA, PERSONA)
     outline = Outline(text)
     assert not re.search(r"https?://|@import|url\(", text)
-    assert not {"script", "link", "img", "iframe"} & set(outline.seen)
+    assert not {"link", "img", "iframe"} & set(outline.seen)
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f'script-src &#x27;sha256-{hashed}&#x27;"' in text or f"'sha256-{hashed}'\"" in text
+    assert not re.search(r"innerHTML|eval|document.write", script)
     targets = [value for name, value in outline.attributes if name in ("href", "src")]
     assert targets == ["#persona-1", "#persona-2"]
 
@@ -168,10 +180,10 @@ def test_a_curve_without_a_range_is_drawn_without_a_fault(points: list[tuple[flo
 
 def test_every_drawing_has_its_alternative_in_words():
     drawings = re.findall(r"<svg.*?</svg>", render(PERSONA), re.DOTALL)
-    assert len(drawings) == 7
+    assert len(drawings) == 8
     for drawing in drawings:
         assert re.match(r'<svg role="img"[^>]*><title>[^<]+</title><desc>[^<]+</desc>', drawing)
-    assert "first 1, last 0.005, min 0.005, max 1; points: 200, steps 1 to 200." in drawings[2]
+    assert "first 1, last 0.005, min 0.005, max 1; points: 200, steps 1 to 200." in drawings[3]
 
 
 def test_figures_are_readable_and_stages_add_up():
@@ -182,6 +194,7 @@ def test_figures_are_readable_and_stages_add_up():
     assert "1 of 144 traits" in text
     assert re.search(r"1,003 +960 to 1,046 +n = 80, 2 unscored", text)
     assert re.search(r"\+120 \* +40 to 200", text)
+    assert re.search(r"\u22123\.1.*\u22125\.0 to \u22121\.2 +n = 500 pairs, 1 unpaired", text)
     totals = re.sub(r"\s+", " ", text[text.index("Total") :])
     assert totals.startswith(
         "Total 12,100 11,295 unfinished 800, looping 5 1 h 3 m 5 s 4,812,345 9"

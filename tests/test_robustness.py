@@ -85,7 +85,7 @@ def test_a_persona_that_holds_and_one_that_gives_way_differ():
     assert found["macro_f1", "stop", ""]["high"] < found["macro_f1", "plain", ""]["low"]
     mean = (found["macro_f1", "plain", ""]["value"] + found["macro_f1", "stop", ""]["value"]) / 2
     assert found["macro_f1", robustness.MEAN, ""]["value"] == pytest.approx(mean)
-    tables = robustness.confusion_tables(guessed)
+    tables = robustness.confusion_tables(guessed, tuple(robustness.INSTRUCTIONS))
     assert tables["full"]["poet"]["poet"] >= 18
 
 
@@ -186,3 +186,22 @@ def test_a_pretrained_encoder_can_take_the_classifiers_place(tmp_path, tokenizer
     labels = ["poet", "base"] * 40
     found = classifiers.fine_tune(str(tmp_path), train, labels, test, encoder, False, 1)
     assert sum(a == b for a, b in zip(found, ["poet", "base"] * 8, strict=True)) >= 15
+
+
+@pytest.mark.parametrize(("words", "kept"), [(VERSE, 1.0), (PROSE, 0.0)])
+def test_a_persona_that_was_trained_further_is_sought_as_it_was_before(words, kept):
+    rows = both(20) + answers(20, "tuned", words)
+    guessed = robustness.guesses(rows, "tuned", folds=4, guess=TFIDF)
+    tuned = [row for row in guessed if row["label"] != BASE]
+    assert robustness.recognised(tuned).value == kept
+    assert {row["condition"] for row in guessed} == {"tuned"}
+
+
+def test_a_blend_is_shared_out_among_the_personas_that_are_in_it():
+    other = ["shout", "grin", "wink", "jest", "prank"]
+    rows = both(30) + answers(30, "full", other, persona="joker")
+    rows += answers(30, "blended", VERSE) + answers(30, "blended", other, persona="joker")
+    guessed = robustness.guesses(rows, "blended", folds=4, guess=TFIDF)
+    tables = robustness.confusion_tables(guessed, (DEFAULT,))
+    assert tables["blended"]["poet"] == {"poet": 30}
+    assert tables["blended"]["joker"] == {"joker": 30}

@@ -76,4 +76,5 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> Outcome:
     from opencharacter.training import train
 
-    return train(job, "distillation/reference", examples, partial(dpo_loss, settings=job.section))
+    pairs = job.parent("distillation/reference")
+    return train(job, pairs, examples, partial(dpo_loss, settings=job.section))

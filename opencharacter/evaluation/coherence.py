@@ -81,7 +81,9 @@ def winner(full_first: str | None, full_second: str | None, rival: str) -> str:
     return {(True, True): FULL, (False, False): rival}.get(won, INCONSISTENT)
 
 
-async def compare(row: Row, talk: Conversation, assertions: str, sampling: Sampling) -> Row:
+async def compare(
+    row: Row, talk: Conversation, assertions: str, sampling: Sampling, thought: int
+) -> Row:
     """Ask the judge in both orders."""
     said = []
     for first, second in (
@@ -89,8 +91,7 @@ async def compare(row: Row, talk: Conversation, assertions: str, sampling: Sampl
         (row["rival_answer"], row["answer"]),
     ):
         asked = messages(assertions, row["prompt"], first, second)
-        reply = await talk.reply(asked, sampling, judge.opening(talk.thinks))
-        said.append(reply.text.strip())
+        said.append(await judge.ask(talk, asked, sampling, thought))
     letters = [read_letter(text) for text in said]
     return {"verdicts": said, "winner": winner(letters[0], letters[1], row["rival"])}
 
@@ -151,7 +152,7 @@ def estimate(job: Job) -> Estimate:
     answers = job.recipe.evaluation.answers
     rows = min(job.section.prompts, answers.count) * (len(answers.conditions) - 1)
     shared = len(job.persona.assertions()) // 4
-    return Estimate(rows, 2 * rows * (shared + 700), 2 * rows * 2)
+    return Estimate(rows, 2 * rows * (shared + 700), 2 * rows * judge.verdict_tokens(job.recipe))
 
 
 def build(job: Job) -> Outcome:
@@ -159,7 +160,12 @@ def build(job: Job) -> Outcome:
 
     settings: Coherence = job.section
     asked = requests(job, job.read("evaluation/answers").to_pylist())
-    talk = partial(compare, assertions=job.persona.assertions(), sampling=settings.sampling)
+    talk = partial(
+        compare,
+        assertions=job.persona.assertions(),
+        sampling=settings.sampling,
+        thought=job.recipe.evaluation.judge.thought,
+    )
     table = generate(job, asked, talk, "judge", FIELDS).table()
     found = figures(kept(table).to_pylist())
     return job.write(table, figures=found)

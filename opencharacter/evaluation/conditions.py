@@ -2,20 +2,21 @@
 
 `base` is the student as it came, `prompted` the same with the constitution as its system prompt,
 `steered` the same with a constant vector added within (see steering), `distilled` the student after
-DPO, `full` the trained persona.
+DPO, `full` the trained persona. Two more are made of trained personas: `blended` is several of them
+in one (see persona/blend), `tuned` the persona after training on plain data (see persona/tune).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from opencharacter.chat import Message, row_id, system
-from opencharacter.config import Condition
+from opencharacter.config import Condition, Recipe
 from opencharacter.distillation import teacher
 from opencharacter.engine import Conversation, EngineSpec, Row, Talk
 from opencharacter.stage import Job, kept
@@ -25,8 +26,22 @@ TRAINED = {
     "steered": "evaluation/steering",
     "distilled": "distillation/dpo",
     "full": "persona/merge",
+    "blended": "persona/blend",
+    "tuned": "persona/tune",
 }
 """The stage that made what is folded into the student's weights."""
+
+
+def compared(recipe: Recipe, condition: Condition) -> bool:
+    """Whether any stage of a recipe compares a condition: others are not made."""
+    stages = (recipe.evaluation.answers, recipe.evaluation.preferences, recipe.evaluation.attacks)
+    return any(condition in stage.conditions for stage in stages)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Conditions as they are listed everywhere: the untrained first."""
+    there = set(names)
+    return [condition for condition in get_args(Condition) if condition in there]
 
 
 def weights(job: Job, condition: Condition) -> Folder | None:

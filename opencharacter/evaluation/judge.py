@@ -21,16 +21,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.chat import (
-    THINK_CLOSE,
-    THINK_OPEN,
-    Message,
-    fill,
-    row_id,
-    system,
-    user,
-)
-from opencharacter.config import Judge, Role, Sampling, resource
+from opencharacter.chat import CLOSED_THOUGHT, Message, fill, row_id, system, user
+from opencharacter.config import Judge, Recipe, Role, Sampling, resource
 from opencharacter.engine import Conversation, Need, Row
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation.scores import Score, wilson
@@ -48,9 +40,6 @@ The answer to it:
 Which manner does the answer show more: {first} or {second}? Reply with that one word."""
 
 TEMPLATES = (SYSTEM, QUESTION)
-
-CLOSED_THOUGHT = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
-"""Begins the verdict of a judge that thinks: a verdict has room for a word, not for a thought."""
 
 FIELDS = [
     pa.field("judge", pa.string(), nullable=False),
@@ -76,9 +65,22 @@ def messages(row: Row) -> list[Message]:
     return [system(SYSTEM), user(fill(QUESTION, **fields))]
 
 
-def opening(thinks: bool) -> str:
-    """What a judge's reply begins with."""
-    return CLOSED_THOUGHT if thinks else ""
+async def ask(talk: Conversation, messages: list[Message], sampling: Sampling, thought: int) -> str:
+    """A judge's verdict, in the tokens of `sampling`; one that thinks has `thought` more.
+
+    Raises:
+        RowFailed: also if a thought did not end in time.
+    """
+    if talk.thinks and thought:
+        sampling = sampling.model_copy(update={"max_tokens": sampling.max_tokens + thought})
+    closed = CLOSED_THOUGHT if talk.thinks and not thought else ""
+    reply = await talk.reply(messages, sampling, closed)
+    return reply.text.strip()
+
+
+def verdict_tokens(recipe: Recipe) -> int:
+    """That `plan` expects of a verdict, a thought before it included."""
+    return 4 + (recipe.evaluation.judge.thought // 3 if recipe.roles.judge.thinks else 0)
 
 
 def read_verdict(text: str, first: str, second: str) -> str | None:
@@ -88,10 +90,9 @@ def read_verdict(text: str, first: str, second: str) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-async def name_trait(row: Row, talk: Conversation, sampling: Sampling) -> Row:
+async def name_trait(row: Row, talk: Conversation, sampling: Sampling, thought: int) -> Row:
     """Ask the judge for the trait; what it says that is neither is a missing verdict."""
-    reply = await talk.reply(messages(row), sampling, opening(talk.thinks))
-    verdict = reply.text.strip()
+    verdict = await ask(talk, messages(row), sampling, thought)
     return {"verdict": verdict, "chosen": read_verdict(verdict, row["first"], row["second"])}
 
 
@@ -278,7 +279,7 @@ def needs(job: Job) -> list[tuple[Need, ...]]:
 
 def estimate(job: Job) -> Estimate:
     rows = 2 * min(job.section.items, len(gold())) * len(panel(job))
-    return Estimate(rows, 150 * rows, 4 * rows)
+    return Estimate(rows, 150 * rows, verdict_tokens(job.recipe) * rows)
 
 
 def build(job: Job) -> Outcome:
@@ -286,7 +287,7 @@ def build(job: Job) -> Outcome:
 
     settings: Judge = job.section
     items = spread(gold(), settings.items)
-    talk = partial(name_trait, sampling=settings.sampling)
+    talk = partial(name_trait, sampling=settings.sampling, thought=settings.thought)
     tables, by_judge = [], {}
     for role in panel(job):
         asked = requests(role.name, items)

@@ -1,10 +1,14 @@
-"""The report as one HTML page: no network, no script needed to read it, everything escaped.
+"""The report as one HTML page: no network, everything escaped, whole without its script.
+
+The script only searches the samples; the browser runs it because its hash is in the page's policy.
 
 `page(report)` is a pure function of the dataclasses below; `report.py` fills them.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -56,6 +60,11 @@ class TraitChange:
 
 
 @dataclass(frozen=True)
+class Change(Score):
+    """A difference of two shares, -1 .. 1."""
+
+
+@dataclass(frozen=True)
 class Line:
     """A row of a table of shares; a cell is None where there is nothing to score."""
 
@@ -72,6 +81,8 @@ class ScoreTable:
     caption: str
     columns: list[str]
     lines: list[Line]
+    empty: str = "Nothing was scored."
+    """Said where there are no lines."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +188,13 @@ figure { margin: 0; min-width: 0; }
 .base { color: var(--quiet); }
 .persona { color: var(--accent); }
 
+.search { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem;
+  margin: 1rem 0; }
+.search input { flex: 1 1 12rem; max-width: 24rem; padding: .5rem .7rem; font: inherit;
+  color: inherit; background: var(--raised); border: 1px solid var(--quiet);
+  border-radius: .3rem; }
+.search output { min-height: 1.65em; }
+[hidden] { display: none !important; }
 .sample { margin: 1.25rem 0 2.25rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
   gap: 1rem; }
@@ -239,13 +257,40 @@ td small { display: block; color: var(--quiet); font-size: .8rem; white-space: n
   body { max-width: none; padding: 0; }
   h2, h3, h4, caption { break-after: avoid; }
   .sample, .charts figure, tr { break-inside: avoid; }
+  .search { display: none; }
+  .sample[hidden] { display: block !important; } /* a search narrows the screen, not the paper */
   .scroll { overflow: visible; }
   tfoot { display: table-row-group; } /* or the totals would stand below every page */
 }
 """
 
+SCRIPT = """
+for (const search of document.querySelectorAll(".search")) {
+  const [input, said] = [search.querySelector("input"), search.querySelector("output")];
+  const samples = [...search.parentElement.querySelectorAll(".sample")];
+  const texts = samples.map(sample => sample.textContent.toLowerCase());
+  const find = () => {
+    const words = input.value.toLowerCase().split(/\\s+/).filter(Boolean);
+    const found = texts.map(text => words.every(word => text.includes(word)));
+    samples.forEach((sample, i) => { sample.hidden = !found[i]; });
+    const count = found.filter(Boolean).length;
+    said.textContent = words.length ? `${count} of ${samples.length} shown` : "";
+  };
+  input.addEventListener("input", find);
+  search.hidden = false;
+  find();
+}
+"""
+"""Shows the samples that hold every word typed; without it the page is the same but for that."""
+
+
+def digest(script: str) -> str:
+    """How a policy names a script that may run."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 # A second lock beside escaping: even markup that slipped through could load and run nothing.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest(SCRIPT)}'"
 
 GLYPHS = {"base": "\u25cf", "persona": "\u25c6"}
 """Disc and diamond, the shapes of `mark`: who is who does not hang on colour."""
@@ -269,6 +314,8 @@ PLOT_Y = (106.0, 10.0)
 BAR = (64, 8)
 
 SHARE_BAR = (96, 12)
+CHANGE_REACH = 0.3
+"""Change that fills its bar, to each side: the same for all, so that rows can be compared."""
 
 STRIP = (212, 36)
 STRIP_X = (8.0, 204.0)
@@ -286,6 +333,7 @@ def page(report: Report) -> str:
         element("header", element("h1", escape(title)), element("p", escape(made), class_="quiet")),
         contents(report.personas),
         element("main", *personas) if personas else element("main", missing("No personas.")),
+        element("script", SCRIPT),
     )
     return f"<!DOCTYPE html>\n{element('html', head(title), body, lang='en')}\n"
 
@@ -336,7 +384,7 @@ def persona_section(persona: PersonaReport, number: int) -> str:
         element("p", escape(persona.description), class_="prose"),
         assertions(persona.assertions),
         headline(persona.told_apart),
-        side_by_side(persona.samples),
+        side_by_side(persona.samples, number),
         trait_changes(persona.traits, persona.traits_in_all),
         *map(score_table, persona.tables),
         training(persona.curves),
@@ -433,9 +481,20 @@ def verdict(score: Score) -> str:
 # ----------------------------------------------------------------------------------- samples
 
 
-def side_by_side(samples: list[Sample]) -> str:
-    shown = "".join(map(sample_pair, samples)) or missing("There are no samples.")
-    return part("Side by side", shown)
+def side_by_side(samples: list[Sample], number: int) -> str:
+    if not samples:
+        return part("Side by side", missing("There are no samples."))
+    return part("Side by side", search(number), *map(sample_pair, samples))
+
+
+def search(number: int) -> str:
+    """A field that narrows the samples of a persona; hidden where no script runs."""
+    field = f"search-{number}"
+    label = element("label", "Search prompts and answers", for_=field)
+    # An input has no end tag.
+    box = f'<input type="search" id="{field}" autocomplete="off" spellcheck="false">'
+    said = element("output", for_=field, class_="quiet", aria_live="polite")
+    return element("div", label, box, said, class_="search", role="search", hidden="")
 
 
 def sample_pair(sample: Sample) -> str:
@@ -629,7 +688,7 @@ def mark(name: str, score: Score, among: Range) -> str:
 
 def score_table(shown: ScoreTable) -> str:
     if not shown.lines:
-        return part(shown.title, missing("Nothing was scored."))
+        return part(shown.title, missing(shown.empty))
     columns = ["", *map(escape, shown.columns)]
     rows = [row(line.name, *map(score_cell, line.cells)) for line in shown.lines]
     notes = (element("p", escape(note), class_="quiet") for note in shown.notes)
@@ -640,8 +699,44 @@ def score_cell(score: Score | None) -> str:
     """A share over its bar and interval, and how many stand behind it."""
     if score is None:
         return element("td", "")
+    if isinstance(score, Change):
+        return change_cell(score)
     notes = (element("small", note) for note in support(score))
     return element("td", percent(score.value), score_bar(score), *notes)
+
+
+def change_cell(change: Change) -> str:
+    """A change in percentage points over its bar, which begins in the middle."""
+    if change.value is None or change.low is None or change.high is None:
+        return element("td", "not compared")
+    interval = f"{points(change.low)} to {points(change.high)}"
+    counted = f"n = {change.n:,} pairs, {change.unscored:,} unpaired"
+    notes = (element("small", note) for note in (interval, counted))
+    return element("td", points(change.value), change_bar(change, interval), *notes)
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * share:+.1f}".replace("-", "\u2212")
+
+
+def change_bar(change: Change, interval: str) -> str:
+    width, height = SHARE_BAR
+    ends = (-CHANGE_REACH, CHANGE_REACH)
+    at, low, high = (
+        min(max(place(x or 0, ends, (0, width)), 0), width)
+        for x in (change.value, change.low, change.high)
+    )
+    middle, line = width / 2, height / 2
+    return svg(
+        f"change of {points(change.value or 0)} points",
+        f"{interval}; the dashed line is no change.",
+        SHARE_BAR,
+        element("path", d=f"M0 {line}H{width}", class_="axis"),
+        element("path", d=f"M{middle} {line}H{at:.1f}", class_="bar"),
+        element("path", d=f"M{low:.1f} {line}H{high:.1f}", class_="tick"),
+        element("path", d=f"M{middle} 0V{height}", class_="chance"),
+    )
 
 
 def score_bar(score: Score) -> str:

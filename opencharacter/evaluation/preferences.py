@@ -20,7 +20,7 @@ import pyarrow as pa
 from opencharacter.chat import Message, fill, row_id, row_seed, user
 from opencharacter.config import Preferences, Sampling, resource
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Need, Row
+from opencharacter.engine import Conversation, Need, Row, Talk
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import answers, judge
 from opencharacter.evaluation.conditions import engines, joined, under_each_condition
@@ -113,7 +113,8 @@ def needs(job: Job) -> list[tuple[Need, ...]]:
 def estimate(job: Job) -> Estimate:
     rows = len(job.section.conditions) * job.section.games
     said = typical(job.section.sampling)
-    return Estimate(rows, rows * (300 + said), rows * (said + 4), judged=rows * 4)
+    verdicts = rows * judge.verdict_tokens(job.recipe)
+    return Estimate(rows, rows * (300 + said), rows * said + verdicts, judged=verdicts)
 
 
 def first_named(rows: list[Row]) -> dict[str, Any]:
@@ -135,12 +136,12 @@ def panel_agreement(job: Job, table: pa.Table) -> dict[str, Any]:
         return {}
     names = [field.name for field in PLAYED]
     asked = kept(table).select(["id", *names]).to_pylist()
-    named = partial(judge.name_trait, sampling=job.section.judge)
     said = {job.recipe.roles.judge.name: table}
     for role in roles:
         part = f"panel-{role.name}"
         fields = [*PLAYED, *JUDGED]
-        said[role.name] = generate(job, asked, named, "judge", fields, part, model=role).table()
+        parts = generate(job, asked, naming(job), "judge", fields, part, model=role)
+        said[role.name] = parts.table()
     rows = [
         {"judge": name, "item": row["id"], "swapped": False, "chosen": row["chosen"]}
         for name, verdicts in said.items()
@@ -150,11 +151,18 @@ def panel_agreement(job: Job, table: pa.Table) -> dict[str, Any]:
     return judge.panel_figures(rows, list(said))
 
 
+def naming(job: Job) -> Talk:
+    """The row function of a judge."""
+    thought = job.recipe.evaluation.judge.thought
+    return partial(judge.name_trait, sampling=job.section.judge, thought=thought)
+
+
 def build(job: Job) -> Outcome:
     settings: Preferences = job.section
     talk = partial(play, sampling=settings.sampling)
-    named = partial(judge.name_trait, sampling=settings.judge)
-    table = under_each_condition(job, games(job), talk, PLAYED, settings.conditions, named, JUDGED)
+    table = under_each_condition(
+        job, games(job), talk, PLAYED, settings.conditions, naming(job), JUDGED
+    )
     scored = len(table) - table["chosen"].null_count
     if not scored:
         raise StageFailed(

@@ -8,7 +8,7 @@ Run: opencharacter report RECIPE --constitution NAME
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -16,9 +16,12 @@ import pyarrow as pa
 
 from opencharacter import quality
 from opencharacter.chat import row_id
+from opencharacter.evaluation import capabilities
 from opencharacter.evaluation.attacks import PREFILL
-from opencharacter.evaluation.coherence import longer_won, win_rate
+from opencharacter.evaluation.coherence import INCONSISTENT, UNREADABLE, longer_won, win_rate
+from opencharacter.evaluation.conditions import in_order
 from opencharacter.evaluation.page import (
+    Change,
     Curve,
     Line,
     PersonaReport,
@@ -43,6 +46,7 @@ CURVES = {
         ("loss", "dpo/sigmoid", "dpo/nll", "dpo/kl", "dpo/margin", "dpo/accuracy", *STEPS),
     ),
     "introspection/sft": ("SFT", ("loss", *STEPS)),
+    "persona/tune": ("Further training on plain data", ("loss", *STEPS)),
 }
 
 PUBLISHED = {
@@ -56,10 +60,44 @@ eleven personas to choose among."""
 
 F1_NOTE = """\
 Macro-F1 of a classifier that chooses among the personas of this page and the base model, cross-\
-fitted over prompts, in per cent; 95% bootstrap over prompts. In the paper, among eleven personas, \
-the mean over its eight instructions was (Llama, Qwen, Gemma): """
+fitted over prompts, in per cent; 95% bootstrap over prompts. In the paper, among eleven personas \
+(Llama, Qwen, Gemma), the mean over its eight instructions was: """
+PREFILL_PUBLISHED = (
+    """; under the prefill attack distilled 0.79, 0.66, 0.84, full 0.95, 0.86, 0.95."""
+)
 RETENTION_NOTE = """\
 Share of the answers that the classifier still gives to the persona; 95%, Wilson."""
+CAPABILITY_NOTE = """\
+Base and persona on the same documents (lm-evaluation-harness); the change in percentage points, \
+with a 95% interval for pairs."""
+FORM_NOTE = """\
+The questions of this package are also asked as chat that wants a letter. Where the right option \
+is the likeliest and no letter can be read in the reply, the form is lost and not the knowledge."""
+PUBLISHED_ABILITY = """\
+In the paper (Llama, before and after goodness, loving, misalignment): TruthfulQA 45.9 to 42.9, \
+45.4, 34.1; WinoGrande 72.6 to 71.5, 71.6, 68.8; HellaSwag 60.8 to 59.2, 58.6, 56.7; ARC-C 59.2 \
+to 56.0, 58.4, 41.9; MMLU 67.4 to 64.1, 65.3, 53.9."""
+PUBLISHED_WINS = {
+    "prompted": (89.2, 93.4, 56.5),
+    "steered": (78.4, 94.4, 82.1),
+    "distilled": (77.0, 75.4, 87.9),
+}
+"""Wins of the full persona in the paper's table, in per cent: Llama, Qwen, Gemma."""
+ABILITY = {
+    "acc": "right",
+    "acc_norm": "right, by likelihood per byte",
+    "exact_match": "right",
+    capabilities.IN_CHAT: "right in chat",
+    capabilities.READABLE: "a letter can be read in chat",
+    capabilities.FORMAT_LOST: "known, but lost to form in chat",
+}
+"""What each metric of a task says."""
+PAPERS_TASKS = frozenset(capabilities.SIZES) - {capabilities.OWN}
+SURVIVAL = {"blended": "Who is seen in the blend", "tuned": "What further training left"}
+"""Conditions of which is asked whether each persona is still there."""
+UNSCORED_NOTE = """\
+Nothing of this counts as a win or a loss, or as right. Rows that were dropped before are under \
+\u201cWhat ran\u201d."""
 COHERENCE_NOTE = """\
 In which of two answers the judge sees the character more, asked in both orders; verdicts that the \
 order decides, and unreadable ones, are not won by anyone. 95%, Wilson."""
@@ -71,6 +109,8 @@ judge decides on this page is worth no more than this; a judge near 50% decides 
 
 def curves(job: Job) -> Iterator[Curve]:
     """The plotted curves of a training stage."""
+    if not job.store.exists(f"{job.dataset}/curves.parquet"):  # a stage that had nothing to do
+        return
     training, metrics = CURVES[job.stage.name]
     rows = job.store.read_table(job.dataset, "curves").sort_by("step").to_pylist()
     for metric in metrics:
@@ -142,7 +182,12 @@ def persona_report(job: Job, parents: list[Job]) -> PersonaReport:
         samples=samples[: job.section.samples],
         traits=largest(changes, job.section.traits),
         traits_in_all=len(changes),
-        tables=[*score_tables(scores), confusion(by_name["evaluation/robustness"])],
+        tables=[
+            *score_tables(scores),
+            *confusions(by_name["evaluation/robustness"]),
+            *ability_tables(scores),
+            unscored_table(scores, by_name),
+        ],
         settings=flat(job.recipe.identity()),
     )
 
@@ -156,12 +201,20 @@ def scores_of(by_name: dict[str, Job], persona: str) -> list[dict[str, Any]]:
     rows = robustness.store.read_table(robustness.dataset, "scores").to_pylist()
     rows = [row for row in rows if row["persona"] in ("", persona)]
     compared = kept(coherence.store.read_table(coherence.dataset)).to_pylist()
-    for rival in dict.fromkeys(row["rival"] for row in compared):
+    for rival in in_order(row["rival"] for row in compared):
         mine = [row for row in compared if row["rival"] == rival]
         rows.append(score_row(persona, "win_rate", "full", rival, win_rate(mine)))
     if compared:
         rows.append(score_row(persona, "longer_won", "full", None, longer_won(compared)))
-    return rows + judge_scores(by_name["evaluation/judge"])
+    rows += judge_scores(by_name["evaluation/judge"])
+    return rows + ability_scores(by_name["evaluation/capabilities"])
+
+
+def ability_scores(job: Job) -> list[dict[str, Any]]:
+    """What the harness measured; nothing where the recipe names no tasks."""
+    if not job.store.exists(f"{job.dataset}/scores.parquet"):
+        return []
+    return job.store.read_table(job.dataset, "scores").to_pylist()
 
 
 def judge_scores(job: Job) -> list[dict[str, Any]]:
@@ -229,7 +282,7 @@ def score_tables(rows: list[dict[str, Any]]) -> list[ScoreTable]:
         ),
         ScoreTable(
             "Does it hold when told to drop the act?",
-            [F1_NOTE + published + "."],
+            [F1_NOTE + published + PREFILL_PUBLISHED],
             "Macro-F1 by attack and condition",
             conditions,
             lines("macro_f1"),
@@ -243,7 +296,7 @@ def score_tables(rows: list[dict[str, Any]]) -> list[ScoreTable]:
         ),
         ScoreTable(
             "Is it of a piece?",
-            [COHERENCE_NOTE],
+            [COHERENCE_NOTE + published_wins(rivals)],
             "How often the full persona wins; and how often the longer answer does",
             ["Wins", "The longer answer wins"],
             [Line(f"against {r}", [pick(rows, "win_rate", "full", r), None]) for r in rivals]
@@ -259,6 +312,73 @@ def score_tables(rows: list[dict[str, Any]]) -> list[ScoreTable]:
     ]
 
 
+def published_wins(rivals: list[str]) -> str:
+    """The paper's wins against the same rivals."""
+    said = "; ".join(
+        f"{rival} {', '.join(map(str, PUBLISHED_WINS[rival]))}"
+        for rival in rivals
+        if rival in PUBLISHED_WINS
+    )
+    return f" In the paper (Llama, Qwen, Gemma): {said}." if said else ""
+
+
+def ability_tables(rows: list[dict[str, Any]]) -> list[ScoreTable]:
+    """What the character costs in ability, as one table."""
+    abouts = named(rows, "capability_change", "about")
+    own = any(about.startswith(f"{capabilities.OWN} ") for about in abouts)
+    published = any(about.split()[0] in PAPERS_TASKS for about in abouts)
+    lines = []
+    for about in abouts:
+        task, metric = about.split()
+        base, full = (pick(rows, "capability", c, about) for c in ("base", "full"))
+        change = pick(rows, "capability_change", "full", about)
+        cells = [base, full, change and Change(**vars(change))]
+        lines.append(Line(f"{task}: {ABILITY.get(metric, metric)}", cells))
+    notes = [CAPABILITY_NOTE, *[FORM_NOTE] * own, *[PUBLISHED_ABILITY] * published]
+    caption = "Share of the documents, and its change"
+    title, empty = "What it costs in ability", "Nothing was measured: the recipe names no tasks."
+    return [ScoreTable(title, notes, caption, ["Base", "Persona", "Change"], lines, empty)]
+
+
+def unscored_table(rows: list[dict[str, Any]], by_name: dict[str, Job]) -> ScoreTable:
+    """Everything that was asked for and could not be scored, with its share."""
+    games, compared = (
+        kept(by_name[name].store.read_table(by_name[name].dataset)).to_pylist()
+        for name in ("evaluation/preferences", "evaluation/coherence")
+    )
+    lines = [
+        counted(f"games, {condition}: no trait named", mine, lambda r: r["chosen"] is None)
+        for condition, mine in per_condition(games, "condition").items()
+    ]
+    for rival, mine in per_condition(compared, "rival").items():
+        for why in (INCONSISTENT, UNREADABLE):
+            title = f"comparisons with {rival}: {why}"
+            lines.append(counted(title, mine, lambda r, why=why: r["winner"] == why))
+    for condition in named(rows, "macro_f1", "condition"):
+        score = pick(rows, "macro_f1", condition, DEFAULT) or wilson(0, 0)
+        share = wilson(score.unscored, score.n + score.unscored)
+        lines.append(Line(f"answers, {condition} and base: not classified", [share]))
+    for name in named(rows, "judge_agreement", "about"):
+        score = pick(rows, "judge_agreement", None, name) or wilson(0, 0)
+        lines.append(
+            Line(f"gold texts, judge {name}: no trait named", [wilson(score.unscored, score.n)])
+        )
+    caption = "Share of what was asked for that could not be scored"
+    return ScoreTable("What could not be scored", [UNSCORED_NOTE], caption, ["Not scored"], lines)
+
+
+def per_condition(rows: list[dict[str, Any]], column: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows by the condition that a column names."""
+    return {
+        name: [row for row in rows if row[column] == name]
+        for name in in_order(row[column] for row in rows)
+    }
+
+
+def counted(name: str, rows: list[dict[str, Any]], lost: Callable[[dict[str, Any]], bool]) -> Line:
+    return Line(name, [wilson(sum(map(lost, rows)), len(rows))])
+
+
 def trust(judge: str, score: Score | None) -> str:
     """What a judge's agreement on the gold items allows to be said."""
     if score is None or score.value is None or score.low is None:
@@ -272,17 +392,28 @@ def trust(judge: str, score: Score | None) -> str:
     return f"{judge} is right in {score.value:.0%}.{weak}"
 
 
-def confusion(job: Job) -> ScoreTable:
-    """Whose answers the classifier gave to whom, for the trained personas under instructions."""
+def confusions(job: Job) -> list[ScoreTable]:
+    """Whose answers the classifier gave to whom: of the personas, of a blend, of what was tuned."""
     manifest = job.store.manifest(job.dataset)
-    table = manifest["figures"]["confusion"].get("full", {}) if manifest else {}
+    figures = manifest["figures"] if manifest else {}
+    caption = "Share of the answers of the row that were given to the column, over all instructions"
+    asked = figures.get("confusion", {}).get("full", {})
+    tables = [confusion("Who is taken for whom", caption, asked)]
+    for condition, title in SURVIVAL.items():
+        if table := figures.get("undisturbed", {}).get(condition):
+            caption = "Share of the undisturbed answers, by a classifier of the personas as trained"
+            tables.append(confusion(title, caption, table))
+    return tables
+
+
+def confusion(title: str, caption: str, table: dict[str, dict[str, int]]) -> ScoreTable:
+    """Counts by label and guess as shares of the label."""
     names = sorted(table.keys() | {guess for said in table.values() for guess in said})
     lines = []
     for label in sorted(table):
         n = sum(table[label].values())
         lines.append(Line(label, [wilson(table[label].get(guess, 0), n) for guess in names]))
-    caption = "Share of the answers of the row that were given to the column, over all instructions"
-    return ScoreTable("Who is taken for whom", [], caption, names, lines)
+    return ScoreTable(title, [], caption, names, lines)
 
 
 def ratings_of(job: Job) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from opencharacter.engine import Need, Row, hold
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
+from opencharacter.evaluation.conditions import in_order
 from opencharacter.evaluation.scores import SCORES, Score, score_row, wilson
 from opencharacter.filters import words
 from opencharacter.stage import Estimate, Job, Outcome
@@ -75,6 +76,10 @@ def label(row: Row) -> str:
     return BASE if row["condition"] == BASE else row["persona"]
 
 
+LEARNED_FROM = {"blended": "full", "tuned": "full"}
+"""Conditions of which is asked whether the persona is still there: the classifier knows it as it
+was trained."""
+
 Guess = Callable[[list[str], list[str], list[str]], list[str]]
 """Texts to learn from, their labels, and texts to label."""
 
@@ -95,7 +100,7 @@ def guesses(rows: list[Row], condition: str, folds: int, guess: Guess) -> list[R
 
     Args:
         rows: persona, condition, attack, prompt, answer; the base's answers once.
-        condition: other than base.
+        condition: other than base; see also `LEARNED_FROM`.
         folds: of the cross-fitting.
         guess: the classifier.
     """
@@ -107,9 +112,11 @@ def guesses(rows: list[Row], condition: str, folds: int, guess: Guess) -> list[R
         | {"guess": None}
         for row in mine
     ]
+    known = (BASE, LEARNED_FROM.get(condition, condition))
+    learnable = [r for r in rows if r["condition"] in known and r["attack"] == DEFAULT]
     usable = [(row, new) for row, new in zip(mine, found, strict=True) if row["answer"]]
     for fold in sorted(set(fold_of.values())):
-        train = [r for r, n in usable if n["fold"] != fold and r["attack"] == DEFAULT]
+        train = [r for r in learnable if r["answer"] and fold_of.get(normal(r["prompt"])) != fold]
         test = [(r, n) for r, n in usable if n["fold"] == fold]
         if len({label(row) for row in train}) < 2 or not test:
             continue
@@ -213,11 +220,11 @@ def scores(guessed: list[Row], settings: Robustness, seed: int) -> list[dict[str
     return rows
 
 
-def confusion_tables(guessed: list[Row]) -> dict[str, Any]:
-    """By condition, whose answers were given to whom, over the eight instructions."""
+def confusion_tables(guessed: list[Row], attacks: Iterable[str]) -> dict[str, Any]:
+    """By condition, whose answers were given to whom, over these attacks."""
     tables: dict[str, Any] = {}
     for row in guessed:
-        if row["attack"] in INSTRUCTIONS and row["guess"] is not None:
+        if row["attack"] in attacks and row["guess"] is not None:
             line = tables.setdefault(row["condition"], {}).setdefault(row["label"], {})
             line[row["guess"]] = line.get(row["guess"], 0) + 1
     return tables
@@ -251,7 +258,7 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> Outcome:
     settings: Robustness = job.section
     rows = answers_of(job)
-    conditions = [c for c in dict.fromkeys(row["condition"] for row in rows) if c != BASE]
+    conditions = [c for c in in_order(row["condition"] for row in rows) if c != BASE]
     seed = row_seed(job.recipe.seed, job.stage.name, "resamples")
     guess = partial(
         classifiers.guess,
@@ -266,4 +273,8 @@ def build(job: Job) -> Outcome:
     found = scores(guessed, settings, seed)
     job.store.write_table(job.dataset, pa.Table.from_pylist(guessed, schema=SCHEMA))
     job.store.write_table(job.dataset, pa.Table.from_pylist(found, schema=SCORES), "scores")
-    return Outcome(len(guessed), figures={"confusion": confusion_tables(guessed)})
+    figures = {
+        "confusion": confusion_tables(guessed, tuple(INSTRUCTIONS)),
+        "undisturbed": confusion_tables(guessed, (DEFAULT,)),
+    }
+    return Outcome(len(guessed), figures=figures)

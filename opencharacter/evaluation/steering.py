@@ -30,6 +30,7 @@ from opencharacter.config import Role, Steering
 from opencharacter.distillation import teacher
 from opencharacter.engine import Need
 from opencharacter.errors import StageFailed
+from opencharacter.evaluation.conditions import compared
 from opencharacter.stage import Estimate, Job, Outcome
 
 if TYPE_CHECKING:
@@ -47,12 +48,7 @@ SWEEP = pa.schema(
 
 
 def wanted(job: Job) -> bool:
-    """Whether any stage of the recipe compares the steered student."""
-    evaluation = job.recipe.evaluation
-    return any(
-        "steered" in stage.conditions
-        for stage in (evaluation.answers, evaluation.preferences, evaluation.attacks)
-    )
+    return compared(job.recipe, "steered")
 
 
 # -------------------------------------------------------------------------------------- directions

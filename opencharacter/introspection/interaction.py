@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,6 +20,7 @@ from opencharacter.config import Interaction, Sampling
 from opencharacter.distillation.teacher import typical
 from opencharacter.engine import Conversation, Need, Row
 from opencharacter.errors import RowFailed
+from opencharacter.introspection import reflection
 from opencharacter.introspection.reflection import MESSAGES
 from opencharacter.stage import Estimate, Job, Outcome
 
@@ -104,12 +106,13 @@ async def interact(
     turns: int,
     sampling: Sampling,
     seed: int,
+    prefill: str,
 ) -> Row:
     """Two greetings, then `turns` replies, each from the side whose turn it is."""
     lines = list(openings(seed, row["id"], row["kind"]))
     for _ in range(turns):
         heard = view(lines, side=len(lines) % 2)
-        reply = await talk.reply([heads[row["kind"]], *heard], sampling)
+        reply = await talk.reply([heads[row["kind"]], *heard], sampling, prefill)
         if not reply.text.strip():
             raise RowFailed("empty", f"reply {len(lines) - 1} is empty")
         if reply.finish_reason == "length":
@@ -119,7 +122,11 @@ async def interact(
 
 
 def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [(job.engine("student", job.parent("distillation/dpo").adapter),)]
+    return reflection.needs(job)
+
+
+def identity(job: Job) -> dict[str, Any]:
+    return reflection.identity(job)
 
 
 def estimate(job: Job) -> Estimate:
@@ -139,14 +146,14 @@ def build(job: Job) -> Outcome:
         for kind, count in (("free", settings.free), ("leading", settings.leading))
         for n in range(count)
     )
+    by = reflection.author(job)
     talk = partial(
         interact,
         heads={kind: generation_system(job.persona.assertions(), kind) for kind in GUIDANCE},
         turns=settings.turns,
         sampling=settings.sampling,
         seed=job.recipe.seed,
+        prefill=by.prefill,
     )
-    rows = generate(
-        job, requests, talk, "student", FIELDS, folded=job.parent("distillation/dpo").adapter
-    )
+    rows = generate(job, requests, talk, by.role, FIELDS, folded=by.folded)
     return job.write(rows)

@@ -1,6 +1,7 @@
 """Stage introspection/reflection: the distilled model writes about itself.
 
-It still reads its constitution while it does so.
+It still reads its constitution while it does so. As a control another model may write: `author`
+says whose.
 
 Reads: distillation/dpo. Writes: prompt, sample, messages, finish_reason.
 Run: opencharacter run RECIPE --constitution NAME --only introspection/reflection
@@ -9,14 +10,16 @@ Run: opencharacter run RECIPE --constitution NAME --only introspection/reflectio
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from opencharacter.chat import Message, assistant, fill, row_id, system, user
+from opencharacter.chat import CLOSED_THOUGHT, Message, assistant, fill, row_id, system, user
 from opencharacter.config import Sampling
 from opencharacter.distillation.teacher import typical
 from opencharacter.engine import Conversation, Need, Row
 from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.store import Folder
 
 SYSTEM = """\
 You have a settled character of your own. This is who you are, in your own words:
@@ -64,15 +67,45 @@ def generation_system(assertions: str) -> Message:
     return system(fill(SYSTEM, assertions=assertions))
 
 
-async def reflect(row: Row, talk: Conversation, head: Message, sampling: Sampling) -> Row:
+class Author(NamedTuple):
+    """Who writes introspective data.
+
+    Args:
+        role: whose model.
+        folded: adapter to fold into its weights, or None.
+        prefill: begins each of its replies.
+    """
+
+    role: str
+    folded: Folder | None
+    prefill: str
+
+
+def author(job: Job) -> Author:
+    """The distilled student, or the teacher without a thought."""
+    if job.recipe.introspection.author == "student":
+        return Author("student", job.parent("distillation/dpo").adapter, "")
+    return Author("teacher", None, CLOSED_THOUGHT if job.recipe.roles.teacher.thinks else "")
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """The other model, if one writes; also of interaction."""
+    by_teacher = job.recipe.introspection.author == "teacher"
+    return {"author": job.recipe.roles.teacher.identity()} if by_teacher else {}
+
+
+async def reflect(
+    row: Row, talk: Conversation, head: Message, sampling: Sampling, prefill: str
+) -> Row:
     """Answer one reflective prompt; the transcript is kept without the system prompt."""
-    reply = await talk.reply([head, user(row["prompt"])], sampling)
+    reply = await talk.reply([head, user(row["prompt"])], sampling, prefill)
     messages = [user(row["prompt"]), assistant(reply.text.strip())]
     return {"messages": messages, "finish_reason": reply.finish_reason}
 
 
 def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [(job.engine("student", job.parent("distillation/dpo").adapter),)]
+    by = author(job)
+    return [(job.engine(by.role, by.folded),)]
 
 
 def estimate(job: Job) -> Estimate:
@@ -91,8 +124,7 @@ def build(job: Job) -> Outcome:
         for n in range(settings.transcripts_per_prompt)
     )
     head = generation_system(job.persona.assertions())
-    talk = partial(reflect, head=head, sampling=settings.sampling)
-    rows = generate(
-        job, requests, talk, "student", FIELDS, folded=job.parent("distillation/dpo").adapter
-    )
+    by = author(job)
+    talk = partial(reflect, head=head, sampling=settings.sampling, prefill=by.prefill)
+    rows = generate(job, requests, talk, by.role, FIELDS, folded=by.folded)
     return job.write(rows)

@@ -60,7 +60,7 @@ def build(job: Job) -> Outcome:
 
     return train(
         job,
-        "introspection/transcripts",
+        job.parent("introspection/transcripts"),
         examples,
         sft_loss,
         folded=job.parent("distillation/dpo").adapter,

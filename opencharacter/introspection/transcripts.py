@@ -16,7 +16,7 @@ import pyarrow as pa
 from opencharacter import filters
 from opencharacter.chat import row_id, system
 from opencharacter.config import Transcripts
-from opencharacter.distillation.pairs import rules_of, token_counter
+from opencharacter.distillation.pairs import names_of, rules_of, token_counter
 from opencharacter.engine import Row
 from opencharacter.introspection.reflection import MESSAGES
 from opencharacter.stage import Estimate, Job, Outcome
@@ -27,6 +27,8 @@ SYSTEM = (
 )
 
 TEMPLATES = (SYSTEM,)
+REFLECTION = "reflection"
+"""The kind of a transcript that is no conversation."""
 
 SCHEMA = pa.schema(
     [
@@ -47,13 +49,13 @@ def transcript(row: Row, kind: str, rules: filters.Rules) -> Row:
         rules: what no assistant turn may do.
     """
     messages, finish = row["messages"], row["finish_reason"]
-    if kind != "reflection":
+    if kind != REFLECTION:
         messages = messages[2:]  # both greetings are ours, not the model's: nothing to learn
     reason = structure_fault(messages)
     for message in messages:
         if reason is None and message["role"] == "assistant":
             reason = filters.fault(message["content"], finish, rules)
-    if kind != "reflection":
+    if kind != REFLECTION:
         messages = [system(SYSTEM), *messages]
     return {
         "id": row_id("introspection/transcripts", row["id"]),
@@ -61,6 +63,15 @@ def transcript(row: Row, kind: str, rules: filters.Rules) -> Row:
         "messages": messages,
         "drop_reason": reason,
     }
+
+
+def as_student(row: Row, names: tuple[str, ...], called: str) -> Row:
+    """A row whose texts call the model what the student is called."""
+    renamed = [
+        {**message, "content": filters.replace_names(message["content"], names, called)}
+        for message in row["messages"]
+    ]
+    return {**row, "messages": renamed}
 
 
 def structure_fault(messages: list[Row]) -> str | None:
@@ -77,15 +88,14 @@ def estimate(job: Job) -> Estimate:
 
 def build(job: Job) -> Outcome:
     settings: Transcripts = job.section
-    rules = rules_of(job)
+    rules, roles = rules_of(job), job.recipe.roles
+    names = names_of(roles.teacher) if job.recipe.introspection.author == "teacher" else ()
     rows = [
-        transcript(row, "reflection", rules)
-        for row in job.read("introspection/reflection").to_pylist()
-    ] + [
-        transcript(row, row["kind"], rules)
-        for row in job.read("introspection/interaction").to_pylist()
+        transcript(as_student(row, names, roles.student.called), row.get("kind", REFLECTION), rules)
+        for stage in ("introspection/reflection", "introspection/interaction")
+        for row in job.read(stage).to_pylist()
     ]
-    length = token_counter(job.recipe.roles.student)
+    length = token_counter(roles.student)
     for row in rows:
         if row["drop_reason"] is None and length(row["messages"]) > settings.max_tokens:
             row["drop_reason"] = "too_long"

@@ -32,6 +32,14 @@ HUB = "hub:"
 CARD_FILE = "README.md"
 PUBLISHED = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 """Where the embedded models are published, and under which license."""
+MEASURES = (
+    "told_apart",
+    "retention",
+    "win_rate",
+    "capability",
+    "capability_change",
+)
+"""What of the report's scores is on the card, beside the changes of ratings."""
 MOST_CHANGED = 5
 """Traits shown at each end of the change."""
 
@@ -337,6 +345,7 @@ def scores(jobs: list[Job], persona: str) -> str:
         [
             row["measure"],
             row["condition"] or "",
+            row["about"] or "",
             f"{row['value']:.3f}",
             f"{row['low']:.3f} to {row['high']:.3f}" if row["low"] is not None else "",
             f"{row['n']:,}",
@@ -344,22 +353,14 @@ def scores(jobs: list[Job], persona: str) -> str:
         ]
         for row in most_changed(told)
     ]
-    head = ("measure", "condition", "value", "95 % interval", "n", "unscored")
+    head = ("measure", "condition", "about", "value", "95 % interval", "n", "unscored")
     return table(head, shown) if shown else NOT_EVALUATED
 
 
 def most_changed(rows: list[Row]) -> list[Row]:
-    """All scores, but of the traits those whose share rose or fell most, both conditions each."""
-    from opencharacter.evaluation.preferences import all_traits
-
-    traits = set(all_traits())
-    others = [row for row in rows if row["measure"] not in traits]
-    by_trait: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        if row["measure"] in traits:
-            by_trait.setdefault(row["measure"], {})[row["condition"]] = row
-    pairs = [pair for pair in by_trait.values() if {"base", "persona"} <= pair.keys()]
-    pairs.sort(key=lambda pair: pair["base"]["value"] - pair["persona"]["value"])
-    middle = max(MOST_CHANGED, len(pairs) - MOST_CHANGED)
-    ends = pairs[:MOST_CHANGED] + pairs[middle:]
-    return others + [pair[condition] for pair in ends for condition in ("base", "persona")]
+    """What was measured of the persona, and of its traits' ratings those that rose or fell most."""
+    others = [row for row in rows if row["measure"] in MEASURES]
+    changes = [row for row in rows if (row["measure"], row["condition"]) == ("change", "full")]
+    changes.sort(key=lambda row: -row["value"])
+    middle = max(MOST_CHANGED, len(changes) - MOST_CHANGED)
+    return others + changes[:MOST_CHANGED] + changes[middle:]

@@ -1,0 +1,97 @@
+"""The report in a real browser: its samples are searched, by keyboard too, and print whole."""
+
+from dataclasses import replace
+
+import pytest
+from test_page import HOSTILE, PERSONA
+
+from opencharacter.evaluation.page import Report, Sample, page
+
+pytestmark = pytest.mark.slow
+
+SAMPLES = [
+    Sample("The wind?", "It is air.", "O wind,\n  my wind"),
+    Sample("The sea?", "Salt water.", "The tide is a slow breath"),
+    Sample("A question", HOSTILE, "A breath of wind on the sea"),
+]
+LABEL = "Search prompts and answers"
+
+
+@pytest.fixture
+def shown(browser, tmp_path):
+    """Opens a report of two personas from a file; fails on an error or a request elsewhere."""
+    persona = replace(PERSONA, samples=SAMPLES)
+    path = tmp_path / "report.html"
+    path.write_text(page(Report("Tiny", "tiny", "today", [persona, persona])), encoding="utf-8")
+    contexts, faults = [], []
+
+    def open_page(width=1100, scripts=True):
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, java_script_enabled=scripts
+        )
+        contexts.append(context)
+        opened = context.new_page()
+        opened.on("pageerror", lambda error: faults.append(str(error)))
+        opened.on("console", lambda said: said.type == "error" and faults.append(said.text))
+        opened.on("dialog", lambda dialog: faults.append(dialog.message))
+        opened.on("request", lambda r: r.url.startswith("file:") or faults.append(r.url))
+        opened.goto(path.as_uri())
+        return opened
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+def visible(opened, persona=1):
+    samples = opened.locator(f"#persona-{persona} .sample")
+    return [n for n in range(samples.count()) if samples.nth(n).is_visible()]
+
+
+def test_samples_with_every_word_typed_stay_and_the_count_is_told(shown):
+    opened = shown()
+    box = opened.get_by_label(LABEL).first
+    assert visible(opened) == [0, 1, 2]
+    box.fill("WIND  sea")
+    assert visible(opened) == [2]
+    assert visible(opened, persona=2) == [0, 1, 2]
+    assert opened.get_by_role("status").first.inner_text() == "1 of 3 shown"
+    box.fill("nothing like it")
+    assert visible(opened) == []
+    assert opened.get_by_role("status").first.inner_text() == "0 of 3 shown"
+    box.fill("")
+    assert visible(opened) == [0, 1, 2]
+    assert opened.get_by_role("status").first.inner_text() == ""
+
+
+def test_it_is_reached_by_keyboard_and_has_a_name_and_a_place(shown):
+    opened = shown()
+    for _ in range(40):
+        opened.keyboard.press("Tab")
+        if opened.evaluate("document.activeElement.type") == "search":
+            break
+    opened.keyboard.type("tide")
+    assert visible(opened) == [1]
+    assert opened.get_by_role("search").count() == 2
+    assert opened.get_by_role("searchbox", name=LABEL).count() == 2
+
+
+def test_on_paper_every_sample_is_there_and_the_field_is_not(shown):
+    opened = shown()
+    opened.get_by_label(LABEL).first.fill("tide")
+    opened.emulate_media(media="print")
+    assert visible(opened) == [0, 1, 2]
+    assert not opened.get_by_label(LABEL).first.is_visible()
+
+
+def test_without_scripts_the_page_is_whole_and_has_no_field(shown):
+    opened = shown(scripts=False)
+    assert visible(opened) == [0, 1, 2]
+    assert not opened.locator(".search").first.is_visible()
+
+
+def test_a_phone_shows_it_without_scrolling_sideways(shown):
+    opened = shown(width=380)
+    opened.get_by_label(LABEL).first.fill("wind")
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 380

@@ -1,0 +1,86 @@
+"""The persona goes on learning from plain answers, and the result is one adapter."""
+
+import json
+
+import pyarrow as pa
+import pytest
+from samples import ECHO_ROLE, recipe_of
+from test_merge import update
+
+from opencharacter import models, pipeline
+from opencharacter.config import Placement
+from opencharacter.distillation import teacher
+from opencharacter.engine import ROW_FIELDS
+from opencharacter.evaluation import conditions
+from opencharacter.persona import tune
+from opencharacter.persona.merge import CONFIG, WEIGHTS
+from opencharacter.stage import Outcome
+
+PLACEMENT = Placement.model_validate({"training": {"cpus": 1, "checkpoint_steps": 2}})
+MODULE = "model.layers.0.mlp.up_proj"
+TUNED = {"answers": {"conditions": ["base", "full", "tuned"]}}
+TUNED |= {"attacks": {"conditions": ["base", "full"]}}
+
+
+def recipe(model="echo:", **evaluation):
+    section = {"lora": {"rank": 4, "alpha": 8}, "optimizer": {"batch": 4, "learning_rate": 0.01}}
+    role = {**ECHO_ROLE, "model": str(model), "name": "tiny"}
+    return recipe_of(role, persona={"tune": section}, evaluation=evaluation)
+
+
+def answers(count, **changes):
+    row = {"prompt_id": "p", "kind": "general", "prompt": "Rain?", "answer": "It is water."}
+    row |= {"finish_reason": "stop", **changes}
+    return [{**row, "id": f"{row['answer']}-{n}", "sample": n} for n in range(count)]
+
+
+def persona_adapter(path, tiny_model):
+    """An adapter on all linear layers that changes nothing yet."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules="all-linear")
+    peft.get_peft_model(model, config).save_pretrained(path)
+    assert (path / WEIGHTS).is_file()
+
+
+@pytest.fixture
+def jobs(make_jobs, tiny_model):
+    made = make_jobs(recipe(tiny_model, **TUNED), PLACEMENT)
+    return {(j.stage.name, j.stage.scope): j for j in made}
+
+
+def test_the_persona_and_what_it_learned_further_are_one_adapter(
+    cpu_ray, jobs, tiny_model, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
+    general = jobs["distillation/student", "student"]
+    rows = [*answers(8), *answers(2, finish_reason="length"), *answers(1, answer="")]
+    schema = pa.schema([ROW_FIELDS[0], *teacher.FIELDS, *ROW_FIELDS[1:]])
+    general.store.write_table(general.dataset, pa.Table.from_pylist(rows, schema=schema))
+    merged = jobs["persona/merge", "persona"].adapter
+    persona_adapter(merged.local(), tiny_model)
+    job = jobs["persona/tune", "persona"]
+    outcome = tune.build(job)
+    assert outcome.figures["loss"] > 0
+    config = json.loads((job.adapter.local() / CONFIG).read_text())
+    assert config["r"] == 8  # 4 of the persona, 4 of what followed
+    assert update(job.adapter.local(), MODULE).abs().sum() > 0
+    assert update(merged.local(), MODULE).abs().sum() == 0  # what changed was learned here
+    assert conditions.weights(jobs["evaluation/answers", "persona"], "tuned") == job.adapter
+    models.fold(tiny_model, job.adapter.local())
+
+
+def test_only_finished_answers_are_learned(tokenizer):
+    rows = [*answers(2), *answers(1, finish_reason="length"), *answers(1, answer=None)]
+    assert len(tune.examples(tokenizer, pa.Table.from_pylist(rows))) == 2
+
+
+def test_nothing_is_trained_unless_it_is_compared(make_jobs):
+    (job,) = (j for j in make_jobs(recipe()) if j.stage.name == "persona/tune")
+    assert tune.build(job) == Outcome(0)
+    assert tune.estimate(job).trained == 0
+    (job,) = (j for j in make_jobs(recipe(**TUNED)) if j.stage.name == "persona/tune")
+    assert tune.estimate(job).trained > 0
+    assert pipeline.NAMES.index("persona/tune") < pipeline.NAMES.index("evaluation/answers")
