@@ -468,7 +468,7 @@ class Trainer(transformers.Trainer):
             last = at == len(packs)
             sync = nullcontext() if last else self.accelerator.no_sync(model)
             with sync, disable_input_dtype_casting(model):  # on the way back too: it may recompute
-                with self.compute_loss_context_manager():
+                with autocast(self.args.device):
                     values = packing.log_probs(model, batch)
                 shares = self.objective(values, batch, totals)
                 self.accelerator.backward(shares["loss"] * self.world)  # workers are averaged

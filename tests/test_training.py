@@ -6,17 +6,23 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pyarrow as pa
 import pytest
+import torch
+import transformers
 from samples import ECHO_ROLE, recipe_of
+from trl.trainer import add_fused_lm_head
 
-from opencharacter import constitution, models, pipeline
-from opencharacter.config import Placement, Recipe
+from opencharacter import constitution, models, packing, pipeline, training
+from opencharacter.config import Lora, Optimizer, Placement, Recipe, Training
 from opencharacter.distillation import pairs
 from opencharacter.errors import StageFailed
-from opencharacter.introspection import transcripts
+from opencharacter.introspection import sft, transcripts
+from opencharacter.packing import Tokens
 from opencharacter.stage import Outcome
 from opencharacter.store import Folder, Store
 
@@ -76,6 +82,37 @@ def metric(job, name):
 
 def build(job) -> Outcome:
     return job.stage.module.build(job)
+
+
+def steps(model: Path, scratch: Path, recompute: bool) -> list[float]:
+    """Losses and gradient norms of two steps in bf16 with the adapters in float32, as on a GPU."""
+    made = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION
+    )
+    add_fused_lm_head(made)
+    transformers.set_seed(0)
+    adapted = training.with_adapter(made, Lora(rank=4, alpha=8), recompute)
+    words = [Tokens([1, *range(5, 5 + 3 * n)], [*range(2, 3 * n)]) for n in (2, 3, 4, 5)]
+    optimizer = Optimizer(batch=2)
+    task: Any = SimpleNamespace(optimizer=optimizer, placement=Training(), seed=0, dataset="x")
+    arguments = training.trainer_arguments(task, str(scratch), on_gpu=False, model=adapted)
+    arguments |= {"report_to": [], "save_strategy": "no"}
+    trainer = training.Trainer(
+        model=adapted,
+        args=transformers.TrainingArguments(**arguments),
+        batches=training.Batches([[w] for w in words], optimizer, 0, 16),
+        objective=sft.sft_loss,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry[name] for entry in logs for name in ("loss", "grad_norm")]
+
+
+def test_recomputed_activations_change_nothing(tiny_model, tmp_path):
+    packing.register()
+    kept = steps(tiny_model, tmp_path, recompute=False)
+    assert len(kept) == 4
+    assert steps(tiny_model, tmp_path, recompute=True) == pytest.approx(kept, rel=1e-3)
 
 
 def test_dpo_then_sft_then_merge(cpu_ray, jobs, tokenizer):
