@@ -152,9 +152,10 @@ def check_training(selected: list[Job]) -> None:
 
 
 def check_stages(selected: list[Job]) -> None:
-    """Refuse what a stage itself knows that it will lack."""
+    """Refuse what a stage itself knows that it will lack, and files that cannot be read."""
     for job in selected:
         if job.state()[0] != "done":
+            _ = job.fingerprint  # reads all that the result depends on
             getattr(job.stage.module, "check", lambda _: None)(job)
 
 
