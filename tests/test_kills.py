@@ -133,7 +133,14 @@ def test_an_interrupted_run_of_several_jobs_ends_at_once_and_goes_on(tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     options = ["-c", "humor", "-c", "remorse", "--until", "distillation/teacher"]
     command = [sys.executable, "-m", "opencharacter", "run", "tiny.yaml", *options]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background job, as the tests may be, ignores Ctrl-C, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stdout
     said = ""
     while "distillation/teacher 0/" not in said:
