@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -401,8 +402,10 @@ def build(job: Job) -> Outcome:
     if not job.section.tasks:
         return job.write(SCHEMA.empty_table(), figures={"skipped": "the recipe names no tasks"})
     merged = job.constitution and job.parent("persona/merge").adapter
-    with hold(job.dataset, needs(job)[0], job.placement.most):
+    with hold(job.dataset, needs(job)[0], job.placement.most) as held:
+        began = time.monotonic()
         table = measured(job, merged)
+        held.busy = time.monotonic() - began
     outcome = job.write(table)
     if job.constitution:
         student = job.parent("evaluation/capabilities")
