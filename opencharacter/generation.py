@@ -203,9 +203,7 @@ def quieten() -> None:
     """Leave the telling to our own line."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.raise_original_map_exception = (
-        True  # a disk that is full says so, not that a UDF failed
-    )
+    context.raise_original_map_exception = True  # a full disk, and not that "a UDF failed"
     context.issue_detectors_config.detectors = []
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it raises what it logs
 

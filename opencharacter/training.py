@@ -120,7 +120,8 @@ def train(
         folded: adapter to fold into the student's weights first.
     """
     placement = job.placement.training
-    counters = new_counters(job.dataset, placement.workers * placement.gpus)
+    workers = job.workers()
+    counters = new_counters(job.dataset, workers.room.gpus)
     task = Task(
         store=job.store,
         dataset=job.dataset,
@@ -156,7 +157,7 @@ def train(
     meter = StepMeter(counters, attempts)
     with (
         Line(console, job.dataset, meter),
-        hold(job.dataset, [job.workers()], job.placement.most) as held,
+        hold(job.dataset, [workers], job.placement.most) as held,
     ):
         try:
             trainer.fit()

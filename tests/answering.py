@@ -1,8 +1,9 @@
-"""An OpenAI-compatible server on loopback whose answers pass the filters, and mean nothing."""
+"""OpenAI-compatible servers on loopback, and answers that pass the filters and mean nothing."""
 
 import json
 import random
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 WORDS = (
@@ -19,28 +20,46 @@ def answer(asked: dict) -> str:
     return f"The {' '.join(drawn.sample(WORDS.split(), 9))} sings."
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        message = {"role": "assistant", "content": answer(asked)}
-        usage = {"prompt_tokens": 9, "completion_tokens": 11, "total_tokens": 20}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
-        made = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-        body = json.dumps({**made, "choices": [choice], "usage": usage}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_) -> None:
-        pass
+def reply(asked: dict) -> tuple[int, dict]:
+    """Always an answer."""
+    return 200, completion(answer(asked))
 
 
-def serve() -> ThreadingHTTPServer:
-    """A server in a thread of its own, until `shutdown`."""
+def completion(text: str) -> dict:
+    """A whole answer in OpenAI's form."""
+    message = {"role": "assistant", "content": text}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        "usage": {"prompt_tokens": 9, "completion_tokens": 11, "total_tokens": 20},
+    }
+
+
+def serve(reply: Callable[[dict], tuple[int, dict]]) -> ThreadingHTTPServer:
+    """A server in a thread of its own, until `shutdown`.
+
+    Args:
+        reply: from the JSON of a request to the status and the JSON of its answer.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            status, said = reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_) -> None:
+            pass
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

@@ -144,7 +144,7 @@ def answering():
     """A role's fields for a server on loopback that answers at once."""
     import answering as servers
 
-    server = servers.serve()
+    server = servers.serve(servers.reply)
     yield {"endpoint": f"http://127.0.0.1:{server.server_port}/v1"}
     server.shutdown()
 

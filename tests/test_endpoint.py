@@ -1,10 +1,8 @@
 """A role behind an OpenAI-compatible URL, against a server of the test's own."""
 
 import asyncio
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import answering
 import pytest
 
 from opencharacter.chat import user
@@ -28,24 +26,13 @@ ANSWER = {
 def server():
     """Answers with the status codes of `replies` in turn, then 200; keeps what it was asked."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            size = int(self.headers["Content-Length"])
-            self.server.asked.append(json.loads(self.rfile.read(size)))
-            code = self.server.replies.pop(0) if self.server.replies else 200
-            body = json.dumps(ANSWER if code == 200 else {"error": {"message": "no"}}).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def reply(asked):
+        server.asked.append(asked)
+        code = server.replies.pop(0) if server.replies else 200
+        return code, ANSWER if code == 200 else {"error": {"message": "no"}}
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = answering.serve(reply)
     server.asked, server.replies = [], []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 

@@ -1,12 +1,10 @@
 """The judge's gate: a judge with a known fault is caught, and its fault is named."""
 
 import asyncio
-import json
 import random
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import answering
 import pytest
 from samples import ECHO_ROLE, TINY
 
@@ -184,27 +182,12 @@ def family():
 def verdict_server(answer):
     """An OpenAI-compatible server that says `answer(first trait, second trait, text)`."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = asked["messages"][-1]["content"]
-            first, second = text.rpartition("show more: ")[2].partition("?")[0].split(" or ")
-            said = {"role": "assistant", "content": answer(first, second, text)}
-            choice = {"index": 0, "finish_reason": "stop", "message": said}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-            body = json.dumps({**reply, "choices": [choice]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def reply(asked):
+        text = asked["messages"][-1]["content"]
+        first, second = text.rpartition("show more: ")[2].partition("?")[0].split(" or ")
+        return 200, answering.completion(answer(first, second, text))
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+    return answering.serve(reply)
 
 
 SHOWN = {item["answer"]: item["shown"] for item in judge.gold()}

@@ -173,9 +173,9 @@ def build(job: Job) -> Outcome:
     from opencharacter.progress import new_counters, worked
 
     quieten()
-    pairs, training = job.read("distillation/pairs"), job.placement.training
-    counters = new_counters(job.dataset, training.workers * training.gpus)
-    with hold(job.dataset, [job.workers()], job.placement.most) as held:
+    pairs, workers = job.read("distillation/pairs"), job.workers()
+    counters = new_counters(job.dataset, workers.room.gpus)
+    with hold(job.dataset, [workers], job.placement.most) as held:
         rows = read(job, pairs, counters)
         held.busy = worked(counters)
     counters.end.remote()

@@ -255,7 +255,7 @@ def events(text: str) -> list[str]:
 
 
 def is_usage(text: str) -> bool:
-    """Whether an event has no piece of the answer but its tokens."""
+    """Whether an event has no piece of the answer but its tokens, or a text holds such a one."""
     return '"choices":[]' in text
 
 
@@ -500,7 +500,7 @@ class Entrance:
         part: Any = first
         try:
             while True:
-                for usage in filter(is_usage, events(part)):
+                for usage in filter(is_usage, events(part) if is_usage(part) else ()):
                     count_tokens(json.loads(usage.removeprefix("data: "))["usage"], fields)
                     part = part if wants_usage else part.replace(usage, "")
                 if part:
