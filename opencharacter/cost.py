@@ -24,7 +24,7 @@ from opencharacter.engine import EngineSpec, Workers
 from opencharacter.errors import UserError
 from opencharacter.schedule import choose, keys, least, most, passes, ready, workers
 from opencharacter.stage import Estimate, Job
-from opencharacter.store import Store
+from opencharacter.store import MANIFEST, Store
 
 INSTANT = 1e-9
 
@@ -129,7 +129,7 @@ def datasets(store: Store, under: str) -> Iterator[str]:
     """Finished datasets below a folder."""
     for name in store.folders(under):
         dataset = f"{under}/{name}".lstrip("/")
-        if store.exists(dataset, "manifest.json"):
+        if store.exists(dataset, MANIFEST):
             yield dataset
         else:
             yield from datasets(store, dataset)
