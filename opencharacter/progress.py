@@ -300,7 +300,6 @@ class StepMeter:
         step, kept = int(sums["step"]), int(sums["kept"])
         self.attempts.note(step, kept)
         eta = (sums["steps"] - step) * sums["seconds"] / max(1, step - kept)
-        return (
-            f"step {step}/{int(sums['steps'])}, loss {sums.get('loss', float('nan')):.3f}, "
-            f"{duration(eta)} left"
-        )
+        loss = f"loss {sums['loss']:.3f}, " if "loss" in sums else ""
+        left = duration(eta) if step > kept else "?"
+        return f"step {step}/{int(sums['steps'])}, {loss}{left} left"

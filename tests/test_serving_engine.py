@@ -67,6 +67,18 @@ def test_the_engine_is_the_same_as_everywhere_and_grows_with_the_placement():
     assert made.deployment_config["autoscaling_config"]["max_replicas"] == 4
 
 
+def test_an_engine_of_one_gpu_or_less_is_in_the_replica():
+    from opencharacter.persona import llm
+
+    role = config.load_recipe("demo").roles.student
+    pool = Pool(gpus=0.5, cpus=2, memory_gib=4, accelerator="H100")
+    made = llm.llm_config(EngineSpec(role, pool), Serving(), 64)
+    (bundle,) = llm.PersonaServer.get_deployment_options(made)["placement_group_bundles"]
+    asked = {"CPU": 2, "GPU": 0.5, "memory": 4 * 2**30, "accelerator_type:H100": 0.001}
+    assert bundle == asked
+    assert made.deployment_config["ray_actor_options"]["num_gpus"] == 0.5
+
+
 def say(server, model: str, tokens: int = 8, retries: int = 0) -> str:
     client = server.client(max_retries=retries, timeout=120)
     answer = client.chat.completions.create(model=model, messages=HELLO, max_tokens=tokens)

@@ -1,7 +1,8 @@
 """One model on `ray.serve.llm`, with its adapters: the only file that touches Ray's LLM internals.
 
-What is internal is `DiskMultiplexConfig`, the value that a loader of adapters must return. All else
-is Ray's public interface, the same in ray 2.58 (vLLM 0.26) and 2.60 (vLLM 0.29). Importing this
+What is internal is `DiskMultiplexConfig`, the value that a loader of adapters must return, and
+`VLLMEngine`, which `ReplicaEngine` corrects. All else is Ray's public interface, the same in ray 2.58
+(vLLM 0.26) and 2.60 (vLLM 0.29). Importing this
 module imports vLLM, so it is imported where a model is served and nowhere else.
 """
 
@@ -18,13 +19,16 @@ from typing import Any
 from fastapi import HTTPException
 from pydantic import ValidationError
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from opencharacter import models
+from opencharacter.cluster import card
 from opencharacter.config import EMBEDDED, Serving
 from opencharacter.engine import EngineSpec, engine_arguments, environment
 from opencharacter.persona.catalogue import Catalogue
@@ -78,7 +82,11 @@ def llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMC
         runtime_env={"env_vars": environment(spec)},
         deployment_config={
             **replicas(spec),
-            "ray_actor_options": {"num_cpus": 0, "memory": int(pool.memory_gib * 2**30)},
+            "ray_actor_options": {
+                "num_cpus": 0,
+                "num_gpus": 0 if shards(spec) else pool.gpus,
+                "memory": int(pool.memory_gib * 2**30),
+            },
             "max_ongoing_requests": pool.max_sequences,
             "max_queued_requests": serving.queue,
             "health_check_period_s": 2,
@@ -89,14 +97,18 @@ def llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMC
     )
 
 
+def shards(spec: EngineSpec) -> int:
+    """Processes beside the replica that hold a part of the model: none where one GPU holds it."""
+    ways = spec.pool.tensor_parallel
+    return ways if spec.pool.gpus and ways > 1 else 0
+
+
 def bundles(spec: EngineSpec) -> list[dict[str, float]]:
-    """What Ray reserves for a replica: one bundle a GPU, or one of CPUs."""
-    pool = spec.pool
-    if not pool.gpus:
-        return [{"CPU": pool.cpus}]
-    ways = pool.tensor_parallel
-    card = {f"accelerator_type:{pool.accelerator}": 0.001} if pool.accelerator else {}
-    return [{"CPU": pool.cpus / ways, "GPU": pool.gpus / ways, **card}] * ways
+    """What Ray reserves beside the replica itself: one bundle a shard, or one of CPUs."""
+    pool, ways = spec.pool, shards(spec)
+    if not ways:
+        return [{"CPU": pool.cpus} | card(pool)]
+    return [{"CPU": pool.cpus / ways, "GPU": pool.gpus / ways} | card(pool)] * ways
 
 
 def replicas(spec: EngineSpec) -> dict[str, Any]:
@@ -148,6 +160,21 @@ class AdapterLoader:
         )
 
 
+class ReplicaEngine(VLLMEngine):
+    """An engine that runs in its replica where one GPU is enough.
+
+    Ray runs every engine that has a GPU through vLLM's distributed executor, where each step is a
+    message to another process and is not planned while the one before it runs. That is for engines
+    of several GPUs.
+    """
+
+    def _prepare_engine_config(self, *arguments: Any) -> tuple[Any, Any, Any]:
+        engine_arguments, frontend, config = super()._prepare_engine_config(*arguments)
+        if config.parallel_config.world_size == 1 and not current_platform.is_cpu():
+            config.parallel_config.distributed_executor_backend = "uni"
+        return engine_arguments, frontend, config
+
+
 class PersonaServer(LLMServer):
     """A replica: one engine, answering with the base model or any of its adapters.
 
@@ -169,7 +196,11 @@ class PersonaServer(LLMServer):
         self.rate, self.streams = rate, 0
         self.loader = AdapterLoader(catalogue, max_rank) if catalogue else None
         self.loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        await super().__init__(llm_config, model_downloader=lambda **_: self.loader)  # type: ignore
+        await super().__init__(
+            llm_config,
+            engine_cls=ReplicaEngine,
+            model_downloader=lambda **_: self.loader,  # type: ignore
+        )
         await self.warm_up(llm_config.model_id)
 
     async def warm_up(self, model: str) -> None:
