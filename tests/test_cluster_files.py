@@ -63,6 +63,13 @@ def test_a_placement_fits_the_machines_that_it_is_for(name):
     check_fits(placement, MACHINES[name] + coming(placement))
 
 
+def test_five_small_engines_share_one_card():
+    placement = load_placement(str(CLUSTERS / "single-gpu" / "shared.yaml"))
+    check_fits(placement, MACHINES["single-gpu"])
+    student = placement.pools.student
+    assert 5 * student.gpus <= 1 and 5 * (student.memory_fraction or 1) < 0.9
+
+
 def same(resources: dict[str, float], node: dict[str, float]) -> bool:
     """Whether a node that starts has what a placement counts on, and not much more memory."""
     there = {kind: n for kind, n in resources.items() if kind in ("CPU", "GPU") or ":" in kind}
