@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
@@ -524,13 +523,15 @@ def build(job: Job) -> Outcome:
         rows += scores_of(by_name, constitution.name)
         rows += rating_rows(constitution.name, ratings_of(by_name["evaluation/rating"]))
         rows += quality_rows(personas[-1])
-    packages = ("opencharacter", "ray", "torch", "transformers", "trl", "peft")
+    versions: dict[str, str] = {}  # of what made the data, the latest where they differ
+    for parent in job.parents:
+        versions |= (job.store.manifest(parent.dataset) or {}).get("versions", {})
     report = Report(
         student=job.recipe.roles.student.name,
         recipe=job.recipe.name,
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         personas=personas,
-        versions={name: version(name) for name in packages},
+        versions=versions,
     )
     job.store.write_bytes(f"{job.dataset}/report.html", page(report).encode())
     unique = {tuple(row.values()): row for row in rows}

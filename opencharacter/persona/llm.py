@@ -1,9 +1,9 @@
 """One model on `ray.serve.llm`, with its adapters: the only file that touches Ray's LLM internals.
 
 What is internal is `DiskMultiplexConfig`, the value that a loader of adapters must return, and
-`VLLMEngine`, which `ReplicaEngine` corrects. All else is Ray's public interface, the same in ray 2.58
-(vLLM 0.26) and 2.60 (vLLM 0.29). Importing this
-module imports vLLM, so it is imported where a model is served and nowhere else.
+`VLLMEngine`, which `ReplicaEngine` corrects. All else is Ray's public interface, the same in ray
+2.58 (vLLM 0.26) and 2.60 (vLLM 0.29). Importing this module imports vLLM, so it is imported where a
+model is served and nowhere else.
 """
 
 from __future__ import annotations
