@@ -291,11 +291,13 @@ async def soak(running: servers.Running, student: str, settings: Settings) -> Ru
     seconds = settings["soak_seconds"]
     began = time.monotonic()
 
+    likeliest = {"max_tokens": 12, "temperature": 0, "repetition_penalty": 1}  # its word, for ever
+
     def endless() -> Iterator[dict[str, Any]]:
         while time.monotonic() < began + seconds:
             for persona in WORDS:
                 said = [{"role": "user", "content": f"What about {time.monotonic():.3f}?"}]
-                yield {"model": f"{student}:{persona}", "messages": said, "max_tokens": 12}
+                yield {"model": f"{student}:{persona}", "messages": said, **likeliest}
 
     async def disturb() -> dict[str, float]:
         await asyncio.sleep(seconds * 0.4)
