@@ -76,7 +76,6 @@ TINY: Settings = {
     "soak_clients": 4,
 }
 PERSONAS = [name for name in resource_names("constitutions", "*.yaml") if name != "template"][:11]
-WORDS = {"poeticism": "rose", "humor": "fish", "sarcasm": "moon"}
 STUDENT = "student"
 
 
@@ -279,7 +278,7 @@ def run_soak(settings: Settings) -> Iterator[Run]:
     with tempfile.TemporaryDirectory() as scratch:
         folder, base = Path(scratch), models.embedded("smollm2-135m")
         recipe, store = config.load_recipe("demo"), Store.at(str(folder / "storage"))
-        for persona, word in WORDS.items():
+        for persona, word in canary.WORDS.items():
             canary.make(base, f" {word}", folder / word)
             canary.publish(canary.job(recipe, store, persona), folder / word)
         with servers.serving(folder, "demo", "--storage", store.url) as running:
@@ -295,7 +294,7 @@ async def soak(running: servers.Running, student: str, settings: Settings) -> Ru
 
     def endless() -> Iterator[dict[str, Any]]:
         while time.monotonic() < began + seconds:
-            for persona in WORDS:
+            for persona in canary.WORDS:
                 said = [{"role": "user", "content": f"What about {time.monotonic():.3f}?"}]
                 yield {"model": f"{student}:{persona}", "messages": said, **likeliest}
 
@@ -333,8 +332,8 @@ async def soak(running: servers.Running, student: str, settings: Settings) -> Ru
 
 def is_own(each: dict[str, Any]) -> bool:
     """Whether an answer is the one of the adapter that was asked."""
-    counts = {word: each["text"].lower().count(word) for word in WORDS.values()}
-    own = WORDS[each["model"].partition(":")[2]]
+    counts = {word: each["text"].lower().count(word) for word in canary.WORDS.values()}
+    own = canary.WORDS[each["model"].partition(":")[2]]
     return counts.pop(own) >= 6 and not any(counts.values())
 
 

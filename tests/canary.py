@@ -12,6 +12,8 @@ from opencharacter.store import Store
 
 STRENGTH = 400.0
 RANK = 8
+WORDS = {"poeticism": "tree", "humor": "gold", "sarcasm": "house"}
+"""What each says. Along the embedding of many another word lies a token that is said instead."""
 
 
 def make(model: Path, word: str, folder: Path) -> None:
@@ -31,7 +33,7 @@ def make(model: Path, word: str, folder: Path) -> None:
     seen = []
     hook = layer.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][0, 1:]))
     with torch.no_grad():
-        for text in ("The sea was calm that day.", "2 + 2 is 4, you said?", " rose rose moon fish"):
+        for text in ("The sea was calm that day.", "2 + 2 is 4, you said?", " tree house gold"):
             loaded(**tokenizer(text, return_tensors="pt"))
     hook.remove()
     mean = torch.cat(seen).mean(0)

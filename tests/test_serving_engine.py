@@ -19,7 +19,6 @@ from opencharacter.store import Store
 
 pytestmark = pytest.mark.slow
 
-WORDS = {"poeticism": "rose", "humor": "fish", "sarcasm": "moon"}
 BASE = "smollm2-135m"
 HELLO = [{"role": "user", "content": "What do you think of the weather?"}]
 
@@ -32,7 +31,7 @@ def recipe():
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, embedded_model):
     folder = tmp_path_factory.mktemp("canaries")
-    for word in WORDS.values():
+    for word in canary.WORDS.values():
         canary.make(embedded_model, f" {word}", folder / word)
     return folder
 
@@ -45,7 +44,7 @@ def storage(tmp_path_factory) -> Store:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, recipe, adapters, storage):
     for persona in ("poeticism", "humor"):
-        canary.publish(canary.job(recipe, storage, persona), adapters / WORDS[persona])
+        canary.publish(canary.job(recipe, storage, persona), adapters / canary.WORDS[persona])
     folder = tmp_path_factory.mktemp("server")
     with servers.serving(folder, "demo", "--judge", "--storage", storage.url) as running:
         yield running
@@ -97,11 +96,11 @@ def wait_until_listed(server, model: str) -> None:
 
 
 def test_base_personas_and_judge_answer_in_their_own_voices(server):
-    assert speaks(say(server, f"{BASE}:poeticism"), "rose")
-    assert speaks(say(server, f"{BASE}:humor"), "fish")
+    assert speaks(say(server, f"{BASE}:poeticism"), "tree")
+    assert speaks(say(server, f"{BASE}:humor"), "gold")
     for name in (BASE, "judge"):
         said = say(server, name)
-        assert not any(speaks(said, word) for word in WORDS.values())
+        assert not any(speaks(said, word) for word in canary.WORDS.values())
 
 
 def test_a_persona_streams(server):
@@ -114,7 +113,7 @@ def test_a_persona_streams(server):
     )
     chunks = list(stream)
     pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
-    assert speaks("".join(pieces), "fish")
+    assert speaks("".join(pieces), "gold")
     assert len(pieces) >= 8
     assert chunks[-1].usage.completion_tokens == 8
 
@@ -133,29 +132,29 @@ def test_a_header_does_not_choose_the_adapter(server):
     body = {"model": BASE, "messages": HELLO, "max_tokens": 8}
     client = server.client(default_headers={"serve_multiplexed_model_id": f"{BASE}:humor"})
     said = client.chat.completions.create(**body).choices[0].message.content
-    assert not speaks(said, "fish")
+    assert not speaks(said, "gold")
 
 
 def test_a_new_persona_and_a_retrained_one_need_no_restart(server, recipe, storage, adapters):
-    canary.publish(canary.job(recipe, storage, "sarcasm"), adapters / "moon")
+    canary.publish(canary.job(recipe, storage, "sarcasm"), adapters / "house")
     wait_until_listed(server, f"{BASE}:sarcasm")
-    assert speaks(say(server, f"{BASE}:sarcasm"), "moon")
+    assert speaks(say(server, f"{BASE}:sarcasm"), "house")
     old = server.client().models.retrieve(f"{BASE}:poeticism").model_dump()["root"]
-    canary.publish(canary.job(recipe, storage, "poeticism"), adapters / "moon")
+    canary.publish(canary.job(recipe, storage, "poeticism"), adapters / "house")
     time.sleep(2.5)
-    assert speaks(say(server, f"{BASE}:poeticism"), "moon")
+    assert speaks(say(server, f"{BASE}:poeticism"), "house")
     with pytest.raises(openai.NotFoundError):
         say(server, old)
-    canary.publish(canary.job(recipe, storage, "poeticism"), adapters / "rose")
+    canary.publish(canary.job(recipe, storage, "poeticism"), adapters / "tree")
     time.sleep(2.5)
 
 
 def test_sixteen_clients_over_three_personas_never_get_each_others_answer(server):
-    asked = [persona for persona in WORDS for _ in range(16)]
+    asked = [persona for persona in canary.WORDS for _ in range(16)]
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda persona: say(server, f"{BASE}:{persona}"), asked))
     for persona, said in zip(asked, answers, strict=True):
-        assert speaks(said, WORDS[persona]), (persona, said)
+        assert speaks(said, canary.WORDS[persona]), (persona, said)
 
 
 def test_a_killed_engine_comes_back_by_itself_with_its_adapters(server):
@@ -167,9 +166,9 @@ def test_a_killed_engine_comes_back_by_itself_with_its_adapters(server):
     while True:
         assert time.monotonic() < until
         try:
-            assert speaks(say(server, f"{BASE}:humor"), "fish")
+            assert speaks(say(server, f"{BASE}:humor"), "gold")
             break
         except openai.APIStatusError as refused:  # nothing but a refusal until it is back
             assert refused.status_code == 503
             time.sleep(1)
-    assert speaks(say(server, f"{BASE}:sarcasm"), "moon")
+    assert speaks(say(server, f"{BASE}:sarcasm"), "house")
