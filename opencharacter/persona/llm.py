@@ -168,11 +168,11 @@ class ReplicaEngine(VLLMEngine):
     of several GPUs.
     """
 
-    def _prepare_engine_config(self, *arguments: Any) -> tuple[Any, Any, Any]:
-        engine_arguments, frontend, config = super()._prepare_engine_config(*arguments)
+    def _prepare_engine_config(self, callback_ctx: Any) -> tuple[Any, Any, Any]:
+        arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
         if config.parallel_config.world_size == 1 and not current_platform.is_cpu():
             config.parallel_config.distributed_executor_backend = "uni"
-        return engine_arguments, frontend, config
+        return arguments, frontend, config
 
 
 class PersonaServer(LLMServer):
