@@ -183,7 +183,7 @@ def test_training_goes_on_from_its_checkpoint_on_another_node(
     known = storage / dataset / ".parts/train/checkpoint_manager_snapshot.json"
 
     process = start(folder, stages, "grown.yaml", str(storage), RAY_ADDRESS=cluster.address)
-    wait_for(lambda: processes("ray::", [raylet(cluster.head_node)]), process, 60)
+    wait_for(lambda: processes("ray::Counters", [raylet(cluster.head_node)]), process, 60)
     for _ in range(2):
         cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     wait_for(lambda: known.is_file() and "checkpoint_" in known.read_text(), process, 120)
