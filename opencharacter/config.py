@@ -753,8 +753,8 @@ class Serving(Config):
     adapters_at_once: PositiveInt = 8
     """Adapters that may answer in the same step of an engine."""
     messages_per_second: PositiveInt = 1000
-    """Pieces of all streamed answers together that leave a replica; each takes the processes on its
-    way 0.2 to 0.3 ms. With more streams a piece holds more tokens; the first one leaves at once."""
+    """Pieces of all streamed answers together that leave a replica; each costs every process on its
+    way. With more streams a piece holds more tokens; the first one leaves at once."""
     entrances: PositiveInt = 1
     """Processes that take requests in; the limit of a key holds in each."""
     refresh_seconds: PositiveFloat = 2

@@ -27,6 +27,8 @@ class StageLine:
     seconds: float
     tokens_out: int
     redone: int
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the packages that it ran on."""
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ def stage_line(job: Job) -> StageLine:
         manifest["seconds"],
         manifest["tokens_out"],
         redone(manifest["attempts"]),
+        manifest["versions"],
     )
 
 
@@ -523,15 +524,13 @@ def build(job: Job) -> Outcome:
         rows += scores_of(by_name, constitution.name)
         rows += rating_rows(constitution.name, ratings_of(by_name["evaluation/rating"]))
         rows += quality_rows(personas[-1])
-    versions: dict[str, str] = {}  # of what made the data, the latest where they differ
-    for parent in job.parents:
-        versions |= (job.store.manifest(parent.dataset) or {}).get("versions", {})
+    lines = [line for persona in personas for line in persona.stages]
     report = Report(
         student=job.recipe.roles.student.name,
         recipe=job.recipe.name,
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         personas=personas,
-        versions=versions,
+        versions={k: v for line in lines for k, v in line.versions.items()},
     )
     job.store.write_bytes(f"{job.dataset}/report.html", page(report).encode())
     unique = {tuple(row.values()): row for row in rows}

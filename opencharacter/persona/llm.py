@@ -164,8 +164,7 @@ class ReplicaEngine(VLLMEngine):
     """An engine that runs in its replica where one GPU is enough.
 
     Ray runs every engine that has a GPU through vLLM's distributed executor, where each step is a
-    message to another process and is not planned while the one before it runs. That is for engines
-    of several GPUs.
+    message to another process. That is for engines of several GPUs.
     """
 
     def _prepare_engine_config(self, callback_ctx: Any) -> tuple[Any, Any, Any]:
