@@ -120,10 +120,15 @@ def actor_name(what: str) -> str:
 
 
 def new_counters(dataset: str, gpus: float) -> Any:
-    """Counters on the driver's own node: they go when it goes, not with another."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """Counters on the driver's own node: they go when it goes, not with another.
+
+    A soft affinity would not keep them there: Ray takes it for no more than a wish. Where their
+    process alone is lost they count on from 0; a figure is no reason to stop the work.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: Any = {"scheduling_strategy": here, "name": actor_name(f"progress of {dataset}")}
-    return Counters.options(**options).remote(dataset, gpus)
+    again = {"max_restarts": -1, "max_task_retries": -1}
+    return Counters.options(**options, **again).remote(dataset, gpus)
 
 
 def worked(counters: Any) -> float:

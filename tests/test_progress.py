@@ -39,3 +39,15 @@ def test_actors_have_names(cpu_ray):
     ray.get(counters.read.remote())
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     assert any(name.startswith("progress of humor/distillation/teacher #") for name in names)
+
+
+def test_counters_that_are_lost_count_on(cpu_ray):
+    counters = progress.new_counters("loving/distillation/teacher", gpus=0)
+    ray.get(counters.add.remote({"finished": 8}, []))
+    ray.kill(counters, no_restart=False)
+    deadline = time.monotonic() + 30
+    while ray.get(counters.read.remote()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ray.get(counters.add.remote({"finished": 2}, []))
+    assert ray.get(counters.read.remote()) == {"finished": 2}
+    assert progress.worked(counters) == 0
