@@ -73,7 +73,12 @@ STAGES = (
     ),
     Stage("evaluation/rating", "persona", ("evaluation/preferences",)),
     Stage("evaluation/attacks", "persona", (*TRAINED, "evaluation/answers"), ("student",)),
-    Stage("evaluation/robustness", "student", ("evaluation/answers", "evaluation/attacks")),
+    Stage(
+        "evaluation/robustness",
+        "student",
+        ("evaluation/answers", "evaluation/attacks"),
+        disposable=True,
+    ),
     Stage(
         "evaluation/coherence", "persona", ("evaluation/answers", "evaluation/judge"), ("judge",)
     ),

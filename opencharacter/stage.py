@@ -58,7 +58,8 @@ class Stage:
         scope: whom its dataset belongs to.
         reads: names of the stages whose datasets it reads.
         roles: models whose identity its result depends on.
-        disposable: cheap and derived: rebuilt without asking when stale.
+        disposable: cheap and derived from the personas of the run: rebuilt without asking when
+            stale, so that a persona can be added.
     """
 
     name: str

@@ -118,6 +118,15 @@ def test_stale_data_stops_the_run_and_names_the_field(make_jobs, echo_recipe):
         list(pipeline.run(make_jobs(changed)))
 
 
+def test_a_persona_can_be_added_to_a_storage(store, make_jobs, echo_recipe, poet):
+    finish_all(make_jobs(echo_recipe))
+    other = poet.model_copy(update={"name": "sarcasm"})
+    for chosen in ([poet, other], [other]):
+        jobs = pipeline.jobs(echo_recipe, chosen, Placement(), store)
+        pipeline.check(jobs, rebuild=None)
+        assert stale(jobs) == {"evaluation/robustness", "evaluation/report"}
+
+
 def test_rebuild_allows_the_stage_and_what_follows_only(make_jobs, echo_recipe):
     finish_all(make_jobs(echo_recipe))
     changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
