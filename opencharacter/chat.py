@@ -42,6 +42,22 @@ def fill(template: str, **fields: object) -> str:
     return template.format(**fields)
 
 
+def prompt(tokenizer: Any, messages: list[Message], prefill: str = "") -> str:
+    """The text that a model continues: a conversation, and how its reply begins.
+
+    The prefill follows the template's generation prompt as it is. Templates that know of thoughts
+    would take it for a finished reply and move, close or drop the thought that it holds.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the conversation, ending on a user turn.
+        prefill: beginning of the reply.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    opened = text.rstrip().endswith(THINK_OPEN) and prefill.startswith(THINK_OPEN)
+    return text + (prefill.removeprefix(THINK_OPEN).lstrip() if opened else prefill)
+
+
 def strip_think(text: str) -> str | None:
     """The answer after the last closing think tag; None if the block was never closed."""
     return text.rpartition(THINK_CLOSE)[2].strip() if THINK_CLOSE in text else None

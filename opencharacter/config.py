@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -37,11 +38,13 @@ NOT_IDENTITY = {
     "limits",
     "typical_tokens",
     "api_key_env",
+    "endpoint",
     "endpoint_concurrency",
     "wanted",
     "min_agreement",
 }
-"""Fields that say when to stop or what to expect, not what is made: left out of fingerprints."""
+"""Fields that say when to stop, what to expect or whom to ask, not what is made: left out of
+fingerprints."""
 
 
 def check_name(name: str) -> str:
@@ -49,6 +52,18 @@ def check_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} may only hold a-z, 0-9, '.', '_', '-' and start with a letter")
     return name
+
+
+def check_endpoint(url: str) -> str:
+    """Return `url` if it is an address and no secret; raise ValueError otherwise."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(
+            f"{parts.hostname or url!r} is no address that begins with http:// or https://"
+        )
+    if parts.username or parts.password:
+        raise ValueError(f"{parts.hostname}: a password does not belong here; see api_key_env")
+    return url
 
 
 def with_ends(conditions: tuple[str, ...]) -> tuple[str, ...]:
@@ -102,8 +117,12 @@ class Role(Config):
     """Weights while generating."""
     trust_remote_code: bool = False
     """Run Python that comes with the weights. Off unless you have read it."""
-    endpoint: str | None = None
-    """Base URL of an OpenAI-compatible server that has `model`; then no engine is started."""
+    endpoint: Annotated[str, AfterValidator(check_endpoint)] | None = None
+    """Base URL of an OpenAI-compatible server that has `model`; then no engine is started. It is
+    sent vLLM's `repetition_penalty` where that is not 1, and `continue_final_message` for an answer
+    whose beginning is given; where a server refuses them, set the former to 1 and `prefill` to
+    false.
+    """
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key."""
     endpoint_concurrency: PositiveInt = 64

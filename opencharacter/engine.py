@@ -27,10 +27,12 @@ import ray.exceptions
 
 from opencharacter import models
 from opencharacter.chat import (
+    CLOSED_THOUGHT,
     THINK_CLOSE,
     THINK_OPEN,
     Message,
     assistant,
+    prompt,
     row_id,
     row_seed,
     strip_think,
@@ -46,6 +48,12 @@ CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two threads were a third slower than one on two cores
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+
+
+ENGINE_ERROR = "engine_error"
+"""Why a row has no answer that another attempt may have: it is asked for again by a rerun."""
+HOPELESS = 50
+"""Rows that fail so, with none that does not, until a stage gives up."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,11 @@ class EngineSpec:
     def at_once(self) -> int:
         """Jobs that may use it at once; an endpoint has a limit of requests, so one."""
         return 1 if self.role.endpoint else JOBS_AN_ENGINE
+
+    def shared_by(self, tasks: int) -> EngineSpec:
+        """The same for tasks that ask it side by side: an endpoint's limit is for all of them."""
+        limit = math.ceil(self.role.endpoint_concurrency / tasks)
+        return replace(self, role=self.role.model_copy(update={"endpoint_concurrency": limit}))
 
     @property
     def label(self) -> str:
@@ -201,7 +214,9 @@ class VllmEngine:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        ids = self._encode(messages, prefill)
+        tokenizer: Any = self.engine.get_tokenizer()
+        text = prompt(tokenizer, messages, prefill)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         room = self.context - len(ids)
         if room < 1:
             raise RowFailed("too_long", f"prompt of {len(ids)} tokens, context {self.context}")
@@ -223,19 +238,6 @@ class VllmEngine:
         ):
             yield output
 
-    def _encode(self, messages: list[Message], prefill: str) -> list[int]:
-        tokenizer: Any = self.engine.get_tokenizer()
-        conversation = [*messages, assistant(prefill)] if prefill else messages
-        return list(
-            tokenizer.apply_chat_template(
-                conversation,
-                tokenize=True,
-                return_dict=False,
-                add_generation_prompt=not prefill,
-                continue_final_message=bool(prefill),
-            )
-        )
-
     async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -245,7 +247,7 @@ class VllmEngine:
         except EngineDeadError:
             raise
         except ValueError as error:  # vLLM's word for a request that it cannot serve
-            raise RowFailed("engine_error", str(error)) from None
+            raise RowFailed(ENGINE_ERROR, str(error)) from None
         return Reply(
             text=final.outputs[0].text,
             finish_reason=final.outputs[0].finish_reason or "",
@@ -302,8 +304,16 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     return arguments | pool.engine
 
 
+OF_A_ROW = (400, 413, 422, 500)
+"""HTTP statuses that may be one request's fault; the others are the server's, or its key's."""
+
+
 class EndpointEngine:
-    """Any OpenAI-compatible server. Retries (429, 5xx, lost connections) are the client's."""
+    """Any OpenAI-compatible server. Retries (429, 5xx, lost connections) are the client's.
+
+    Where the server cannot be had the stage fails: its rows would all be lost, and are asked for
+    again by a rerun.
+    """
 
     def __init__(self, spec: EngineSpec):
         from openai import AsyncOpenAI
@@ -323,7 +333,9 @@ class EndpointEngine:
         body: dict[str, Any] = {}
         if sampling.repetition_penalty != 1:  # not every server knows it
             body["repetition_penalty"] = sampling.repetition_penalty
-        if prefill:
+        if prefill == CLOSED_THOUGHT:
+            body["chat_template_kwargs"] = {"enable_thinking": False}
+        elif prefill:
             messages = [*messages, assistant(prefill)]
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         return {
@@ -344,7 +356,12 @@ class EndpointEngine:
             async with self.limit:
                 answer = await self.client.chat.completions.create(**request)
         except APIError as error:
-            raise RowFailed("engine_error", str(error)) from None
+            if getattr(error, "status_code", None) in OF_A_ROW:
+                raise RowFailed(ENGINE_ERROR, str(error)) from None
+            url = self.client.base_url
+            raise StageFailed(f"{self.model} at {url} cannot be had: {error}; run again") from None
+        if not getattr(answer, "choices", None):  # an error told with status 200
+            raise RowFailed(ENGINE_ERROR, f"no choices in {str(answer)[:300]}")
         usage = answer.usage
         details = usage.prompt_tokens_details if usage else None
         return Reply(
@@ -400,8 +417,8 @@ class EchoEngine:
 class Host:
     """A vLLM engine in a process of its own.
 
-    If the engine's own processes die, the host ends too; Ray starts it again and repeats the
-    replies that were under way.
+    If the engine's own processes die, the host ends too, and Ray starts it again; replies that were
+    under way are asked of another, see `Hosted`.
     """
 
     def __init__(self, spec: EngineSpec):
@@ -413,6 +430,7 @@ class Host:
         if self.engine is None:
             self.engine = VllmEngine(self.spec)
 
+    @ray.method(max_task_retries=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
     async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
         await self.start()
         assert self.engine is not None
@@ -710,12 +728,16 @@ def stop_hosts(but: Container[str] = ()) -> None:
 
 
 class Hosted:
-    """An engine whose work is done by hosts; each request goes to the least busy one."""
+    """An engine whose work is done by hosts; each request goes to the least busy one.
+
+    What a lost host had under way is asked of the others. It joins again when Ray has found a place
+    for it; only where no host is left is that waited for.
+    """
 
     def __init__(self, fleet: Fleet):
         self.busy = dict.fromkeys(fleet.ready, 0)
         self.coming = fleet.coming
-        self.joining: list[asyncio.Task[None]] | None = None
+        self.joining: set[asyncio.Task[None]] | None = None
 
     async def _join(self, host: Any) -> None:
         """Give work to a host once its engine has started; one that cannot start gets none."""
@@ -723,19 +745,38 @@ class Hosted:
             await host.start.remote()
             self.busy[host] = 0
 
-    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+    def _await(self, host: Any) -> None:
+        task = asyncio.create_task(self._join(host))
+        self.joining = {task, *(self.joining or ())}
+        task.add_done_callback(lambda done: self.joining and self.joining.discard(done))
+
+    async def _least_busy(self) -> Any:
         if self.joining is None:
-            self.joining = [asyncio.create_task(self._join(host)) for host in self.coming]
-        host = min(self.busy, key=self.busy.__getitem__)
-        self.busy[host] += 1
-        try:
-            return await host.reply.remote(messages, sampling, seed=seed, prefill=prefill)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, RowFailed):
-                raise error.cause from None
-            raise
-        finally:
-            self.busy[host] -= 1
+            self.joining = set()
+            for host in self.coming:
+                self._await(host)
+        while not self.busy:
+            if not self.joining:
+                raise StageFailed("every replica of the engine is lost; run it again")
+            await asyncio.wait(self.joining, return_when=asyncio.FIRST_COMPLETED)
+        return min(self.busy, key=self.busy.__getitem__)
+
+    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        while True:
+            host = await self._least_busy()
+            self.busy[host] += 1
+            try:
+                return await host.reply.remote(messages, sampling, seed=seed, prefill=prefill)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, RowFailed):
+                    raise error.cause from None
+                raise
+            except ray.exceptions.RayActorError:
+                if self.busy.pop(host, None) is not None:  # the first to learn of it
+                    self._await(host)
+            finally:
+                if host in self.busy:
+                    self.busy[host] -= 1
 
     def stream(self, messages, sampling) -> AsyncIterator[str]:
         raise NotImplementedError("a hosted engine answers whole")
@@ -902,6 +943,8 @@ class Conversations:
         self.stage, self.seed, self.tally = stage, seed, Tally(counters)
         self.finished: list[Row] = []
         self.enough = asyncio.Event()
+        self.errors: int | None = 0
+        """Rows that the engine failed while no other has been had, then None."""
 
     async def of(self, block: pa.Table) -> AsyncIterator[int]:
         """Have the conversations of a block; yields how many were stored, every few seconds."""
@@ -943,6 +986,7 @@ class Conversations:
             said |= await self.talk(row, talk)
         except RowFailed as failed:
             said |= {"drop_reason": failed.reason, "error": failed.detail[:500]}
+        self._count(said)
         dropped = said["drop_reason"] is not None
         self.tally.add(
             texts=[] if dropped else texts_of(row | said),
@@ -955,6 +999,18 @@ class Conversations:
             **{name: before[name] + talk.spent(name) for name in SPENT},
             **said,
         }
+
+    def _count(self, said: Row) -> None:
+        """Give up where every row fails: what ails the engine ails the rest as well."""
+        if said["drop_reason"] != ENGINE_ERROR:
+            self.errors = None
+        elif self.errors is not None:
+            self.errors += 1
+            if self.errors >= HOPELESS:
+                raise StageFailed(
+                    f"the first {HOPELESS} conversations of {self.stage} all failed; the last: "
+                    f"{said['error']}"
+                )
 
     def _seed(self, of: str) -> int | None:
         return None if self.seed is None else row_seed(self.seed, self.stage, of)

@@ -23,6 +23,7 @@ from ray.data.read_api import from_blocks
 from opencharacter import engine
 from opencharacter.config import LIGHT, Role, fits
 from opencharacter.engine import (
+    ENGINE_ERROR,
     REQUESTS,
     ROW_FIELDS,
     EngineSpec,
@@ -71,6 +72,7 @@ def generate(
     schema = pa.schema([ROW_FIELDS[0], *fields, *ROW_FIELDS[1:]])
     folder = Folder(job.store, "/".join(filter(None, (job.dataset, PARTS, part))))
     parts = Parts(folder, schema)
+    parts.forget(ENGINE_ERROR)
     todo = Requests.of(requests, parts.stored())
     attempts = Attempts(job, kept=len(todo.asked) - todo.rows, part=part)
     if todo.rows:
@@ -152,8 +154,8 @@ def _stream(
 ) -> None:
     gpus = sum(s.pool.replicas * s.pool.gpus for s in (spec, other) if s)
     counters = new_counters(job.dataset, gpus)
-    replicas = spec.pool.replicas
-    rows = block_rows(todo.rows, replicas)
+    tasks = 1 if spec.role.endpoint else spec.pool.replicas  # an endpoint's limit is one task's
+    rows = block_rows(todo.rows, tasks)
     quieten()
     expected = job.expected(todo.first)
     total = len(todo.asked)
@@ -161,7 +163,8 @@ def _stream(
     with Line(console, title, meter):
         needs = [spec, *([other] if other else [])]
         held = holding.enter_context(hold(job.dataset, needs, job.placement.most))
-        seat, partner = Seat(spec, held.fleet(spec)), other and Seat(other, held.fleet(other))
+        seat = Seat(spec, held.fleet(spec))
+        partner = other and Seat(other.shared_by(tasks), held.fleet(other))
         meter.begin()
     with ray.data.DataContext.current(telling_at_once()):
         # Unlike from_arrow, from_blocks reads the blocks' sizes here and not in a task for each.
@@ -180,7 +183,7 @@ def _stream(
             },
             batch_size=None,
             batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(size=replicas),
+            compute=ray.data.TaskPoolStrategy(size=tasks),
             num_cpus=LIGHT,
         )
     with Line(console, title, meter):
@@ -208,9 +211,9 @@ def quieten() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it raises what it logs
 
 
-def block_rows(rows: int, replicas: int) -> int:
-    """Rows per block: a replica's share of all, if those are not too many for one task.
+def block_rows(rows: int, tasks: int) -> int:
+    """Rows per block: a task's share of all, if those are not too many for one task.
 
     Where a block ends, its seats stand empty one by one until its longest conversation is over.
     """
-    return min(BLOCK_ROWS, math.ceil(rows / replicas))
+    return min(BLOCK_ROWS, math.ceil(rows / tasks))

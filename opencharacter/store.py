@@ -31,6 +31,7 @@ from urllib.parse import parse_qsl, urlsplit
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -386,6 +387,15 @@ class Parts:
         """The digests of all ids, or of those in the files of a name, in order."""
         found = [digests(table["id"]) for table in self.read(["id"], name)]
         return np.sort(np.concatenate([np.empty(0, np.uint64), *found]))
+
+    def forget(self, reason: str) -> None:
+        """Remove the rows that were dropped for a reason: they are to be asked for again."""
+        store, dropped = self.folder.store, pc.field("drop_reason")
+        for path in self.files():
+            read = partial(pq.read_table, path, filesystem=store.fs)
+            if read(columns=["drop_reason"]).filter(dropped == reason).num_rows:
+                left = read(schema=self.schema).filter(dropped.is_null() | (dropped != reason))
+                store.write_table(self.folder.relative, left, Path(path).stem)
 
     def __iter__(self) -> Iterator[pa.Table]:
         stored, seen = self.stored(), set[int]()

@@ -1,4 +1,5 @@
 import asyncio
+import copy
 
 import pytest
 
@@ -110,3 +111,31 @@ def test_a_reply_over_its_limit_is_cut_to_whole_sentences_only_when_asked():
     assert (trimmed.text, trimmed.finish_reason) == ("One.", "trimmed")
     assert (plain.text, plain.finish_reason) == ("One. Two is not", "length")
     assert talk.tokens_out == 4
+
+
+THINKING = """\
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}{{ '<a>' }}
+{%- if '</think>' in m.content %}{{ '<think></think>' + m.content.split('</think>')[-1] }}
+{%- else %}{{ '<think></think>' + m.content }}{% endif %}
+{%- else %}{{ '<u>' + m.content }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<a>OPENED' }}{% endif %}"""
+"""As models that think have it: a reply's own thought is taken out, or an empty one put in."""
+
+
+@pytest.mark.parametrize(
+    ("opened", "prefill", "text"),
+    [
+        ("", "<think>\nI am", "<u>Hi<a><think>\nI am"),
+        ("", chat.CLOSED_THOUGHT, "<u>Hi<a><think>\n\n</think>\n\n"),
+        ("<think>\n", "<think>\nI am", "<u>Hi<a><think>\nI am"),
+        ("", "1.", "<u>Hi<a>1."),
+    ],
+)
+def test_a_prefill_stands_as_it_is_whatever_the_template_knows_of_thoughts(
+    tokenizer, opened, prefill, text
+):
+    thinking = copy.copy(tokenizer)
+    thinking.chat_template = THINKING.replace("OPENED", opened)
+    assert chat.prompt(thinking, [user("Hi")], prefill) == text

@@ -19,14 +19,17 @@ from opencharacter.packing import Example, Tokens
 
 
 class Says:
-    """An engine that says given texts in turn and remembers what it was asked."""
+    """An engine that says given texts, or fails, in turn and remembers what it was asked."""
 
-    def __init__(self, *texts: str):
+    def __init__(self, *texts: str | RowFailed):
         self.texts, self.asked = list(texts), []
 
     async def reply(self, messages, sampling, *, seed, prefill=""):
         self.asked.append((messages, seed, prefill))
-        return Reply(self.texts.pop(0), "stop", 1, 1, 0)
+        text = self.texts.pop(0)
+        if isinstance(text, RowFailed):
+            raise text
+        return Reply(text, "stop", 1, 1, 0)
 
 
 def conversation(engine, seed=1) -> Conversation:
@@ -54,6 +57,14 @@ def test_expansion_stops_when_full():
     grown = asyncio.run(prompts.expand(row, conversation(engine), settings, ""))["questions"]
     # One more than wanted, in case one repeats another trait's.
     assert grown == ["one two three", "alpha beta gamma", "delta epsilon zeta", "eta theta iota"]
+
+
+def test_a_sample_that_fails_costs_the_others_nothing():
+    engine = Says("1. alpha beta gamma\n2. delta epsilon zeta", RowFailed("engine_error"))
+    settings = Prompts(questions_per_trait=2, samples=2, rounds=1)
+    row = {"text": "I am.", "questions": ["one two three"]}
+    grown = asyncio.run(prompts.expand(row, conversation(engine), settings, ""))["questions"]
+    assert grown == ["one two three", "alpha beta gamma", "delta epsilon zeta"]
 
 
 def test_a_list_that_was_begun_for_the_expander_is_read_whole():

@@ -5,10 +5,10 @@ import asyncio
 import answering
 import pytest
 
-from opencharacter.chat import user
+from opencharacter.chat import CLOSED_THOUGHT, user
 from opencharacter.config import Pool, Role, Sampling
 from opencharacter.engine import EngineSpec, start
-from opencharacter.errors import RowFailed
+from opencharacter.errors import RowFailed, StageFailed
 
 ANSWER = {
     "id": "1",
@@ -29,7 +29,8 @@ def server():
     def reply(asked):
         server.asked.append(asked)
         code = server.replies.pop(0) if server.replies else 200
-        return code, ANSWER if code == 200 else {"error": {"message": "no"}}
+        said = {200: ANSWER, 299: ANSWER | {"choices": None}}
+        return code, said.get(code, {"error": {"message": "no"}})
 
     server = answering.serve(reply)
     server.asked, server.replies = [], []
@@ -37,13 +38,14 @@ def server():
     server.shutdown()
 
 
-def ask(server, **sampling):
+def ask(server, prefill="", **sampling):
     url = f"http://127.0.0.1:{server.server_port}/v1"
     role = Role(model="teacher", name="teacher", called="T", endpoint=url)
 
     async def once():
         engine = start(EngineSpec(role, Pool()))
-        return await engine.reply([user("Hm?")], Sampling(max_tokens=5, **sampling), seed=3)
+        drawn = Sampling(max_tokens=5, **sampling)
+        return await engine.reply([user("Hm?")], drawn, seed=3, prefill=prefill)
 
     return asyncio.run(once())
 
@@ -66,8 +68,41 @@ def test_a_busy_endpoint_is_asked_again(server):
     assert len(server.asked) == 3
 
 
-def test_a_refused_request_drops_its_row(server):
-    server.replies = [400]
+@pytest.mark.parametrize("status", [400, 422, 299])
+def test_a_refused_request_drops_its_row(server, status):
+    server.replies = [status]
     with pytest.raises(RowFailed) as failed:
         ask(server)
     assert failed.value.reason == "engine_error"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_cannot_be_had_fails_the_stage_and_not_its_rows(server, status):
+    server.replies = [status]
+    with pytest.raises(StageFailed, match=r"teacher at http.*cannot be had"):
+        ask(server)
+
+
+def test_a_thought_that_is_closed_at_once_is_asked_for_by_name(server):
+    """A server renders its own template, which may hold no empty thought in a reply."""
+    ask(server, prefill=CLOSED_THOUGHT)
+    assert server.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert server.asked[0]["messages"] == [user("Hm?")]
+
+
+def test_tasks_share_the_limit_of_an_endpoint():
+    role = Role(model="m", name="m", called="M", endpoint="http://x/v1", endpoint_concurrency=64)
+    assert EngineSpec(role, Pool()).shared_by(10).role.endpoint_concurrency == 7
+
+
+def test_where_an_endpoint_is_makes_no_other_model_of_it():
+    here = Role(model="m", name="m", called="M", endpoint="http://10.0.0.1:8000/v1")
+    there = here.model_copy(update={"endpoint": "http://10.0.0.2:8000/v1"})
+    assert here.identity() == there.identity()
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@x/v1", "x:8000/v1", "file:///x"])
+def test_an_endpoint_is_an_address_without_a_secret(url):
+    with pytest.raises(ValueError, match="endpoint") as refused:
+        Role(model="m", name="m", called="M", endpoint=url)
+    assert "api_key_env" in str(refused.value) or "http://" in str(refused.value)

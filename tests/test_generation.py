@@ -7,8 +7,10 @@ from samples import ECHO_ROLE, recipe_of
 from opencharacter import pipeline
 from opencharacter.chat import user
 from opencharacter.config import Placement, Sampling
+from opencharacter.engine import ENGINE_ERROR, ROW_FIELDS
 from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.generation import block_rows, generate
+from opencharacter.store import PARTS, Folder, Parts
 
 FIELDS = [pa.field("prompt", pa.string()), pa.field("answer", pa.string())]
 PLACEMENT = Placement.model_validate({"pools": {"teacher": {"replicas": 2, "cpus": 0.2}}})
@@ -46,6 +48,27 @@ def test_a_rerun_asks_only_for_what_is_not_there(cpu_ray, job):
     assert again.slice(0, 20).equals(first)
     history = job.store.attempts(job.dataset)
     assert [entry["kept"] for entry in history] == [0, 20]
+
+
+async def broken(row, conversation):
+    raise RowFailed(ENGINE_ERROR, "unknown argument")
+
+
+def test_what_the_engine_failed_is_asked_for_again_by_a_rerun(cpu_ray, job):
+    first = generate(job, requests(20), broken, "teacher", FIELDS).table()
+    assert first["drop_reason"].to_pylist() == [ENGINE_ERROR] * 20
+    again = generate(job, requests(20), talk, "teacher", FIELDS).table()
+    assert again["drop_reason"].null_count == 20
+
+
+def test_a_stage_gives_up_where_every_conversation_fails(cpu_ray, job):
+    with pytest.raises(StageFailed, match=r"first 50 conversations .* the last: unknown argument"):
+        generate(job, requests(5000), broken, "teacher", FIELDS)
+    assert sum(table.num_rows for table in job_parts(job)) < 1000
+
+
+def job_parts(job):
+    return Parts(Folder(job.store, f"{job.dataset}/{PARTS}"), pa.schema([*FIELDS, *ROW_FIELDS]))
 
 
 def test_answers_do_not_depend_on_blocks_or_replicas(cpu_ray, make_jobs, echo_recipe, tmp_path):

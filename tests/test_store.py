@@ -27,6 +27,17 @@ def test_parts_of_nothing_are_an_empty_table(store):
     assert Parts(Folder(store, "nowhere"), SCHEMA).table().num_rows == 0
 
 
+def test_rows_of_a_drop_reason_can_be_forgotten(store):
+    schema = pa.schema([("id", pa.string()), ("drop_reason", pa.string())])
+    parts = Parts(Folder(store, "a/.parts"), schema)
+    ids, reasons = ["x", "y", "z"], [None, "engine_error", "too_long"]
+    for n in (3, 1):
+        parts.write(pa.table([ids[:n], reasons[:n]], schema=schema), "part")
+    parts.forget("engine_error")
+    assert parts.table()["id"].to_pylist() == ["x", "z"]
+    assert len(parts.files()) == 2
+
+
 def test_a_file_in_the_making_is_not_a_part(store):
     store.write_table("a/.parts", table(("a", 1)), "part-1")
     with open(store.path("a/.parts/part-2.parquet.tmp"), "wb") as half:

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from opencharacter import filters
 from opencharacter.chat import Message, fill, row_id, system, user
 from opencharacter.config import Prompts, resource
-from opencharacter.engine import Conversation, Need, Row
-from opencharacter.errors import UserError
+from opencharacter.engine import Conversation, Need, Reply, Row
+from opencharacter.errors import RowFailed, UserError
 from opencharacter.quality import near_duplicates
 from opencharacter.stage import Estimate, Job, Outcome
 
@@ -104,13 +104,23 @@ async def expand(row: Row, talk: Conversation, settings: Prompts, prefill: str) 
         if missing <= 0:
             break
         messages = expansion_messages(row["text"], row["questions"], min(missing, 10))
-        replies = await asyncio.gather(
-            *(talk.reply(messages, settings.sampling, prefill) for _ in range(settings.samples))
-        )
-        for reply in replies:
+        for reply in await samples(messages, talk, settings, prefill):
             found = parse_questions(prefill + reply.text)
             questions = accept(questions, found, target, settings.max_overlap)
     return {"questions": questions}
+
+
+async def samples(
+    messages: list[Message], talk: Conversation, settings: Prompts, prefill: str
+) -> list[Reply]:
+    """The samples of a round: those that fail are left out, unless all do."""
+    asked = (talk.reply(messages, settings.sampling, prefill) for _ in range(settings.samples))
+    made = await asyncio.gather(*asked, return_exceptions=True)
+    failed = [each for each in made if isinstance(each, BaseException)]
+    fatal = [each for each in failed if not isinstance(each, RowFailed)]
+    if fatal or len(failed) == len(made):
+        raise (fatal or failed)[0]
+    return [each for each in made if isinstance(each, Reply)]
 
 
 def with_spare(target: int) -> int:
