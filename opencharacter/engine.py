@@ -635,12 +635,13 @@ def _stop(key: str) -> None:
 
 def _start(place: _Place, spec: EngineSpec) -> None:
     """Start an engine's hosts; who waits for them is told of a failure."""
-    handles = _new_hosts(spec, spec.pool.replicas)
+    handles: list[Any] = []
     try:
+        handles += _new_hosts(spec, spec.pool.replicas)
         _await_placed(handles)
         ray.get([host.start.remote() for host in handles])
         place.fleet.set_result(Fleet(handles, []))
-    except ray.exceptions.RayError as error:
+    except Exception as error:  # told to whoever waits for the engine, whatever it is
         for host in handles:
             ray.kill(host)
         cause = getattr(error, "cause", None) or error
