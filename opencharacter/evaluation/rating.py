@@ -270,7 +270,11 @@ def interval(estimate: Array, error: Array) -> tuple[Array, Array]:
 
 
 def p_values(change: Array, error: Array) -> Array:
-    """Two-sided p of no change (normal); NaN where none was measured."""
+    """Two-sided p of no change (normal); NaN where none was measured.
+
+    It is not small for a trait that never lost: the error then grows as fast as the rating (Hauck
+    and Donner, 1977).
+    """
     from scipy.stats import norm
 
     z = np.divide(np.abs(change), error, out=np.full_like(change, np.nan), where=error > 0)
