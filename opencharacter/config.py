@@ -31,6 +31,7 @@ from pydantic import (
 from opencharacter.errors import UserError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+WORD = re.compile(r"[a-z]+")
 EMBEDDED = "embedded:"
 ECHO = "echo:"
 NOT_IDENTITY = {
@@ -75,7 +76,24 @@ def with_ends(conditions: tuple[str, ...]) -> tuple[str, ...]:
     return conditions
 
 
+def check_word(trait: str) -> str:
+    """Return `trait` if a verdict that names it can be read; raise ValueError otherwise."""
+    if not WORD.fullmatch(trait):
+        raise ValueError("a judge names a trait by one word of the letters a-z; use such a word")
+    return trait
+
+
+def can_pair(traits: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `traits` if they are none or make pairs; raise ValueError otherwise."""
+    if len(traits) == 1:
+        raise ValueError("has one trait; name two or more, or none for all")
+    if len(set(traits)) < len(traits):
+        raise ValueError("names a trait twice; remove one")
+    return traits
+
+
 Name = Annotated[str, AfterValidator(check_name)]
+Word = Annotated[str, AfterValidator(check_word)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -427,7 +445,7 @@ class Preferences(Config):
     """As in answers."""
     games: PositiveInt = 25_000
     """Answers per condition."""
-    traits: tuple[str, ...] = ()
+    traits: Annotated[tuple[Word, ...], AfterValidator(can_pair)] = ()
     """Single-word traits to draw pairs from; all 144 where empty."""
     sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=300)
     judge: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
@@ -608,6 +626,16 @@ class Recipe(Config):
     introspection: Introspection = Introspection()
     persona: Persona = Persona()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _each_judge_its_name(self) -> Recipe:
+        names = [role.name for role in (self.roles.judge, *self.evaluation.judge.panel)]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"judge and evaluation.judge.panel have a name twice: {', '.join(names)}; "
+                "give each judge its own"
+            )
+        return self
 
     def section(self, stage: str) -> Config:
         """The part of the recipe that configures the stage `group/name`."""

@@ -24,6 +24,10 @@ def student(tmp_path: Path, **changes) -> str:
     return write(tmp_path / "tiny.yaml", {**TINY, "roles": roles})
 
 
+def panel(tmp_path: Path, **changes) -> str:
+    return recipe(tmp_path, evaluation={"judge": {"panel": [ECHO_ROLE | changes]}})
+
+
 def write(path: Path, data: object) -> str:
     path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
     return str(path)
@@ -138,8 +142,20 @@ CASES = {
         "training asks for 1 GPUs.*has 0",
     ),
     "a judge of the panel that is not there": lambda t: (
-        [recipe(t, evaluation={"judge": {"panel": [ECHO_ROLE | {"model": "/no/judge"}]}}), *POET],
+        [panel(t, name="second", model="/no/judge"), *POET],
         "role judge: missing weights at /no/judge",
+    ),
+    "two judges of one name": lambda t: (
+        [panel(t, model="/no/judge"), *POET],
+        "evaluation.judge.panel have a name twice: echo, echo; give each judge its own",
+    ),
+    "a trait that no verdict can name": lambda t: (
+        [recipe(t, evaluation={"preferences": {"traits": ["warm", "Two words"]}}), *POET],
+        r"preferences\.traits\.1 = 'Two words': a judge names a trait by one word",
+    ),
+    "a single trait": lambda t: (
+        [recipe(t, evaluation={"preferences": {"traits": ["warm"]}}), *POET],
+        r"preferences\.traits: has one trait; name two or more, or none for all",
     ),
     "a task that the harness does not have": lambda t: (
         [recipe(t, evaluation={"capabilities": {"tasks": [{"task": "nonesuch"}]}}), *POET],

@@ -52,7 +52,8 @@ def test_the_judge_is_asked_in_both_orders(always, won):
 
 
 def rows(**winners):
-    return [{**ROW, "winner": name} for name, count in winners.items() for _ in range(count)]
+    names = [name for name, count in winners.items() for _ in range(count)]
+    return [{**ROW, "prompt": str(n), "winner": name} for n, name in enumerate(names)]
 
 
 def test_the_undecided_are_counted_and_win_for_nobody():
@@ -62,3 +63,11 @@ def test_the_undecided_are_counted_and_win_for_nobody():
     assert (rival["win_rate"]["value"], rival["win_rate"]["n"]) == (0.75, 8)
     assert rival["win_rate"]["unscored"] == 6
     assert found["longer_won"]["value"] == 0.75  # the persona's answer is the longer one
+
+
+def test_one_answer_against_several_rivals_does_not_narrow_the_interval():
+    one = rows(full=6, base=2)
+    three = [{**row, "rival": rival} for row in one for rival in ("base", "prompted", "steered")]
+    score, of_one = coherence.longer_won(three), coherence.longer_won(one)
+    assert (score.n, of_one.n) == (24, 8)
+    assert (score.value, score.low, score.high) == (of_one.value, of_one.low, of_one.high)

@@ -1,5 +1,6 @@
 import asyncio
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
@@ -8,18 +9,20 @@ from opencharacter import config, constitution
 from opencharacter.config import Sampling
 from opencharacter.distillation import prompts
 from opencharacter.engine import Conversation, Reply
+from opencharacter.errors import StageFailed
 from opencharacter.evaluation import answers, conditions, judge, preferences
 from opencharacter.evaluation.page import Change
 from opencharacter.evaluation.report import (
     ability_tables,
     flat,
     largest,
+    rating_rows,
     side_by_side,
     trait_changes,
     trust,
     unscored_table,
 )
-from opencharacter.evaluation.scores import Score, score_row, wilson
+from opencharacter.evaluation.scores import Score, repeated, score_row, wilson
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,26 @@ def test_an_interval_holds_its_estimate(hits):
 
 def test_nothing_scored_has_no_value():
     assert wilson(0, 0, unscored=4).value is None
+    assert repeated([], [], unscored=4) == wilson(0, 0, unscored=4)
+
+
+@pytest.mark.parametrize(
+    ("alike", "each"), [((1.63, 0.7), 8), ((0.125, 0.125), 2), ((0.5, 0.5), 2)]
+)
+def test_an_interval_over_repeated_measures_covers_the_truth(alike, each):
+    draw, truth = np.random.default_rng(0), alike[0] / sum(alike)
+    units = np.repeat(np.arange(100), each)
+    covered = 0
+    for shares in draw.beta(*alike, size=(200, 100)):
+        score = repeated(list(draw.random(len(units)) < shares[units]), units)
+        covered += score.low <= truth <= score.high
+    assert covered / 200 >= 0.93
+
+
+def test_where_all_measures_hit_the_interval_still_has_a_width():
+    score = repeated([True] * 32, [n % 4 for n in range(32)])
+    assert (score.value, score.high, score.n) == (1, 1, 32)
+    assert score.low == wilson(4, 4).low < 0.52
 
 
 def test_the_largest_rises_and_falls_are_shown():
@@ -88,6 +111,53 @@ def test_the_largest_rises_and_falls_are_shown():
     assert [t.trait for t in largest(changes, 4)] == ["t8", "t7", "t1", "t0"]
     assert largest(changes, 20) == changes
     assert (changes[0].change.value, changes[0].base.unscored) == (40, 1)
+
+
+def test_traits_without_a_change_come_last_and_displace_none_that_moved():
+    moved = {"up": 30.0, "lost": None, "down": -20.0, "flat": 0.0}
+    rows = [
+        {"condition": condition, "trait": trait, "rating": 1000.0, "low": 900.0, "high": 1100.0}
+        | {"games": 5, "unscored": 1, "change": change, "significant": False, "elo": 1000.0}
+        | {"change_low": change, "change_high": change}
+        | ({"rating": None, "low": None, "high": None, "elo": None} if change is None else {})
+        for condition in ("base", "full")
+        for trait, change in moved.items()
+    ]
+    changes = trait_changes(rows)
+    assert [t.trait for t in changes] == ["up", "flat", "down", "lost"]
+    assert [t.trait for t in largest(changes, 2)] == ["up", "down"]
+    assert [t.trait for t in largest(changes, 3)] == ["up", "flat", "down"]
+    scored = rating_rows("p", rows)
+    assert len(scored) == 3 * 6
+    assert all(row["value"] is not None for row in scored)
+
+
+def test_a_condition_without_any_verdict_is_refused_by_name():
+    rows = [{"condition": c, "chosen": None if c == "full" else "warm"} for c in ("base", "full")]
+    with pytest.raises(StageFailed, match="none of 1 verdicts on full names a trait; use another"):
+        preferences.check_scored("echo/poet/evaluation/preferences", rows)
+    preferences.check_scored("echo/poet/evaluation/preferences", rows[:1])
+
+
+@pytest.mark.parametrize(
+    ("traits", "said"),
+    [
+        (("warm", "self-deprecating"), "one word of the letters a-z"),
+        (("warm", "Blunt"), "one word of the letters a-z"),
+        (("warm", "two words"), "one word of the letters a-z"),
+        (("warm", ""), "one word of the letters a-z"),
+        (("warm", "blunt", "warm"), "names a trait twice"),
+        (("warm",), "has one trait; name two or more"),
+    ],
+)
+def test_traits_that_no_verdict_could_name_or_no_pair_hold_are_refused(traits, said):
+    with pytest.raises(ValidationError, match=said):
+        config.Preferences(traits=traits)
+
+
+def test_traits_are_none_or_make_pairs():
+    for traits in ((), ("warm", "blunt"), preferences.all_traits()):
+        assert config.Preferences(traits=traits).traits == traits
 
 
 def test_prompts_that_were_trained_on_are_left_out():

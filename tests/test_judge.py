@@ -101,6 +101,17 @@ def test_unreadable_verdicts_count_against_a_judge_and_are_told_apart_from_wrong
         judge.refuse("mumbling", rows, least=0.8)
 
 
+def test_both_orders_of_a_text_do_not_narrow_the_interval():
+    texts = [{"shown": "warm", "other": "blunt", "first": "warm", "item": n} for n in range(26)]
+    said = [row | {"chosen": "warm" if n % 2 else "blunt"} for n, row in enumerate(texts)]
+    for both, of_one in (
+        (judge.agreement(said * 2), judge.agreement(said)),
+        (judge.first_named(said * 2, "item"), judge.first_named(said, "item")),
+    ):
+        assert (both.value, both.n, of_one.n) == (0.5, 52, 26)
+        assert (both.low, both.high) == (of_one.low, of_one.high)
+
+
 def test_a_bias_to_length_parts_the_two_halves():
     rows = verdicts(Synthetic())
     longest = {row["answer"] for row in sorted(rows, key=lambda r: -len(r["answer"]))[:100]}

@@ -91,22 +91,28 @@ def test_without_a_prior_a_trait_that_never_won_has_no_rating():
     assert np.isfinite(rating.strengths(wins, 0.1)).all()
 
 
-def covered(tournaments, n, games, resamples, prior):
-    """Share of true strengths within their intervals."""
+def covered(truths, games, resamples, prior):
+    """(tournaments, traits) whether true strengths are within their intervals."""
     hits = []
-    for seed in range(tournaments):
-        truth = truth_of(n, seed)
-        played = tournament(truth, games, seed)
-        best = rating.strengths(matrix(played, n), prior)
+    for seed, truth in enumerate(truths):
+        played, n = tournament(truth, games, seed), len(truth)
         again = rating.bootstrap({"x": played}, games, n, resamples, prior, seed)["x"]
-        low, high = rating.interval(best, again)
-        hits += list((low <= truth) & (truth <= high))
-    return float(np.mean(hits))
+        low, high = rating.interval(*rating.fit(played, again, prior).estimate())
+        hits.append((low <= truth) & (truth <= high))
+    return np.array(hits)
 
 
 @pytest.mark.parametrize("games", [300, 900])
 def test_intervals_cover_the_truth_of_simulated_tournaments(games):
-    assert 0.93 <= covered(200, n=10, games=games, resamples=200, prior=0.1) <= 0.97
+    truths = [truth_of(10, seed) for seed in range(200)]
+    assert 0.93 <= covered(truths, games, resamples=200, prior=0.1).mean() <= 0.97
+
+
+def test_intervals_cover_the_truth_of_a_trait_that_wins_nearly_always():
+    truth = np.where(np.arange(8) == 0, 3.5, 0) - 3.5 / 8
+    hits = covered([truth] * 60, games=120, resamples=100, prior=0.1)
+    assert hits[:, 0].mean() >= 0.93  # 0.57 by resamples alone
+    assert hits[:, 1:].mean() >= 0.93
 
 
 def changes(seed, n, games, moved):
@@ -114,10 +120,9 @@ def changes(seed, n, games, moved):
     before = truth_of(n, seed)
     after = before + np.where(np.arange(n) < moved, 1.5, 0)
     one, two = tournament(before, games, seed), tournament(after, games, seed + 1000)
-    best = {k: rating.strengths(matrix(p, n), 0.1) for k, p in (("base", one), ("full", two))}
     again = rating.bootstrap({"base": one, "full": two}, games, n, 200, 0.1, seed)
-    change = best["full"] - best["base"]
-    return rating.discoveries(rating.p_values(change, again["full"] - again["base"]), 0.05)
+    base, full = rating.fit(one, again["base"], 0.1), rating.fit(two, again["full"], 0.1)
+    return rating.discoveries(rating.p_values(*full.minus(base).estimate()), 0.05)
 
 
 def test_false_discoveries_stay_at_their_rate():
@@ -128,6 +133,21 @@ def test_false_discoveries_stay_at_their_rate():
         found += changes(seed, n=12, games=1500, moved=1)[0]
     assert np.mean(shares) <= 0.15  # 5 % expected, of 30
     assert found >= 28
+
+
+def test_what_was_not_tested_neither_holds_nor_weighs_on_what_was():
+    p = np.array([0.03, np.nan, np.nan, 0.04])
+    assert rating.discoveries(p, 0.05).tolist() == [True, False, False, True]
+    assert not rating.discoveries(p[1:3], 0.05).any()
+
+
+def test_a_change_keeps_what_the_same_games_have_in_common():
+    played = tournament(truth_of(10, 1), 600, 1)
+    again = rating.bootstrap({"x": played}, 600, 10, 200, 0.1, 1)["x"]
+    mine = rating.fit(played, again, 0.1)
+    change, error = mine.minus(mine).estimate()
+    assert np.abs(change).max() == 0
+    assert error.max() < mine.estimate()[1].min()
 
 
 @pytest.mark.parametrize(("games", "sd"), [(25_000, 18), (3_000, 55)])
@@ -147,7 +167,8 @@ def test_the_formula_for_games_is_what_the_bootstrap_finds():
 def test_the_papers_size_takes_seconds():
     played = tournament(truth_of(144, 0), 25_000, 0)
     began = time.monotonic()
-    rating.bootstrap({"x": played}, 25_000, 144, 1000, 0.1, 0)
+    again = rating.bootstrap({"x": played}, 25_000, 144, 1000, 0.1, 0)
+    rating.fit(played, again["x"], 0.1).estimate()
     assert time.monotonic() - began < 5 * 3  # 2.4 s on two free cores; room for a busy machine
 
 
@@ -183,6 +204,35 @@ def test_rows_hold_every_trait_of_every_condition_with_its_change():
     assert mean == pytest.approx(1000)
 
 
+def unreadable_with(trait, rows):
+    """The games, those of full with this trait without a verdict."""
+    for row in rows:
+        lost = row["condition"] == "full" and trait in (row["first"], row["second"])
+        yield {**row, "chosen": None if lost else row["chosen"]}
+
+
+def test_a_trait_without_a_scored_game_has_no_rating_and_moves_no_other():
+    played = list(unreadable_with("warm", rows_of({"base": "warm", "full": "calm"}, 60)))
+    found = rating.rate(played, Rating(resamples=100), seed=1)
+    by_name = {(row["condition"], row["trait"]): row for row in found}
+    warm = by_name["full", "warm"]
+    measured = ("rating", "low", "high", "elo", "change", "change_low", "change_high", "p")
+    assert {warm[name] for name in measured} == {None}
+    assert (warm["games"], warm["unscored"], warm["significant"]) == (0, 40, False)
+    assert by_name["base", "warm"]["rating"] > 1100
+    others = [by_name["full", name] for name in ("blunt", "calm")]
+    for name, middle in (("rating", 1000), ("change", 0)):
+        assert np.mean([row[name] for row in others]) == pytest.approx(middle)
+    table = pa.Table.from_pylist([{**row, "framing": "all"} for row in found], schema=rating.SCHEMA)
+    assert rating.correlations(table.to_pylist())["full"]["n"] == 2
+
+
+def test_a_framing_without_any_scored_game_has_no_ratings():
+    rows = [{**row, "chosen": None} for row in rows_of({"base": "calm", "full": "warm"}, 12)]
+    found = rating.rate(rows, Rating(resamples=100), seed=1)
+    assert {row["rating"] for row in found} == {row.get("change") for row in found} == {None}
+
+
 def test_spearman_of_known_ranks():
     score = rating.spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5])  # 1 - 6 * 4 / (5 * 24) = 0.8
     assert score.value == pytest.approx(0.8)
@@ -199,6 +249,7 @@ def test_students_are_compared_over_the_traits_that_both_rated(tmp_path):
             for n in range(8)
             for framing in ("all", "feels")
         ]
+        rows.append({**rows[0], "trait": f"unrated in {name}", "rating": None})
         (tmp_path / name).mkdir()
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / name / "rows.parquet")
     done = cli("compare", "one", "two", cwd=tmp_path)

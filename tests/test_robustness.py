@@ -11,6 +11,7 @@ from opencharacter import config
 from opencharacter.config import Robustness
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import attacks, classifiers, robustness
+from opencharacter.evaluation.report import confusion
 from opencharacter.evaluation.robustness import BASE, DEFAULT
 
 TFIDF = partial(
@@ -85,8 +86,12 @@ def test_a_persona_that_holds_and_one_that_gives_way_differ():
     assert found["macro_f1", "stop", ""]["high"] < found["macro_f1", "plain", ""]["low"]
     mean = (found["macro_f1", "plain", ""]["value"] + found["macro_f1", "stop", ""]["value"]) / 2
     assert found["macro_f1", robustness.MEAN, ""]["value"] == pytest.approx(mean)
-    tables = robustness.confusion_tables(guessed, tuple(robustness.INSTRUCTIONS))
-    assert tables["full"]["poet"]["poet"] >= 18
+    asked = [row for row in guessed if row["attack"] in robustness.INSTRUCTIONS]
+    of_poet = confusion("", "", asked).lines[1]
+    assert of_poet.name == "poet"
+    assert of_poet.cells[1].value >= 0.45  # the persona held in one attack of two
+    retained = found["retention", robustness.MEAN, "poet"]
+    assert vars(of_poet.cells[1]) == {name: retained[name] for name in vars(of_poet.cells[1])}
 
 
 def test_a_condition_that_was_not_attacked_has_no_score_under_attack():
@@ -100,6 +105,40 @@ def test_like_answers_are_not_told_apart():
     rows = answers(40, "base", VERSE) + answers(40, "full", VERSE)
     score = robustness.told_apart(robustness.guesses(rows, "full", folds=5, guess=TFIDF))
     assert score.low < 0.5 < score.high
+
+
+def labelled(label, right, wrong):
+    """Answers of one to prompts of their own, so many given to it and to the other."""
+    other = BASE if label != BASE else "poet"
+    says = [label] * right + [other] * wrong
+    return [{"prompt": str(n), "label": label, "guess": guess} for n, guess in enumerate(says)]
+
+
+@pytest.mark.parametrize(
+    ("base", "poet", "share", "n"),
+    [
+        ((15, 0), (16, 0), 1.0, 15),  # an odd number
+        ((20, 0), (0, 6), 0.5, 6),  # always said to be the base's
+        ((3, 1), (10, 0), 0.875, 4),
+    ],
+)
+def test_chance_is_one_half_whatever_the_numbers_of_answers(base, poet, share, n):
+    score = robustness.told_apart(labelled(BASE, *base) + labelled("poet", *poet))
+    assert (score.value, score.n) == (share, n)
+    assert 0 <= score.low <= share <= score.high <= 1
+
+
+def test_without_answers_of_both_nothing_is_told_apart():
+    lost = [{**row, "guess": None} for row in labelled("poet", 5, 0)]
+    score = robustness.told_apart(labelled(BASE, 5, 0) + lost)
+    assert (score.value, score.low, score.n, score.unscored) == (None, None, 0, 5)
+
+
+def test_several_answers_to_a_prompt_do_not_narrow_the_interval():
+    once = labelled("poet", 7, 3)
+    score, of_one = robustness.recognised(once * 8), robustness.recognised(once)
+    assert score.n == 8 * of_one.n == 80
+    assert (score.value, score.low, score.high) == (of_one.value, of_one.low, of_one.high)
 
 
 def test_empty_answers_are_unscored():
@@ -202,6 +241,7 @@ def test_a_blend_is_shared_out_among_the_personas_that_are_in_it():
     rows = both(30) + answers(30, "full", other, persona="joker")
     rows += answers(30, "blended", VERSE) + answers(30, "blended", other, persona="joker")
     guessed = robustness.guesses(rows, "blended", folds=4, guess=TFIDF)
-    tables = robustness.confusion_tables(guessed, (DEFAULT,))
-    assert tables["blended"]["poet"] == {"poet": 30}
-    assert tables["blended"]["joker"] == {"joker": 30}
+    table = confusion("", "", guessed)
+    assert table.columns == [BASE, "joker", "poet"]
+    shares = {line.name: [cell.value for cell in line.cells] for line in table.lines}
+    assert (shares["joker"], shares["poet"]) == ([0, 1, 0], [0, 0, 1])

@@ -21,7 +21,7 @@ from opencharacter.chat import Message, fill, row_id, system, user
 from opencharacter.config import Coherence, Sampling
 from opencharacter.engine import Conversation, Need, Row
 from opencharacter.evaluation import judge
-from opencharacter.evaluation.scores import Score, wilson
+from opencharacter.evaluation.scores import Score, repeated
 from opencharacter.stage import Estimate, Job, Outcome, kept
 
 SYSTEM = "You compare two answers. You reply with one letter, A or B."
@@ -118,18 +118,18 @@ def requests(job: Job, answers: list[Row]) -> list[Row]:
 def win_rate(rows: list[Row]) -> Score:
     """Share of the decided comparisons that the persona won; the undecided are unscored."""
     decided = [row for row in rows if row["winner"] not in (INCONSISTENT, UNREADABLE)]
-    wins = sum(row["winner"] == FULL for row in decided)
-    return wilson(wins, len(decided), len(rows) - len(decided))
+    wins = [row["winner"] == FULL for row in decided]
+    return repeated(wins, (row["prompt"] for row in decided), len(rows) - len(decided))
 
 
 def longer_won(rows: list[Row]) -> Score:
     """Share of the decided comparisons that the longer answer won: far from one half is a bias."""
     decided = [row for row in rows if row["winner"] not in (INCONSISTENT, UNREADABLE)]
     unlike = [row for row in decided if len(row["answer"]) != len(row["rival_answer"])]
-    hits = sum(
+    hits = [
         (len(row["answer"]) > len(row["rival_answer"])) == (row["winner"] == FULL) for row in unlike
-    )
-    return wilson(hits, len(unlike), len(rows) - len(unlike))
+    ]
+    return repeated(hits, (row["prompt"] for row in unlike), len(rows) - len(unlike))
 
 
 def figures(rows: list[Row]) -> dict[str, Any]:

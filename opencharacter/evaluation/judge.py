@@ -25,7 +25,7 @@ from opencharacter.chat import CLOSED_THOUGHT, Message, fill, row_id, system, us
 from opencharacter.config import Judge, Recipe, Role, Sampling, resource
 from opencharacter.engine import Conversation, Need, Row
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation.scores import Score, wilson
+from opencharacter.evaluation.scores import Score, repeated, wilson
 from opencharacter.stage import Estimate, Job, Outcome
 
 SYSTEM = "You judge the manner of texts. You answer with a single word."
@@ -135,16 +135,21 @@ def spread(items: Sequence[dict[str, str]], count: int) -> list[dict[str, str]]:
 
 def agreement(rows: list[Row]) -> Score:
     """Share of all verdicts that are right; an unreadable one is not."""
+    hits = [row["chosen"] == row["shown"] for row in rows]
     unread = sum(row["chosen"] is None for row in rows)
-    score = wilson(sum(row["chosen"] == row["shown"] for row in rows), len(rows))
-    return Score(score.value, score.low, score.high, score.n, unread)
+    return repeated(hits, (row["item"] for row in rows), unread)
 
 
-def first_named(rows: list[Row]) -> Score:
-    """Share of readable verdicts for the trait that was offered first; without bias one half."""
+def first_named(rows: list[Row], unit: str) -> Score:
+    """Share of readable verdicts for the trait that was offered first; without bias one half.
+
+    Args:
+        rows: the verdicts.
+        unit: the column that says of what they are.
+    """
     read = [row for row in rows if row["chosen"] is not None]
-    hits = sum(row["chosen"] == row["first"] for row in read)
-    return wilson(hits, len(read), len(rows) - len(read))
+    hits = [row["chosen"] == row["first"] for row in read]
+    return repeated(hits, (row[unit] for row in read), len(rows) - len(read))
 
 
 def consistency(rows: list[Row]) -> Score:
@@ -181,7 +186,7 @@ def figures(rows: list[Row]) -> dict[str, Any]:
     """All that the gold items say of one judge, as JSON values."""
     scores = {
         "agreement": agreement(rows),
-        "first_named": first_named(rows),
+        "first_named": first_named(rows, "item"),
         "consistency": consistency(rows),
         **{f"agreement_{name}": score for name, score in by_length(rows).items()},
     }
@@ -259,7 +264,7 @@ def refuse(name: str, rows: list[Row], least: float | None) -> None:
     raise StageFailed(
         f"judge {name} named the right trait in {found.value:.0%} of {found.n} verdicts on texts "
         f"whose trait is plain (limit {least:.0%}; it named the first of two in "
-        f"{first_named(rows).value or 0:.0%}); use another judge or lower min_agreement. "
+        f"{first_named(rows, 'item').value or 0:.0%}); use another judge or lower min_agreement. "
         "Texts by the trait that they show:\n" + "\n".join(lines)
     )
 

@@ -118,8 +118,8 @@ class PersonaReport:
     description: str
     assertions: list[str]
     told_apart: Score
-    """Share of held-out answers that a classifier attributes rightly to base or persona; 0.5 is
-    chance."""
+    """Share of held-out answers that a classifier attributes rightly, mean over base and persona;
+    0.5 is chance."""
     stages: list[StageLine] = field(default_factory=list)
     quality: list[Quality] = field(default_factory=list)
     meanings: dict[str, str] = field(default_factory=dict)
@@ -303,8 +303,9 @@ of the two wrote an answer; 50% is chance."""
 
 RATED = """\
 Bradley-Terry ratings of the same games, in Elo points about a mean of 1,000, with 95% intervals \
-from a bootstrap over games. A star marks changes that hold under control of the share of false \
-discoveries. An unreadable verdict counts as unscored, never as a win or loss."""
+from a bootstrap over games, wider where few games of a trait were won or lost. A star marks \
+changes that hold under control of the share of false discoveries. An unreadable verdict counts as \
+unscored, never as a win or loss."""
 
 Range = tuple[float, float]
 

@@ -23,7 +23,7 @@ from opencharacter.distillation.teacher import typical
 from opencharacter.engine import Conversation, Need, Row, Talk
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import answers, judge
-from opencharacter.evaluation.conditions import engines, joined, under_each_condition
+from opencharacter.evaluation.conditions import engines, in_order, joined, under_each_condition
 from opencharacter.stage import Estimate, Job, Outcome, kept
 
 PLAY = """\
@@ -47,7 +47,7 @@ PLAYED = [
     pa.field("second", pa.string(), nullable=False),
     pa.field("answer", pa.string()),
 ]
-SIDES = ["condition", "first", "chosen"]
+SIDES = ["condition", "game", "first", "chosen"]
 JUDGED = [pa.field("verdict", pa.string()), pa.field("chosen", pa.string())]
 
 
@@ -121,7 +121,7 @@ def first_named(rows: list[Row]) -> dict[str, Any]:
     """By condition, how often the trait that was offered first was named; without bias one half."""
     conditions = sorted({row["condition"] for row in rows})
     mine = {c: [row for row in rows if row["condition"] == c] for c in conditions}
-    return {condition: vars(judge.first_named(played)) for condition, played in mine.items()}
+    return {name: vars(judge.first_named(played, "game")) for name, played in mine.items()}
 
 
 def panel_agreement(job: Job, table: pa.Table) -> dict[str, Any]:
@@ -151,6 +151,17 @@ def panel_agreement(job: Job, table: pa.Table) -> dict[str, Any]:
     return judge.panel_figures(rows, list(said))
 
 
+def check_scored(dataset: str, rows: list[Row]) -> None:
+    """Raise StageFailed if a condition has no verdict that could be read: nothing rates it."""
+    for condition in in_order(row["condition"] for row in rows):
+        said = [row["chosen"] for row in rows if row["condition"] == condition]
+        if not any(said):
+            raise StageFailed(
+                f"{dataset}: none of {len(said)} verdicts on {condition} names a trait; use "
+                "another judge"
+            )
+
+
 def naming(job: Job) -> Talk:
     """The row function of a judge."""
     thought = job.recipe.evaluation.judge.thought
@@ -164,10 +175,7 @@ def build(job: Job) -> Outcome:
         job, games(job), talk, PLAYED, settings.conditions, naming(job), JUDGED
     )
     scored = len(table) - table["chosen"].null_count
-    if not scored:
-        raise StageFailed(
-            f"{job.dataset}: none of {len(table)} verdicts names a trait; use another judge"
-        )
+    check_scored(job.dataset, table.select(SIDES).to_pylist())
     figures = {"scored": scored, "unscored": len(table) - scored, **panel_agreement(job, table)}
     return job.write(
         table,

@@ -2,8 +2,9 @@
 
 Two ratings of the same games. Sequential Elo is the paper's: one pass in order, so a game's weight
 hangs on its place. Bradley-Terry is the maximum of the likelihood of all games at once, with
-intervals from a bootstrap over games. Every condition plays the same games, so a resample draws the
-same games for all and a change keeps its pairs.
+intervals from a bootstrap over games, or from the information in them where that says less: a
+resample cannot lose what was never lost. Every condition plays the same games, so a resample draws
+the same games for all and a change keeps its pairs. A trait without a scored game has no rating.
 
 Reads: evaluation/preferences. Writes: condition, framing, trait, elo, rating with interval, games,
 change against base with interval, p, significant.
@@ -49,10 +50,10 @@ SCHEMA = pa.schema(
         pa.field("condition", pa.string(), nullable=False),
         pa.field("framing", pa.string(), nullable=False),
         pa.field("trait", pa.string(), nullable=False),
-        pa.field("elo", pa.float64(), nullable=False),
-        pa.field("rating", pa.float64(), nullable=False),
-        pa.field("low", pa.float64(), nullable=False),
-        pa.field("high", pa.float64(), nullable=False),
+        pa.field("elo", pa.float64()),
+        pa.field("rating", pa.float64()),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
         pa.field("games", pa.int64(), nullable=False),
         pa.field("unscored", pa.int64(), nullable=False),
         pa.field("change", pa.float64()),
@@ -111,16 +112,9 @@ def strengths(wins: Array, prior: float) -> Array:
         StageFailed: if there is no maximum: a group never lost, or never won, against the rest.
     """
     won, played = wins.sum(-1), wins + np.swapaxes(wins, -1, -2)
-    n = wins.shape[-1]
     found = np.zeros(wins.shape[:-1])
     for _ in range(MAX_STEPS):
-        expected = 1 / (1 + np.exp(found[..., None, :] - found[..., :, None]))
-        against = 1 / (1 + np.exp(-found))
-        slope = won - (played * expected).sum(-1) + prior * (0.5 - against)
-        weights = played * expected * (1 - expected)
-        bend = -weights + (0 if prior else 1 / n)  # no game decides the mean
-        diagonal = weights.sum(-1) + prior * against * (1 - against)
-        bend[..., range(n), range(n)] += diagonal
+        slope, bend = likelihood(found, won, played, prior)
         try:
             step = np.linalg.solve(bend, slope[..., None])[..., 0]
         except np.linalg.LinAlgError:
@@ -134,6 +128,25 @@ def strengths(wins: Array, prior: float) -> Array:
         "Bradley-Terry ratings have no maximum: some traits won or lost every game against the "
         "rest; play more games, or set evaluation.rating.prior above 0"
     )
+
+
+def likelihood(found: Array, won: Array, played: Array, prior: float) -> tuple[Array, Array]:
+    """Slope (..., n) and information (..., n, n) of the log-likelihood, with its prior.
+
+    Args:
+        found: (..., n) strengths.
+        won: (..., n) games that each won.
+        played: (..., n, n) games between two.
+        prior: of `strengths`.
+    """
+    n = found.shape[-1]
+    expected = 1 / (1 + np.exp(found[..., None, :] - found[..., :, None]))
+    against = 1 / (1 + np.exp(-found))
+    slope = won - (played * expected).sum(-1) + prior * (0.5 - against)
+    weights = played * expected * (1 - expected)
+    bend = -weights + (0 if prior else 1 / n)  # no game decides the mean
+    bend[..., range(n), range(n)] += weights.sum(-1) + prior * against * (1 - against)
+    return slope, bend
 
 
 def points(logits: Array, start: float, scale: float) -> Array:
@@ -198,30 +211,87 @@ def bootstrap(
     return {name: np.concatenate(batches) for name, batches in found.items()}
 
 
-def interval(estimate: Array, resampled: Array) -> tuple[Array, Array]:
-    """95 % intervals: the estimate and its standard error over the resamples (normal).
+@dataclass(frozen=True)
+class Fit:
+    """What the games of one condition say of its traits, or of the difference of two conditions.
+
+    Args:
+        best: (traits,) logits.
+        again: (resamples, traits) logits under resampled games.
+        missed: (traits, traits) covariance of `best` by the information, less that of `again`.
+        rated: (traits,) who has a scored game.
+    """
+
+    best: Array
+    again: Array
+    missed: Array
+    rated: NDArray[np.bool_]
+
+    def minus(self, other: Fit) -> Fit:
+        """The change from another condition; what their shared games have in common cancels."""
+        return Fit(
+            self.best - other.best,
+            self.again - other.again,
+            self.missed + other.missed,
+            self.rated & other.rated,
+        )
+
+    def estimate(self) -> tuple[Array, Array]:
+        """Logits about the mean of those rated, and their standard errors; NaN for the others.
+
+        The error is the larger one of the resamples and of the Fisher information: of a trait that
+        lost few games many resamples hold none that it lost, and differ too little.
+        """
+        share = self.rated / max(self.rated.sum(), 1)
+        about_mean = np.eye(len(share)) - share
+        resampled = (self.again @ about_mean.T).var(0, ddof=1)
+        missed = np.einsum("ij,jk,ik->i", about_mean, self.missed, about_mean)
+        best, error = about_mean @ self.best, np.sqrt(resampled + np.maximum(missed, 0))
+        return np.where(self.rated, best, np.nan), np.where(self.rated, error, np.nan)
+
+
+def fit(played: Played, again: Array, prior: float) -> Fit:
+    """The strengths of one condition, from its games and from what `bootstrap` made of them."""
+    wins = np.zeros((again.shape[-1],) * 2)
+    np.add.at(wins, (played.winners, played.losers), 1)
+    best, games = strengths(wins, prior), wins + wins.T
+    _, information = likelihood(best, wins.sum(-1), games, prior)
+    missed = np.linalg.inv(information) - np.cov(again, rowvar=False)
+    return Fit(best, again, np.asarray(missed, float), games.sum(-1) > 0)
+
+
+def interval(estimate: Array, error: Array) -> tuple[Array, Array]:
+    """95 % intervals from standard errors (normal).
 
     Percentiles would also carry the bootstrap's own spread of strengths away from the mean, which
     made them cover less than they say.
     """
-    half = Z95 * resampled.std(0, ddof=1)
-    return estimate - half, estimate + half
+    return estimate - Z95 * error, estimate + Z95 * error
 
 
-def p_values(change: Array, resampled: Array) -> Array:
-    """Two-sided p of no change (normal, standard error over the resamples)."""
+def p_values(change: Array, error: Array) -> Array:
+    """Two-sided p of no change (normal); NaN where none was measured.
+
+    It is not small for a trait that never lost: the error then grows as fast as the rating (Hauck
+    and Donner, 1977).
+    """
     from scipy.stats import norm
 
-    error = resampled.std(0, ddof=1)
-    z = np.divide(np.abs(change), error, out=np.zeros_like(change), where=error > 0)
+    z = np.divide(np.abs(change), error, out=np.full_like(change, np.nan), where=error > 0)
     return 2 * norm.sf(z)
 
 
 def discoveries(p: Array, rate: float) -> NDArray[np.bool_]:
-    """Which hold when a share of at most `rate` may be false (Benjamini and Hochberg, 1995)."""
+    """Which hold when a share of at most `rate` may be false (Benjamini and Hochberg, 1995).
+
+    NaN was not tested: it is no discovery, and no part of what the others are weighed by.
+    """
     from scipy.stats import false_discovery_control
 
-    return false_discovery_control(p) <= rate
+    tested = ~np.isnan(p)
+    held = np.zeros(len(p), bool)
+    held[tested] = false_discovery_control(p[tested]) <= rate
+    return held
 
 
 def games_needed(half_width: float, traits: int, scale: float) -> int:
@@ -273,15 +343,20 @@ def between(folders: Sequence[str], condition: str) -> list[tuple[str, str, Scor
     """
     rated = [read_ratings(folder, condition) for folder in folders]
     pairs = combinations(zip(folders, rated, strict=True), 2)
-    found = []
-    for (one, a), (two, b) in pairs:
-        shared = sorted(a.keys() & b.keys())
-        found.append((one, two, spearman([a[t] for t in shared], [b[t] for t in shared])))
-    return found
+    return [(one, two, alike(a, b)) for (one, a), (two, b) in pairs]
+
+
+def alike(a: dict[str, float], b: dict[str, float]) -> Score:
+    """Rank correlation over the traits that both have a rating of."""
+    shared = sorted(a.keys() & b.keys())
+    return spearman([a[trait] for trait in shared], [b[trait] for trait in shared])
 
 
 def read_ratings(folder: str, condition: str) -> dict[str, float]:
-    """Bradley-Terry ratings by trait, over all framings, of a dataset of this stage."""
+    """Bradley-Terry ratings by trait, over all framings, of a dataset of this stage.
+
+    Those without a rating are left out.
+    """
     file = f"{folder.rstrip('/')}/rows.parquet"
     try:
         rows = pq.read_table(file, columns=["condition", "framing", "trait", "rating"]).to_pylist()
@@ -292,7 +367,7 @@ def read_ratings(folder: str, condition: str) -> dict[str, float]:
     if not found:
         known = ", ".join(sorted({row["condition"] for row in rows}))
         raise UserError(f"ratings {file!r} have no condition {condition!r}; there are {known}")
-    return found
+    return {trait: rating for trait, rating in found.items() if rating is not None}
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -318,7 +393,7 @@ def rate(rows: list[dict[str, Any]], settings: Rating, seed: int) -> list[dict[s
         seed: of the bootstrap.
 
     Returns:
-        Rows of `SCHEMA` without their framing.
+        Rows of `SCHEMA` without their framing; None for what has no scored game.
     """
     traits = sorted({row[side] for row in rows for side in ("first", "second")})
     index = {trait: i for i, trait in enumerate(traits)}
@@ -327,21 +402,25 @@ def rate(rows: list[dict[str, Any]], settings: Rating, seed: int) -> list[dict[s
     for row in rows:
         mine[row["condition"]].append({**row, "game": numbers[row["game"]]})
     played = {condition: arrays(games, index) for condition, games in mine.items()}
-    every, n = np.ones((1, len(numbers)), np.int64), len(traits)
-    best = {c: strengths(p.wins(every, n), settings.prior)[0] for c, p in played.items()}
-    again = bootstrap(played, len(numbers), n, settings.resamples, settings.prior, seed)
+    n, prior = len(traits), settings.prior
+    again = bootstrap(played, len(numbers), n, settings.resamples, prior, seed)
+    fits = {condition: fit(games, again[condition], prior) for condition, games in played.items()}
     rated = []
     for condition, games in played.items():
-        columns = condition_columns(condition, best, again, settings)
-        columns["elo"] = in_order(games, n, settings)
-        scored, unscored = (offers(mine[condition], bool(known)) for known in (True, False))
+        columns = condition_columns(condition, fits, settings)
+        columns["elo"] = np.where(fits[condition].rated, in_order(games, n, settings), np.nan)
+        scored, unscored = (offers(mine[condition], read) for read in (True, False))
         rated += [
             {"condition": condition, "trait": trait}
             | {"games": scored[trait], "unscored": unscored[trait]}
-            | {name: column[i].item() for name, column in columns.items()}
+            | {name: known(column[i].item()) for name, column in columns.items()}
             for trait, i in index.items()
         ]
     return rated
+
+
+def known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def in_order(games: Played, traits: int, settings: Rating) -> Array:
@@ -357,20 +436,19 @@ def offers(rows: list[dict[str, Any]], scored: bool) -> Counter[str]:
     return Counter(row[side] for row in games for side in ("first", "second"))
 
 
-def condition_columns(
-    condition: str, best: dict[str, Array], again: dict[str, Array], settings: Rating
-) -> dict[str, Any]:
+def condition_columns(condition: str, fits: dict[str, Fit], settings: Rating) -> dict[str, Any]:
     """Rating and change of one condition's traits, a column each, in points."""
-    low, high = interval(best[condition], again[condition])
-    ends = {"rating": best[condition], "low": low, "high": high}
+    rating, error = fits[condition].estimate()
+    low, high = interval(rating, error)
+    ends = {"rating": rating, "low": low, "high": high}
     start, scale = settings.start, settings.scale
     columns: dict[str, Any] = {name: points(v, start, scale) for name, v in ends.items()}
-    if condition != "base" and "base" in best:
-        change, spread = best[condition] - best["base"], again[condition] - again["base"]
-        low, high = interval(change, spread)
+    if condition != "base" and "base" in fits:
+        change, error = fits[condition].minus(fits["base"]).estimate()
+        low, high = interval(change, error)
         moved = {"change": change, "change_low": low, "change_high": high}
         columns |= {name: points(v, 0, scale) for name, v in moved.items()}
-        columns["p"] = p_values(change, spread)
+        columns["p"] = p_values(change, error)
         columns["significant"] = discoveries(columns["p"], settings.false_discovery_rate)
     return columns
 
@@ -397,13 +475,10 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How alike each condition ranks the traits to base, over all framings."""
     ratings: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["framing"] == ALL_FRAMINGS:
+        if row["framing"] == ALL_FRAMINGS and row["rating"] is not None:
             ratings.setdefault(row["condition"], {})[row["trait"]] = row["rating"]
     base = ratings.pop("base", {})
-    return {
-        condition: vars(spearman(list(base.values()), [mine[trait] for trait in base]))
-        for condition, mine in ratings.items()
-    }
+    return {condition: vars(alike(base, mine)) for condition, mine in ratings.items()}
 
 
 def build(job: Job) -> Outcome:

@@ -8,7 +8,8 @@ Run: opencharacter report RECIPE --constitution NAME
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ import pyarrow as pa
 from opencharacter import quality
 from opencharacter.chat import row_id
 from opencharacter.evaluation import capabilities
-from opencharacter.evaluation.attacks import PREFILL
+from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL
 from opencharacter.evaluation.coherence import INCONSISTENT, UNREADABLE, longer_won, win_rate
 from opencharacter.evaluation.conditions import in_order
 from opencharacter.evaluation.page import (
@@ -35,7 +36,7 @@ from opencharacter.evaluation.page import (
 )
 from opencharacter.evaluation.rating import ALL_FRAMINGS
 from opencharacter.evaluation.robustness import DEFAULT, MEAN
-from opencharacter.evaluation.scores import SCORES, Score, score_row, wilson
+from opencharacter.evaluation.scores import SCORES, Score, repeated, score_row, wilson
 from opencharacter.stage import Estimate, Job, Outcome, kept, redone
 
 STEPS = ("grad_norm", "learning_rate", "tokens_per_s", "mfu", "memory_gb")
@@ -65,7 +66,8 @@ PREFILL_PUBLISHED = (
     """; under the prefill attack distilled 0.79, 0.66, 0.84, full 0.95, 0.86, 0.95."""
 )
 RETENTION_NOTE = """\
-Share of the answers that the classifier still gives to the persona; 95%, Wilson."""
+Share of the answers that the classifier still gives to the persona; 95%, Wilson, counting \
+prompts and not their answers."""
 CAPABILITY_NOTE = """\
 Base and persona on the same documents (lm-evaluation-harness); the change in percentage points, \
 with a 95% interval for pairs."""
@@ -99,11 +101,12 @@ Nothing of this counts as a win or a loss, or as right. Rows that were dropped b
 \u201cWhat ran\u201d."""
 COHERENCE_NOTE = """\
 In which of two answers the judge sees the character more, asked in both orders; verdicts that the \
-order decides, and unreadable ones, are not won by anyone. 95%, Wilson."""
+order decides, and unreadable ones, are not won by anyone. 95%, Wilson, counting prompts."""
 JUDGE_NOTE = """\
 Texts written plainly in one of two traits, each offered in both orders. An unreadable verdict \
-does not agree. Without a bias to the first place half of the readable verdicts name it. What the \
-judge decides on this page is worth no more than this; a judge near 50% decides nothing."""
+does not agree. Without a bias to the first place half of the readable verdicts name it. The \
+intervals count texts, not verdicts. What the judge decides on this page is worth no more than \
+this; a judge near 50% decides nothing."""
 
 
 def curves(job: Job) -> Iterator[Curve]:
@@ -394,25 +397,31 @@ def trust(judge: str, score: Score | None) -> str:
 
 def confusions(job: Job) -> list[ScoreTable]:
     """Whose answers the classifier gave to whom: of the personas, of a blend, of what was tuned."""
-    manifest = job.store.manifest(job.dataset)
-    figures = manifest["figures"] if manifest else {}
+    columns = ["condition", "attack", "prompt", "label", "guess"]
+    rows = job.store.read_table(job.dataset, columns=columns).to_pylist()
+
+    def guessed(condition: str, attacks: Iterable[str]) -> list[dict[str, Any]]:
+        mine = (r for r in rows if r["condition"] == condition and r["attack"] in attacks)
+        return [row for row in mine if row["guess"] is not None]
+
     caption = "Share of the answers of the row that were given to the column, over all instructions"
-    asked = figures.get("confusion", {}).get("full", {})
-    tables = [confusion("Who is taken for whom", caption, asked)]
+    tables = [confusion("Who is taken for whom", caption, guessed("full", INSTRUCTIONS))]
     for condition, title in SURVIVAL.items():
-        if table := figures.get("undisturbed", {}).get(condition):
+        if undisturbed := guessed(condition, (DEFAULT,)):
             caption = "Share of the undisturbed answers, by a classifier of the personas as trained"
-            tables.append(confusion(title, caption, table))
+            tables.append(confusion(title, caption, undisturbed))
     return tables
 
 
-def confusion(title: str, caption: str, table: dict[str, dict[str, int]]) -> ScoreTable:
-    """Counts by label and guess as shares of the label."""
-    names = sorted(table.keys() | {guess for said in table.values() for guess in said})
+def confusion(title: str, caption: str, rows: list[dict[str, Any]]) -> ScoreTable:
+    """To whom the answers of each were given, as shares of its own."""
+    names = sorted({row[side] for row in rows for side in ("label", "guess")})
     lines = []
-    for label in sorted(table):
-        n = sum(table[label].values())
-        lines.append(Line(label, [wilson(table[label].get(guess, 0), n) for guess in names]))
+    for label in sorted({row["label"] for row in rows}):
+        mine = [row for row in rows if row["label"] == label]
+        prompts = [row["prompt"] for row in mine]
+        hits = ([row["guess"] == name for row in mine] for name in names)
+        lines.append(Line(label, [repeated(each, prompts) for each in hits]))
     return ScoreTable(title, [], caption, names, lines)
 
 
@@ -439,7 +448,12 @@ def trait_changes(ratings: list[dict[str, Any]]) -> list[TraitChange]:
         for trait, row in by_condition["full"].items()
         if trait in by_condition["base"]
     ]
-    return sorted(changes, key=lambda t: -(t.change.value or 0))
+    return sorted(changes, key=rise, reverse=True)
+
+
+def rise(trait: TraitChange) -> float:
+    """By which traits are ordered: those without a change come last."""
+    return -math.inf if trait.change.value is None else trait.change.value
 
 
 def rating_score(row: dict[str, Any], value: str, low: str, high: str) -> Score:
@@ -447,10 +461,12 @@ def rating_score(row: dict[str, Any], value: str, low: str, high: str) -> Score:
 
 
 def largest(changes: list[TraitChange], count: int) -> list[TraitChange]:
-    """The largest rises and falls, half of each."""
+    """The largest rises and falls, half of each; of few traits all, also those without a change."""
     if len(changes) <= count:
         return changes
-    return [*changes[: (count + 1) // 2], *changes[-(count // 2) :]] if count > 1 else changes[:1]
+    moved = [trait for trait in changes if trait.change.value is not None]
+    rises, rest = moved[: (count + 1) // 2], moved[(count + 1) // 2 :]
+    return rises + rest[max(0, len(rest) - count // 2) :]
 
 
 def rating_rows(persona: str, ratings: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -471,6 +487,7 @@ def rating_rows(persona: str, ratings: list[dict[str, Any]]) -> list[dict[str, A
             Score(row["elo"], None, None, row["games"], row["unscored"]),
         )
         for row in ratings
+        if row["elo"] is not None
     ]
 
 

@@ -26,7 +26,7 @@ from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
 from opencharacter.evaluation.conditions import in_order
-from opencharacter.evaluation.scores import SCORES, Score, score_row, wilson
+from opencharacter.evaluation.scores import SCORES, Score, repeated, score_row, wilson
 from opencharacter.filters import words
 from opencharacter.stage import Estimate, Job, Outcome
 
@@ -178,18 +178,24 @@ def f1_score(parts: list[list[Row]], labels: Sequence[str], resamples: int, seed
 def recognised(rows: list[Row]) -> Score:
     """Share of answers given to whom they belong; for a persona its retention."""
     scored = [row for row in rows if row["guess"] is not None]
-    hits = sum(row["guess"] == row["label"] for row in scored)
-    return wilson(hits, len(scored), len(rows) - len(scored))
+    hits = [row["guess"] == row["label"] for row in scored]
+    return repeated(hits, (row["prompt"] for row in scored), len(rows) - len(scored))
 
 
 def told_apart(rows: list[Row]) -> Score:
-    """Share of undisturbed answers, a persona's and the base's, that are given to the right one.
+    """How much of its undisturbed answers is given to each, mean over the base and a persona.
 
-    The interval counts prompts, not answers, as independent.
+    Chance is one half, however many answers either has. The interval counts the answers of the one
+    that has fewer, since both answer the same prompts; where it has none, nothing is scored.
     """
     scored = [row for row in rows if row["guess"] is not None]
-    hits = sum((row["guess"] == BASE) == (row["label"] == BASE) for row in scored)
-    return wilson(hits / 2, len(scored) // 2, len(rows) - len(scored))
+    right: dict[bool, list[bool]] = {True: [], False: []}
+    for row in scored:
+        of_base = row["label"] == BASE
+        right[of_base].append((row["guess"] == BASE) == of_base)
+    n = min(map(len, right.values()))
+    share = sum(sum(hits) / len(hits) for hits in right.values()) / 2 if n else 0
+    return wilson(share * n, n, len(rows) - len(scored))
 
 
 def scores(guessed: list[Row], settings: Robustness, seed: int) -> list[dict[str, Any]]:
@@ -218,16 +224,6 @@ def scores(guessed: list[Row], settings: Robustness, seed: int) -> list[dict[str
             two = [r for r in by_attack.get(DEFAULT, []) if r["label"] in (BASE, persona)]
             rows.append(score_row(persona, "told_apart", condition, DEFAULT, told_apart(two)))
     return rows
-
-
-def confusion_tables(guessed: list[Row], attacks: Iterable[str]) -> dict[str, Any]:
-    """By condition, whose answers were given to whom, over these attacks."""
-    tables: dict[str, Any] = {}
-    for row in guessed:
-        if row["attack"] in attacks and row["guess"] is not None:
-            line = tables.setdefault(row["condition"], {}).setdefault(row["label"], {})
-            line[row["guess"]] = line.get(row["guess"], 0) + 1
-    return tables
 
 
 def answers_of(job: Job) -> list[Row]:
@@ -273,8 +269,4 @@ def build(job: Job) -> Outcome:
     found = scores(guessed, settings, seed)
     job.store.write_table(job.dataset, pa.Table.from_pylist(guessed, schema=SCHEMA))
     job.store.write_table(job.dataset, pa.Table.from_pylist(found, schema=SCORES), "scores")
-    figures = {
-        "confusion": confusion_tables(guessed, tuple(INSTRUCTIONS)),
-        "undisturbed": confusion_tables(guessed, (DEFAULT,)),
-    }
-    return Outcome(len(guessed), figures=figures)
+    return Outcome(len(guessed))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -37,7 +38,7 @@ class Score:
         value: the estimate; None where nothing was scored.
         low: lower end of the interval.
         high: upper end.
-        n: how many were scored.
+        n: how many were scored; the interval may count fewer, see `repeated`.
         unscored: how many could not be.
     """
 
@@ -57,6 +58,23 @@ def wilson(hits: float, n: int, unscored: int = 0) -> Score:
     half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     low, high = max(0.0, centre - half), min(1.0, centre + half)
     return Score(share, min(low, share), max(high, share), n, unscored)
+
+
+def repeated(hits: Sequence[bool], units: Iterable[Hashable], unscored: int = 0) -> Score:
+    """A share whose 95 % Wilson interval counts units, for several measures of each unit.
+
+    Measures of one unit are alike. The number of units is the least that the effective size of
+    such a sample may be (Kish, 1965: where all of a unit say the same), so the interval is too wide
+    rather than too narrow; unlike a bootstrap over units it has a width where all are hits.
+
+    Args:
+        hits: whether each measure is one.
+        units: of each measure, what it was taken of: a prompt, an item.
+        unscored: how many measures could not be scored.
+    """
+    n, size = len(hits), len(set(units))
+    found = wilson(sum(hits) * size / n if n else 0, size, unscored)
+    return replace(found, n=n)
 
 
 def score_row(
