@@ -97,6 +97,7 @@ class Counters:
         """A sample of what was written last."""
         return list(self.texts)
 
+    @ray.method(max_task_retries=0)
     def end(self) -> None:
         """Go, once the last numbers are exported; handles alone would keep the process for long."""
         time.sleep(SECONDS_BETWEEN_EXPORTS)
