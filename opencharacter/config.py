@@ -847,7 +847,7 @@ class Placement(Config):
     jobs_at_once: PositiveInt | None = None
     """Jobs that generate or train at once: for machines whose cores bear fewer than would fit."""
     cluster: Room | None = None
-    """What the cluster has: how much runs at once in `plan`. Where absent, what `grows` adds up to,
+    """What `plan` takes the cluster to have; a run asks Ray. Where absent, what `grows` adds up to,
     else the least that holds every role and the training by itself."""
     storage_patience: NonNegativeFloat = 180
     """Seconds for which a request that s3:// or gs:// refuses is tried again."""
@@ -855,10 +855,9 @@ class Placement(Config):
     """In any currency; `plan` multiplies."""
 
     @property
-    def most(self) -> Room | None:
-        """What the cluster has or may grow to, as far as is said."""
-        coming = total(group.room for group in self.grows)
-        return self.cluster or (coming if self.grows else None)
+    def growth(self) -> Room:
+        """What the cluster may grow to; nothing where that is not said."""
+        return total(group.room for group in self.grows)
 
 
 # ----------------------------------------------------------------------------------------- files

@@ -112,7 +112,7 @@ def measured(where: str) -> Speeds:
         **{role: speeds.get(role, speeds["student"]) for role in ROLES},
         training=median(m["figures"]["tokens_per_s"] / workers_of(m) for m in trained),
         reading=sum(m["figures"]["tokens_read"] for m in read)
-        / sum(m["busy_seconds"] * workers_of(m) for m in read),
+        / sum(worked(m) * workers_of(m) for m in read),
         stages={name: rate(of, role_of(of[0])) for name, of in by_stage(made).items()},
         engine_start=sum(m["starting_seconds"] for m in starts)
         / max(1, sum(len(m["engines_started"]) for m in starts)),
@@ -136,9 +136,9 @@ def datasets(store: Store, under: str) -> Iterator[str]:
 
 
 def role_of(manifest: dict[str, Any]) -> str:
-    """Whose engine a generating stage used most."""
+    """Who wrote; older manifests do not say, but whose models the stage depends on."""
     roles = manifest["payload"]["roles"]
-    return "student" if "student" in roles else next(iter(roles))
+    return manifest.get("writer") or ("student" if "student" in roles else next(iter(roles)))
 
 
 def by_stage(manifests: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -150,9 +150,17 @@ def by_stage(manifests: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, An
 
 
 def rate(manifests: Sequence[dict[str, Any]], role: str) -> float:
-    """Generated tokens per second of one replica, over several jobs."""
-    seconds = sum(m["busy_seconds"] * m["placement"]["pools"][role]["replicas"] for m in manifests)
+    """Generated tokens per second of one replica that one job has for itself, over several jobs."""
+    seconds = sum(
+        worked(m) * m.get("engine_share", 1) * m["placement"]["pools"][role]["replicas"]
+        for m in manifests
+    )
     return sum(m["tokens_out"] for m in manifests) / seconds
+
+
+def worked(manifest: dict[str, Any]) -> float:
+    """Seconds with work under way; older manifests have those of all engines together."""
+    return manifest.get("work_seconds", manifest["busy_seconds"])
 
 
 def workers_of(manifest: dict[str, Any]) -> int:
@@ -162,7 +170,7 @@ def workers_of(manifest: dict[str, Any]) -> int:
 def aside(manifest: dict[str, Any]) -> float:
     """Seconds of a job beside its work and the start of engines, of one of its passes."""
     passes = max(1, manifest["passes"])
-    seconds = manifest["seconds"] - manifest["starting_seconds"] - manifest["busy_seconds"]
+    seconds = manifest["seconds"] - manifest["starting_seconds"] - worked(manifest)
     return max(0.0, seconds) / passes
 
 
@@ -182,14 +190,15 @@ def cost(job: Job, estimate: Estimate, speeds: Speeds, there: Room) -> Cost:
     gpus = most(held).gpus
     if not held:
         return Cost(speeds.other, 0, 0)
-    if all(isinstance(need, Workers) for together in held for need in together):
+    first = held[0][0]
+    if isinstance(first, Workers):
         work = estimate.trained / speeds.training + estimate.read / speeds.reading
-        return Cost(speeds.training_start, work / job.placement.training.workers, gpus)
+        return Cost(speeds.training_start, work / first.count, gpus)
 
     def seconds(role: str, tokens: int, speed: float) -> float:
         return tokens / (speed * getattr(job.placement.pools, role).replicas)
 
-    role, said, fixed = job.stage.roles[0], estimate.tokens_out, speeds.pass_start * len(held)
+    role, said, fixed = first.plays, estimate.tokens_out, speeds.pass_start * len(held)
     own = seconds(role, said - estimate.judged, getattr(speeds, role))
     judging = seconds("judge", estimate.judged, speeds.judge)
     together = any(len(one) > 1 for one in held)
@@ -202,8 +211,9 @@ def cost(job: Job, estimate: Estimate, speeds: Speeds, there: Room) -> Cost:
 def room_for(placement: Placement) -> Room:
     """What `plan` takes the cluster to have: this machine's, where the placement has no GPU."""
     needed = least(placement)
-    if placement.most or needed.gpus:
-        return placement.most or needed
+    said = placement.cluster or (placement.growth if placement.grows else None)
+    if said or needed.gpus:
+        return said or needed
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cpus = placement.ray_cpus or os.cpu_count() or 1
     return needed | Room(cpus=cpus, memory_gib=RAYS_SHARE * memory)
@@ -229,8 +239,8 @@ class Planned:
         starts: engines that were started for it.
         after: what ended as it began.
         ended: seconds from the start of the run.
-        held: GPU-seconds, as in `engine.spent`.
-        busy: GPU-seconds of them with work under way.
+        gpu_seconds: held, as in `engine.spent`.
+        gpu_busy_seconds: of them with work under way.
     """
 
     job: Job
@@ -241,8 +251,8 @@ class Planned:
     starts: int
     after: Planned | None
     ended: float = 0
-    held: float = 0
-    busy: float = 0
+    gpu_seconds: float = 0
+    gpu_busy_seconds: float = 0
 
     def remaining(self, share: float) -> float:
         """Seconds until its work begins, or ends."""
@@ -250,11 +260,11 @@ class Planned:
 
     def advance(self, seconds: float, share: float) -> None:
         """Let time pass, at its share of the engines that it uses."""
-        self.held += seconds * self.takes.gpus * share
+        self.gpu_seconds += seconds * self.takes.gpus * share
         if self.fixed:
             self.fixed = settled(self.fixed - seconds)
         else:
-            self.busy += seconds * self.takes.gpus * share
+            self.gpu_busy_seconds += seconds * self.takes.gpus * share
             self.work = settled(self.work - seconds * share)
 
 
@@ -343,9 +353,9 @@ def simulate(
             waiting.remove(job)
             starts, begin, idle = warm.take(job, under_way, there, now)
             takes, after = costs[job.dataset], done[-1] if done else None
-            running.append(
-                Planned(job, now, takes.fixed + begin, takes.work, takes, starts, after, held=idle)
-            )
+            fixed = takes.fixed + begin
+            one = Planned(job, now, fixed, takes.work, takes, starts, after, gpu_seconds=idle)
+            running.append(one)
             under_way.append(job)
         shares = sharing(running, there)
         passed = min(map(Planned.remaining, running, shares))
@@ -412,8 +422,8 @@ class Sums(NamedTuple):
 def sums(jobs: Iterable[Planned]) -> Sums:
     """Add up jobs."""
     found = list(jobs)
-    held = sum(one.held for one in found)
-    idle = 1 - sum(one.busy for one in found) / held if held else 0.0
+    held = sum(one.gpu_seconds for one in found)
+    idle = 1 - sum(one.gpu_busy_seconds for one in found) / held if held else 0.0
     return Sums(sum(one.ended - one.began for one in found) / 3600, held / 3600, idle)
 
 

@@ -75,11 +75,13 @@ class EngineSpec:
         role: the model.
         pool: where it runs.
         folded: adapter folder to fold into the weights before loading, or None.
+        plays: the role by its name in the recipe; one engine may play several.
     """
 
     role: Role
     pool: Pool
     folded: Folder | None = None
+    plays: str = ""
 
     @property
     def has_weights(self) -> bool:
@@ -123,10 +125,12 @@ class Workers:
     Args:
         owner: the job's dataset.
         room: of all of them together.
+        count: how many there are.
     """
 
     owner: str
     room: Room
+    count: int = 1
     at_once: int = 1
 
     def key(self) -> str:
@@ -488,6 +492,7 @@ class Held:
         seconds: of all of them together; see `_settle`.
         gpu_seconds: the same, times the GPUs of each.
         busy: seconds in which work was under way, told by who does it.
+        share: that it had of its engines meanwhile, others using them at once.
         starting: seconds until all engines had started.
         started: the engines that were started for this.
     """
@@ -497,6 +502,7 @@ class Held:
     seconds: float = 0
     gpu_seconds: float = 0
     busy: float = 0
+    share: float = 1
     starting: float = 0
     started: list[str] = field(default_factory=list)
 
@@ -524,7 +530,7 @@ _spent: dict[str, list[Held]] = {}
 
 
 @contextlib.contextmanager
-def hold(job: str, needs: Sequence[Need], cluster: Room | None) -> Iterator[Held]:
+def hold(job: str, needs: Sequence[Need], growth: Room) -> Iterator[Held]:
     """Have engines and workers at once, and nobody else evicts them meanwhile.
 
     Engines that run already are shared. Where the cluster has no room, engines that no job uses
@@ -534,13 +540,13 @@ def hold(job: str, needs: Sequence[Need], cluster: Room | None) -> Iterator[Held
     Args:
         job: the dataset that is made, on whose account it goes.
         needs: all that is used at the same time.
-        cluster: what it has, by the placement.
+        growth: what the cluster may grow to, by the placement.
 
     Raises:
         StageFailed: if an engine does not start.
     """
     held = Held({n.key(): n for n in needs if isinstance(n, Workers) or n.has_weights})
-    new = _take(held, capacity(cluster)) if held.needs else []
+    new = _take(held, capacity(growth)) if held.needs else []
     began = time.monotonic()
     try:
         for spec in new:
@@ -550,10 +556,32 @@ def hold(job: str, needs: Sequence[Need], cluster: Room | None) -> Iterator[Held
             if isinstance(need, EngineSpec):
                 _grow(held.places[need.key()], need)
         held.starting = time.monotonic() - began
-        yield held
+        with _sharing(held):
+            yield held
     finally:
         _give_back(held)
         _spent.setdefault(job, []).append(held)
+
+
+@contextlib.contextmanager
+def _sharing(held: Held) -> Iterator[None]:
+    """Note which share a job has of its engines, from when all have started."""
+    began, before = _charged(held)
+    try:
+        yield
+    finally:
+        ended, after = _charged(held)
+        alone = len(held.needs) * (ended - began)
+        held.share = (after - before) / alone if alone else 1
+
+
+def _charged(held: Held) -> tuple[float, float]:
+    """The time, and the seconds that a job is charged until then."""
+    with _changed:
+        now = time.monotonic()
+        for place in held.places.values():
+            _settle(place, now, place.users)
+        return now, held.seconds
 
 
 def _take(held: Held, there: Room) -> list[EngineSpec]:
@@ -683,22 +711,31 @@ def spent(job: str) -> dict[str, Any]:
     An engine or a worker, and its GPUs, are *held* from when they are asked for (what runs already:
     since the job before) until they are given back, and *busy* from the first request to the last
     reply, or from the first training step to the last. Jobs that use an engine at once share that.
+    All engines count, two side by side twice; `work_seconds` are the clock's, and `engine_share` is
+    what the job had of its engines meanwhile.
     """
     made = _spent.pop(job, [])
     gpus = {id(held): sum(need.room.gpus for need in held.needs.values()) for held in made}
+    shared = {id(held): held.busy * held.share for held in made}
+    work = sum(h.busy for h in made)
     seconds = {
         "held_seconds": sum(h.seconds for h in made),
-        "busy_seconds": sum(min(h.busy * len(h.needs), h.seconds) for h in made),
+        "busy_seconds": sum(min(shared[id(h)] * len(h.needs), h.seconds) for h in made),
         "gpu_seconds": sum(h.gpu_seconds for h in made),
-        "gpu_busy_seconds": sum(min(h.busy * gpus[id(h)], h.gpu_seconds) for h in made),
+        "gpu_busy_seconds": sum(min(shared[id(h)] * gpus[id(h)], h.gpu_seconds) for h in made),
         "starting_seconds": sum(h.starting for h in made),
+        "work_seconds": work,
     }
     started = [name for held in made for name in held.started]
     rounded = {k: round(v, 2) for k, v in seconds.items()}
-    return rounded | {"passes": len(made), "engines_started": started}
+    return rounded | {
+        "engine_share": round(sum(shared.values()) / work, 4) if work else 1,
+        "passes": len(made),
+        "engines_started": started,
+    }
 
 
-def capacity(declared: Room | None) -> Room:
+def capacity(growth: Room) -> Room:
     """What the cluster has now, or may grow to if that is more."""
     there = ray.cluster_resources() if ray.is_initialized() else {}
     now = Room(
@@ -706,7 +743,7 @@ def capacity(declared: Room | None) -> Room:
         gpus=there.get("GPU", 0),
         memory_gib=there.get("memory", 0) / 2**30,
     )
-    return now | (declared or now)
+    return now | growth
 
 
 def running_engines() -> dict[str, Room]:

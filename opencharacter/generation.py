@@ -138,7 +138,7 @@ def is_warm(job: Job, role: str, folded: Folder | None) -> bool:
 def together(job: Job, role: str, folded: Folder | None, other: str) -> bool:
     """Whether the engines of two roles can run side by side."""
     rooms = {spec.key(): spec.room for spec in (job.engine(role, folded), job.engine(other))}
-    return fits(rooms.values(), engine.capacity(job.placement.most))
+    return fits(rooms.values(), engine.capacity(job.placement.growth))
 
 
 def _stream(
@@ -162,7 +162,7 @@ def _stream(
     meter = Meter(counters, total, attempts, getattr(job.section, "limits", None), expected)
     with Line(console, title, meter):
         needs = [spec, *([other] if other else [])]
-        held = holding.enter_context(hold(job.dataset, needs, job.placement.most))
+        held = holding.enter_context(hold(job.dataset, needs, job.placement.growth))
         seat = Seat(spec, held.fleet(spec))
         partner = other and Seat(other.shared_by(tasks), held.fleet(other))
         meter.begin()

@@ -223,7 +223,7 @@ def upcoming(waiting: list[Job], running: list[Job]) -> Job | None:
     if not unfinished:
         return None
     stop_hosts(but={key for job in unfinished for key in keys(job)})
-    there = capacity(unfinished[0].placement.most)
+    there = capacity(unfinished[0].placement.growth)
     return choose(ready(waiting, running), running, running_engines(), there)
 
 
@@ -264,6 +264,7 @@ def finish(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
         "versions": installed(),
         "git_commit": git_commit(),
         "placement": job.placement.model_dump(mode="json"),
+        "writer": job.writer,
         "finished": now,
         "seconds": round(seconds, 2),
         **spent(job.dataset),

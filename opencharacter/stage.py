@@ -78,8 +78,8 @@ class Estimate:
     """What a stage will take, before it runs: rows written, tokens read and generated (or trained).
 
     Generated and trained tokens cost very differently; `trained` says which these are. `judged` are
-    those of `tokens_out` that the judge writes beside the student, `read` are tokens whose
-    log-probabilities training workers read.
+    those of `tokens_out` that the judge writes beside the student, `read` are tokens that training
+    workers read and do not learn from.
     """
 
     rows: int
@@ -178,19 +178,26 @@ class Job:
             model: in the role's place, where the role has several.
         """
         pool: Pool = getattr(self.placement.pools, role)
-        return EngineSpec(model or getattr(self.recipe.roles, role), pool, folded)
+        return EngineSpec(model or getattr(self.recipe.roles, role), pool, folded, role)
 
     def workers(self, count: int | None = None) -> Workers:
         """The workers of training that this job has for itself; all that the placement says."""
         training = self.placement.training
         count = count or training.workers
-        return Workers(self.dataset, training.model_copy(update={"workers": count}).room)
+        room = training.model_copy(update={"workers": count}).room
+        return Workers(self.dataset, room, count)
 
     @cached_property
     def needs(self) -> list[tuple[Need, ...]]:
         """What it holds, pass after pass; nothing where it runs on the driver alone."""
         needs = getattr(self.stage.module, "needs", None)
         return needs(self) if needs else []
+
+    @property
+    def writer(self) -> str | None:
+        """The role that writes its rows, before others say something of them; None without one."""
+        first = self.needs[0][0] if self.needs else None
+        return first.plays if isinstance(first, EngineSpec) else None
 
     def parent(self, name: str) -> Job:
         """The one parent of this name."""

@@ -157,7 +157,7 @@ def train(
     meter = StepMeter(counters, attempts)
     with (
         Line(console, job.dataset, meter),
-        hold(job.dataset, [workers], job.placement.most) as held,
+        hold(job.dataset, [workers], job.placement.growth) as held,
     ):
         try:
             trainer.fit()

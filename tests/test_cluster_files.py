@@ -18,7 +18,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from opencharacter.cluster import GIB, as_resources, check_fits, coming
-from opencharacter.config import load_placement
+from opencharacter.config import fits, load_placement
+from opencharacter.cost import room_for
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
 NAMES = ["aws", "gpu-cluster", "gpu-node", "kuberay", "laptop", "single-gpu"]
@@ -63,9 +64,17 @@ def test_a_placement_fits_the_machines_that_it_is_for(name):
     check_fits(placement, MACHINES[name] + coming(placement))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_takes_all_gpus_that_a_placement_is_for(name):
+    placement = load_placement(name)
+    nodes = MACHINES[name] + coming(placement)
+    assert room_for(placement).gpus == sum(node["GPU"] for node in nodes)
+
+
 def test_five_small_engines_share_one_card():
     placement = load_placement(str(CLUSTERS / "single-gpu" / "shared.yaml"))
     check_fits(placement, MACHINES["single-gpu"])
+    assert fits([placement.pools.student.room] * 5, room_for(placement))  # in a plan too
     student = placement.pools.student
     assert 5 * student.gpus <= 1 and 5 * (student.memory_fraction or 1) < 0.9
 

@@ -17,6 +17,7 @@ from opencharacter.cost import (
     cost,
     critical_path,
     load_speeds,
+    measured,
     plan,
     room_for,
     simulate,
@@ -50,6 +51,8 @@ PLACEMENT = Placement.model_validate(
 ROOMY = Room(cpus=99, gpus=99, memory_gib=999)
 ROOM = Room(cpus=8, gpus=4, memory_gib=64)
 STUDENT = {**ECHO_ROLE, "model": "org/student"}
+GAMES, ANSWERS = "evaluation/preferences", "evaluation/answers"
+REFLECTION = "introspection/reflection"
 
 
 @pytest.fixture
@@ -69,6 +72,109 @@ def test_training_is_shared_by_the_workers(jobs):
 
 def test_what_runs_no_model_holds_nothing(jobs):
     assert cost(jobs["distillation/pairs"], Estimate(10), SPEEDS, ROOM)[:3] == (1, 0, 0)
+
+
+def test_what_one_process_reads_and_learns_is_not_shared_by_all_workers(make_jobs):
+    evaluation = {
+        "answers": {
+            "conditions": ["base", "steered", "full"],
+            "count": 8,
+            "sampling": {"max_tokens": 99, "typical_tokens": 10},
+        },
+        "attacks": {"conditions": ["base", "full"]},
+        "robustness": {"classifier": "org/encoder"},
+        "capabilities": {"tasks": [{"task": "commonplace"}]},
+    }
+    made = make_jobs(recipe_of(STUDENT, evaluation=evaluation), PLACEMENT)
+    jobs = {job.stage.name: job for job in made}
+    estimates = {}
+    for name in ("capabilities", "steering", "robustness"):
+        job = jobs[f"evaluation/{name}"]
+        found = estimates[name] = job.stage.module.estimate(job)
+        takes = cost(job, found, SPEEDS, ROOM)
+        assert takes.fixed == SPEEDS.training_start
+        assert takes.work == found.trained / SPEEDS.training + found.read / SPEEDS.reading > 0
+    assert estimates["capabilities"].read == 80 * 300
+    # Under each of two conditions 8 answers and 8 of base's, learned from by four of five.
+    assert estimates["robustness"].trained == 2 * (8 + 8) * 10 * 4
+
+
+@pytest.mark.parametrize(("author", "work"), [("student", 1800), ("teacher", 72_000)])
+def test_introspection_has_the_speed_and_the_replicas_of_its_author(make_jobs, author, work):
+    recipe = recipe_of(STUDENT, introspection={"author": author})
+    (job,) = (
+        job for job in make_jobs(recipe, PLACEMENT) if job.stage.name == "introspection/reflection"
+    )
+    assert job.writer == author
+    assert cost(job, Estimate(10, 999, 7_200_000), SPEEDS, ROOM).work == work
+
+
+# --------------------------------------------------------------------------------- from manifests
+
+
+def manifest_of(stage: str, roles: list[str], seconds: float, **fields) -> dict:
+    """What a finished job says: 100 s of work, in which four students wrote 100,000 tokens."""
+    made = {
+        "stage": stage,
+        "payload": {"roles": dict.fromkeys(roles)},
+        "fingerprint": stage,
+        "placement": PLACEMENT.model_dump(mode="json"),
+        "writer": None,
+        "seconds": seconds,
+        "starting_seconds": 0,
+        "busy_seconds": 100,
+        "work_seconds": 100,
+        "engine_share": 1,
+        "held_seconds": seconds,
+        "passes": 1,
+        "engines_started": [],
+        "tokens_out": 100_000,
+        "figures": {},
+    }
+    return made | fields
+
+
+def speeds_of(store, *manifests: dict) -> Speeds:
+    read = {"figures": {"tokens_read": 60_000}, "tokens_out": 0}
+    trained = {"figures": {"tokens_per_s": 500}, "tokens_out": 0}
+    others = [
+        manifest_of("distillation/reference", ["student"], 101, **read),
+        manifest_of("distillation/dpo", ["student"], 110, **trained),
+    ]
+    for manifest in [*others, *manifests]:
+        store.write_manifest(manifest["stage"], manifest)
+    return measured(store.url)
+
+
+def test_a_judge_beside_the_student_makes_neither_of_them_slower(store):
+    both = {"writer": "student", "busy_seconds": 200, "held_seconds": 240}
+    speeds = speeds_of(store, manifest_of(GAMES, ["student", "judge"], 120, **both))
+    assert speeds.student == speeds.stages[GAMES] == 100_000 / (100 * 4)
+    assert speeds.pass_start == 20
+    assert speeds.reading == 60_000 / (100 * 2)
+
+
+def test_jobs_that_shared_an_engine_had_half_of_its_speed_each(store):
+    half = {"writer": "student", "busy_seconds": 50, "engine_share": 0.5}
+    speeds = speeds_of(store, manifest_of(ANSWERS, ["student"], 104, **half))
+    assert speeds.student == 100_000 / (100 * 0.5 * 4)
+    assert speeds.pass_start == 4
+
+
+def test_a_speed_is_that_of_the_role_that_wrote(store):
+    student = manifest_of(ANSWERS, ["student"], 100, writer="student")
+    teacher = manifest_of(REFLECTION, ["student"], 100, writer="teacher", tokens_out=3_000)
+    speeds = speeds_of(store, student, teacher)
+    assert (speeds.student, speeds.teacher) == (250, 30)
+    assert speeds.stages[REFLECTION] == 30
+
+
+def test_a_manifest_from_before_says_all_engines_seconds_and_not_who_wrote(store):
+    old = manifest_of(GAMES, ["student", "judge"], 120, tokens_out=80_000)
+    for name in ("writer", "work_seconds", "engine_share"):
+        del old[name]
+    speeds = speeds_of(store, old)
+    assert (speeds.student, speeds.pass_start) == (200, 20)
 
 
 def test_a_missing_speed_is_named(tmp_path):
@@ -134,7 +240,7 @@ def test_a_plan_needs_more_time_and_starts_on_a_smaller_cluster(store):
         ended = {one.job.dataset: one.ended for one in done}
         for one in done:
             assert all(ended[parent.dataset] <= one.began for parent in one.job.parents)
-            assert one.busy <= one.held + 1e-6
+            assert one.gpu_busy_seconds <= one.gpu_seconds + 1e-6
 
 
 def test_the_critical_path_has_no_gaps(store):

@@ -160,7 +160,7 @@ def test_the_report_is_about_all_personas_of_the_run(store, echo_recipe, poet):
 
 
 def test_a_manifest_says_all_that_it_should(make_jobs, echo_recipe):
-    job = make_jobs(echo_recipe)[0]
+    job = make_jobs(echo_recipe)[1]
     pipeline.finish(job, Outcome(rows=3, dropped={"empty": 1}), seconds=2.0)
     manifest = job.store.manifest(job.dataset)
     assert manifest["format_version"] == 1
@@ -170,6 +170,7 @@ def test_a_manifest_says_all_that_it_should(make_jobs, echo_recipe):
         manifest
     )
     assert {"seconds", "gpu_seconds", "tokens_in", "tokens_out"} <= set(manifest)
+    assert manifest["writer"] == "teacher"
 
 
 def test_what_was_redone_is_counted_within_each_pass():

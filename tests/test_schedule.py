@@ -7,7 +7,7 @@ import pytest
 from samples import recipe_of
 
 from opencharacter import constitution, engine, pipeline
-from opencharacter.config import Placement, Room
+from opencharacter.config import Growth, Placement, Room
 from opencharacter.engine import EngineSpec, Fleet, Workers, hold
 from opencharacter.errors import StageFailed
 from opencharacter.schedule import choose, held, ready
@@ -176,20 +176,26 @@ def test_an_engine_that_does_not_start_fails_the_job_and_may_be_tried_anew(engin
     assert engine.running_engines() == {}
 
 
-def test_time_is_charged_to_who_holds_and_idle_time_to_who_comes(engines, monkeypatch):
-    spec, _ = engines
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of engines, in a list of one."""
     now = [0.0]
     monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_time_is_charged_to_who_holds_and_idle_time_to_who_comes(engines, clock):
+    spec, _ = engines
     one = hold("a", [spec("one")], ONE)
     held_by_a = one.__enter__()
-    now[0] = 10
+    clock[0] = 10
     held_by_a.busy = 4
     one.__exit__(None, None, None)
-    now[0] = 30  # unused for 20 seconds
+    clock[0] = 30  # unused for 20 seconds
     with hold("b", [spec("one")], ONE) as held_by_b:
-        now[0] = 40
+        clock[0] = 40
         with hold("c", [spec("one")], ONE):
-            now[0] = 60  # both for 20 seconds
+            clock[0] = 60  # both for 20 seconds
         held_by_b.busy = 99
     assert engine.spent("a")["gpu_seconds"] == 10
     assert engine.spent("c")["gpu_seconds"] == 10
@@ -199,7 +205,54 @@ def test_time_is_charged_to_who_holds_and_idle_time_to_who_comes(engines, monkey
     assert engine.spent("b")["gpu_seconds"] == 0  # asked for once
 
 
+def test_work_is_told_by_the_clock_however_many_engines_it_keeps_busy(engines, clock):
+    spec, _ = engines
+    with hold("a", [spec("one"), spec("other")], TWO) as held_by_a:
+        clock[0] = 120
+        held_by_a.busy = 100
+    spent = engine.spent("a")
+    assert (spent["work_seconds"], spent["engine_share"]) == (100, 1)
+    assert (spent["busy_seconds"], spent["held_seconds"]) == (200, 240)
+
+
+def test_a_job_is_told_its_share_of_an_engine_and_its_start_stands_idle(
+    engines, clock, monkeypatch
+):
+    spec, _ = engines
+    start = engine._start
+
+    def slowly(place, spec):
+        clock[0] += 80
+        start(place, spec)
+
+    monkeypatch.setattr(engine, "_start", slowly)
+    with hold("a", [spec("one")], ONE) as held_by_a, hold("b", [spec("one")], ONE) as held_by_b:
+        clock[0] += 100
+        held_by_a.busy = held_by_b.busy = 100
+    for job, seconds in (("a", 80 + 50), ("b", 50)):
+        spent = engine.spent(job)
+        assert (spent["work_seconds"], spent["engine_share"]) == (100, 0.5)
+        assert (spent["busy_seconds"], spent["held_seconds"]) == (50, seconds)
+
+
 # ------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_trusts_the_cluster_and_what_it_may_add_but_not_the_word_of_a_plan(
+    tmp_path, monkeypatch
+):
+    there = {"CPU": 64, "GPU": 1, "memory": 999 * 2**30}
+    monkeypatch.setattr(engine.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(engine.ray, "cluster_resources", lambda: there)
+    grows = (Growth(nodes=2, cpus=32, gpus=1, memory_gib=400),)
+    for changes, trainings in (({"cluster": MANY}, 1), ({"cluster": MANY, "grows": grows}, 2)):
+        jobs = jobs_of(tmp_path, PLACEMENT.model_copy(update=changes))
+        waiting = [jobs[f"small/{name}/distillation/dpo"] for name in ("humor", "poeticism")]
+        running = []
+        while job := pipeline.upcoming(waiting, running):
+            waiting.remove(job)
+            running.append(job)
+        assert len(running) == trainings
 
 
 def test_a_failed_job_stops_only_what_needs_it(store, echo_recipe, monkeypatch):

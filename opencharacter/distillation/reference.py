@@ -175,7 +175,7 @@ def build(job: Job) -> Outcome:
     quieten()
     pairs, workers = job.read("distillation/pairs"), job.workers()
     counters = new_counters(job.dataset, workers.room.gpus)
-    with hold(job.dataset, [workers], job.placement.most) as held:
+    with hold(job.dataset, [workers], job.placement.growth) as held:
         rows = read(job, pairs, counters)
         held.busy = worked(counters)
     counters.end.remote()

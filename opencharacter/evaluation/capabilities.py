@@ -395,14 +395,15 @@ def estimate(job: Job) -> Estimate:
         for task in settings.tasks
     ]
     rows = sum(int(documents) for documents, _ in asked)
-    return Estimate(rows, sum(int(documents) * shots * READ_TOKENS for documents, shots in asked))
+    read = sum(int(documents) * shots * READ_TOKENS for documents, shots in asked)
+    return Estimate(rows, read=read)
 
 
 def build(job: Job) -> Outcome:
     if not job.section.tasks:
         return job.write(SCHEMA.empty_table(), figures={"skipped": "the recipe names no tasks"})
     merged = job.constitution and job.parent("persona/merge").adapter
-    with hold(job.dataset, needs(job)[0], job.placement.most) as held:
+    with hold(job.dataset, needs(job)[0], job.placement.growth) as held:
         began = time.monotonic()
         table = measured(job, merged)
         held.busy = time.monotonic() - began

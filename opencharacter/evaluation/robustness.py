@@ -248,7 +248,23 @@ def needs(job: Job) -> list[tuple[Need, ...]]:
 
 
 def estimate(job: Job) -> Estimate:
-    return Estimate(0)
+    """Of an encoder; `plan` takes it to be as slow as the student, so rather too much."""
+    settings: Robustness = job.section
+    if settings.classifier == classifiers.TFIDF:
+        return Estimate(0)
+    asked = {
+        name: sum(told_apart_tokens(p) for p in job.parents if p.stage.name == name)
+        for name in job.stage.reads
+    }
+    learned = asked["evaluation/answers"] * (settings.folds - 1) * settings.encoder.epochs
+    return Estimate(0, trained=learned, read=sum(asked.values()))
+
+
+def told_apart_tokens(job: Job) -> int:
+    """Tokens of a persona's answers, with its part of the base model's beside each condition's."""
+    conditions = len(job.section.conditions)
+    each = job.stage.module.estimate(job).tokens_out / conditions
+    return round(each * (conditions - 1) * (1 + 1 / len(job.constitutions)))
 
 
 def build(job: Job) -> Outcome:
@@ -264,7 +280,7 @@ def build(job: Job) -> Outcome:
         seed=seed,
     )
     workers = [need for together in needs(job) for need in together]
-    with hold(job.dataset, workers, job.placement.most):
+    with hold(job.dataset, workers, job.placement.growth):
         guessed = [new for c in conditions for new in guesses(rows, c, settings.folds, guess)]
     found = scores(guessed, settings, seed)
     job.store.write_table(job.dataset, pa.Table.from_pylist(guessed, schema=SCHEMA))

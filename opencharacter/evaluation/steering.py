@@ -219,7 +219,12 @@ def needs(job: Job) -> list[tuple[Need, ...]]:
 
 
 def estimate(job: Job) -> Estimate:
-    return Estimate(0)
+    if not wanted(job):
+        return Estimate(0)
+    settings: Steering = job.section
+    told = settings.prompts * (len(job.persona.assertions()) // 4 + 2 * 40)
+    answer = 40 + teacher.typical(job.recipe.distillation.teacher.sampling)
+    return Estimate(0, read=told + settings.held_out * (1 + len(settings.strengths)) * answer)
 
 
 def build(job: Job) -> Outcome:
@@ -239,7 +244,7 @@ def build(job: Job) -> Outcome:
     task = ray.remote(find).options(num_cpus=training.cpus, num_gpus=training.gpus)
     role = job.recipe.roles.student
     args = (role, learned, held_out, head, settings, training.gpus > 0)
-    with hold(job.dataset, [job.workers(1)], job.placement.most) as held:
+    with hold(job.dataset, [job.workers(1)], job.placement.growth) as held:
         began = time.monotonic()
         vectors, found = ray.get(task.remote(*args))
         held.busy = time.monotonic() - began
