@@ -21,8 +21,8 @@ from typing import Any
 import harness
 from harness import LLAMA_8B, TINY_LLAMA, Figures, Machine, Run, Series, Settings
 
-from opencharacter.models import LORA_A, LORA_B, PEFT_PREFIX
-from opencharacter.persona.merge import CONFIG, WEIGHTS, Part, merge
+from opencharacter.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA_A, LORA_B, PEFT_PREFIX
+from opencharacter.persona.merge import Part, merge
 
 SETTINGS: Settings = {"repeats": 3, "shape": LLAMA_8B, "rank": 64, "environment": {}}
 TINY: Settings = {"repeats": 1, "shape": TINY_LLAMA, "rank": 8}
@@ -62,8 +62,9 @@ def write_adapter(folder: Path, settings: Settings, seed: int) -> None:
     for module, (out, into) in linear_layers(settings["shape"]).items():
         tensors[f"{PEFT_PREFIX}{module}{LORA_A}"] = torch.randn(rank, into, generator=draw)
         tensors[f"{PEFT_PREFIX}{module}{LORA_B}"] = torch.randn(out, rank, generator=draw)
-    save_file(tensors, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"r": rank, "lora_alpha": 2 * rank}))
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
 
 
 def run_way(name: str, settings: Settings) -> Iterator[Run]:

@@ -32,7 +32,7 @@ import aiohttp
 import harness
 import psutil
 from harness import LLAMA_8B, SUBJECT, TINY_LLAMA, Figures, Machine, Run, Series, Settings
-from merge import CONFIG, linear_layers, write_adapter
+from merge import linear_layers, write_adapter
 
 from opencharacter import config, models
 from opencharacter.config import Recipe, resource_names
@@ -192,7 +192,8 @@ def adapter(folder: Path, settings: Settings) -> Path:
     write_adapter(folder, settings, seed=1)
     names = sorted({name.rpartition(".")[2] for name in linear_layers(settings["shape"])})
     made = {"peft_type": "LORA", "r": settings["rank"], "lora_alpha": settings["rank"] * 1e-4}
-    (folder / CONFIG).write_text(json.dumps(made | {"target_modules": names, "bias": "none"}))
+    made |= {"target_modules": names, "bias": "none"}
+    (folder / models.ADAPTER_CONFIG).write_text(json.dumps(made))
     return folder
 
 

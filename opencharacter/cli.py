@@ -21,7 +21,7 @@ from opencharacter.config import Placement, Recipe
 from opencharacter.errors import OpenCharacterError, UserError
 from opencharacter.progress import console, duration
 from opencharacter.stage import Job, redone
-from opencharacter.store import Store
+from opencharacter.store import Store, writing
 
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is told by our own lines
 os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")  # a streamed piece costs half as much
@@ -593,7 +593,7 @@ def merge(
 
     if to.exists():
         raise UserError(f"--to {to}: it exists already; choose another folder")
-    with models.appearing(to) as scratch:
+    with writing(str(to)), models.appearing(to) as scratch:
         parts = [stage.parse_part(text) for text in adapters]
         made = stage.merge(parts, scratch, rank=rank, peft_linear=peft_linear)
     console.print(

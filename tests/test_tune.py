@@ -12,8 +12,8 @@ from opencharacter.config import Placement
 from opencharacter.distillation import teacher
 from opencharacter.engine import ROW_FIELDS
 from opencharacter.evaluation import conditions
+from opencharacter.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from opencharacter.persona import tune
-from opencharacter.persona.merge import CONFIG, WEIGHTS
 from opencharacter.stage import Outcome
 
 PLACEMENT = Placement.model_validate({"training": {"cpus": 1, "checkpoint_steps": 2}})
@@ -42,7 +42,7 @@ def persona_adapter(path, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     config = peft.LoraConfig(r=4, lora_alpha=4, target_modules="all-linear")
     peft.get_peft_model(model, config).save_pretrained(path)
-    assert (path / WEIGHTS).is_file()
+    assert (path / ADAPTER_WEIGHTS).is_file()
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_the_persona_and_what_it_learned_further_are_one_adapter(
     job = jobs["persona/tune", "persona"]
     outcome = tune.build(job)
     assert outcome.figures["loss"] > 0
-    config = json.loads((job.adapter.local() / CONFIG).read_text())
+    config = json.loads((job.adapter.local() / ADAPTER_CONFIG).read_text())
     assert config["r"] == 8  # 4 of the persona, 4 of what followed
     assert update(job.adapter.local(), MODULE).abs().sum() > 0
     assert update(merged.local(), MODULE).abs().sum() == 0  # what changed was learned here

@@ -11,14 +11,12 @@ Run: opencharacter run RECIPE --constitution NAME --only persona/blend
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from opencharacter import constitution, models
 from opencharacter.errors import UserError
 from opencharacter.evaluation.conditions import compared
-from opencharacter.persona.merge import Part, merge
+from opencharacter.persona.merge import Part, merge_into
 from opencharacter.stage import Estimate, Job, Outcome
 
 MERGED = "persona/merge"
@@ -78,11 +76,6 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> Outcome:
     if not wanted(job):
         return Outcome(0)
-    settings, base = job.section, job.recipe.roles.student.model
-    parts = [
-        Part(other.adapter.local(), settings.weights[name]) for name, other in members(job).items()
-    ]
-    with tempfile.TemporaryDirectory() as scratch:
-        composition = merge(parts, Path(scratch), base, settings.rank)
-        job.store.upload(Path(scratch), job.adapter.relative)
-    return Outcome(0, figures={k: composition[k] for k in ("rank", "relative_error")})
+    weights = job.section.weights
+    parts = [Part(other.adapter.local(), weights[name]) for name, other in members(job).items()]
+    return Outcome(0, figures=merge_into(job, parts, job.section.rank))

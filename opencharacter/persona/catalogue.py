@@ -17,10 +17,9 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from opencharacter import models
 from opencharacter.chat import row_id
 from opencharacter.config import NAME
-from opencharacter.store import Store
+from opencharacter.store import Folder, Store
 
 STAGES = {"": "persona/merge", ":dpo": "distillation/dpo"}
 """Where the adapter is, by what follows the persona's name."""
@@ -105,16 +104,10 @@ class Catalogue:
         adapter = self.adapters().get(id.partition("@")[0])
         if adapter is None or adapter.id != id:
             raise LookupError(f"model {id!r} is not in storage, or no longer")
-        target = models.cache_dir() / "served" / row_id(self.store.url, id)
-        if target.is_dir():
-            return target
-        with models.appearing(target) as scratch:
-            source = self.store.path(adapter.dataset, "adapter")
-            local = pafs.LocalFileSystem()
-            pafs.copy_files(source, str(scratch), self.store.fs, local)
-            if self.adapters().get(adapter.model) != adapter:  # replaced while it was copied
-                raise LookupError(f"model {id!r} has just been trained again; ask once more")
-        return target
+        copy = Folder(self.store, f"{adapter.dataset}/adapter").copy()
+        if self.adapters().get(adapter.model) != adapter:  # replaced before it was copied
+            raise LookupError(f"model {id!r} has just been trained again; ask once more")
+        return copy
 
 
 class Listing:

@@ -21,7 +21,6 @@ from opencharacter import models
 from opencharacter.chat import fill
 from opencharacter.config import ECHO, EMBEDDED, Role
 from opencharacter.errors import UserError
-from opencharacter.persona.merge import CONFIG
 from opencharacter.persona.terminal import merged
 from opencharacter.stage import Job
 
@@ -143,7 +142,6 @@ def export(jobs: list[Job], to: str, form: Form) -> str:
         raise UserError(f"--to {to}: it exists already; choose another folder")
     with models.appearing(target) as scratch:
         write(jobs, job, adapter, scratch, form)
-        scratch.chmod(0o755)
     return str(target)
 
 
@@ -155,9 +153,10 @@ def write(jobs: list[Job], job: Job, adapter: Path, target: Path, form: Form) ->
         shutil.copytree(weights, target, dirs_exist_ok=True)
     else:
         shutil.copytree(adapter, target, dirs_exist_ok=True)
-        config = json.loads((target / CONFIG).read_text())
-        config["base_model_name_or_path"] = published(role)[0] or role.model
-        (target / CONFIG).write_text(json.dumps(config, indent=1))
+        config = json.loads((target / models.ADAPTER_CONFIG).read_text())
+        # A folder of this machine says nothing elsewhere.
+        config["base_model_name_or_path"] = published(role)[0] or role.name
+        (target / models.ADAPTER_CONFIG).write_text(json.dumps(config, indent=1))
     # After the weights: the base model's own card must not stand in its place.
     (target / CARD_FILE).write_text(card(jobs, job, form), encoding="utf-8")
 

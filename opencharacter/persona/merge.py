@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from opencharacter import models
 from opencharacter.errors import UserError
 from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.store import writing
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     """`(A, B, factor)`: an update of factor * B @ A."""
 
 SIDE_FILES = ("tokenizer", "chat_template", "special_tokens", "vocab", "merges", "added_tokens")
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 
 class Part(NamedTuple):
@@ -103,10 +102,10 @@ def merge(
         a, b = pad(*made, padded)
         tensors[models.PEFT_PREFIX + module + models.LORA_A] = a
         tensors[models.PEFT_PREFIX + module + models.LORA_B] = b
-    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, target / models.ADAPTER_WEIGHTS, metadata={"format": "pt"})
     changes = {"r": padded, "lora_alpha": padded, "use_rslora": False}
     changes["base_model_name_or_path"] = base or adapters[0].config.get("base_model_name_or_path")
-    (target / CONFIG).write_text(json.dumps(adapters[0].config | changes, indent=1))
+    (target / models.ADAPTER_CONFIG).write_text(json.dumps(adapters[0].config | changes, indent=1))
     for path in parts[0].folder.iterdir():
         if path.name.startswith(SIDE_FILES):
             shutil.copy(path, target / path.name)
@@ -117,7 +116,7 @@ def merge(
         "relative_error": math.sqrt(max(wrong, 0) / whole) if whole else 0.0,
         "parts": [
             {
-                "sha256": models.file_hash(part.folder / WEIGHTS),
+                "sha256": models.file_hash(part.folder / models.ADAPTER_WEIGHTS),
                 "weight": part.weight,
                 "rank": config["r"],
             }
@@ -134,9 +133,10 @@ def read(part: Part) -> Adapter:
     Raises:
         UserError: if it is not there or is something else.
     """
-    if not (part.folder / CONFIG).is_file():
-        raise UserError(f"adapter {part.folder}: no {CONFIG} there")
     adapter = Adapter(part, *models.adapter_updates(part.folder))
+    if adapter.config.get("peft_type") != "LORA":
+        kind = adapter.config.get("peft_type")
+        raise UserError(f"adapter {part.folder}: peft_type {kind!r} cannot be merged, LORA can")
     for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
         if adapter.config.get(name):
             raise UserError(f"adapter {part.folder}: {name} is set, which cannot be merged")
@@ -214,6 +214,18 @@ def pad(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torc
     return a.contiguous(), b.contiguous()
 
 
+def merge_into(
+    job: Job, parts: list[Part], rank: int | None = None, peft_linear: bool = False
+) -> dict[str, float]:
+    """Merge into the adapter of a stage, and return the stage's figures."""
+    base = job.recipe.roles.student.model
+    with tempfile.TemporaryDirectory() as scratch:
+        with writing(scratch):
+            composition = merge(parts, Path(scratch), base, rank, peft_linear)
+        job.store.upload(Path(scratch), job.adapter.relative)
+    return {name: composition[name] for name in ("rank", "relative_error")}
+
+
 def parse_part(text: str) -> Part:
     """`DIR` or `DIR:WEIGHT`."""
     folder, _, weight = text.rpartition(":")
@@ -231,8 +243,4 @@ def build(job: Job) -> Outcome:
     settings = job.section
     weights = {"distillation/dpo": settings.dpo_weight, "introspection/sft": settings.sft_weight}
     parts = [Part(job.parent(name).adapter.local(), weight) for name, weight in weights.items()]
-    base = job.recipe.roles.student.model
-    with tempfile.TemporaryDirectory() as scratch:
-        composition = merge(parts, Path(scratch), base, settings.rank, settings.peft_linear)
-        job.store.upload(Path(scratch), f"{job.dataset}/adapter")
-    return Outcome(rows=0, figures={k: composition[k] for k in ("rank", "relative_error")})
+    return Outcome(0, figures=merge_into(job, parts, settings.rank, settings.peft_linear))

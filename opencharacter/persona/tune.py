@@ -12,16 +12,14 @@ Run: opencharacter run RECIPE --constitution NAME --only persona/tune
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opencharacter.chat import assistant, user
 from opencharacter.engine import Need
 from opencharacter.evaluation.conditions import compared
 from opencharacter.introspection import sft
-from opencharacter.persona.merge import Part, merge
+from opencharacter.persona.merge import Part, merge_into
 from opencharacter.stage import Estimate, Job, Outcome
 
 if TYPE_CHECKING:
@@ -72,7 +70,4 @@ def build(job: Job) -> Outcome:
     persona = job.parent("persona/merge").adapter
     outcome = train(job, general(job), examples, sft.sft_loss, folded=persona)
     parts = [Part(persona.local(), 1.0), Part(job.adapter.local(), 1.0)]
-    with tempfile.TemporaryDirectory() as scratch:
-        composition = merge(parts, Path(scratch), job.recipe.roles.student.model)
-        job.store.upload(Path(scratch), job.adapter.relative)
-    return replace(outcome, figures=outcome.figures | {"rank": composition["rank"]})
+    return replace(outcome, figures=outcome.figures | merge_into(job, parts))
