@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import string
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from opencharacter.config import Role
 from opencharacter.errors import OpenCharacterError, UserError
 
 Message = dict[str, str]
@@ -40,6 +42,13 @@ def fill(template: str, **fields: object) -> str:
         missing, extra = sorted(wanted - fields.keys()), sorted(fields.keys() - wanted)
         raise OpenCharacterError(f"template fields: missing {missing}, extra {extra}")
     return template.format(**fields)
+
+
+def load_tokenizer(path: Path, role: Role) -> Any:
+    """The tokenizer of a role's weights, with their Python where the role trusts it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=role.trust_remote_code)
 
 
 def strip_think(text: str) -> str | None:
