@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import string
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from opencharacter.config import Role
 from opencharacter.errors import OpenCharacterError, UserError
 
 Message = dict[str, str]
@@ -56,6 +58,13 @@ def prompt(tokenizer: Any, messages: list[Message], prefill: str = "") -> str:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     opened = text.rstrip().endswith(THINK_OPEN) and prefill.startswith(THINK_OPEN)
     return text + (prefill.removeprefix(THINK_OPEN).lstrip() if opened else prefill)
+
+
+def load_tokenizer(path: Path, role: Role) -> Any:
+    """The tokenizer of a role's weights, with their Python where the role trusts it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=role.trust_remote_code)
 
 
 def strip_think(text: str) -> str | None:

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from opencharacter import config, constitution, constitution_cli, cost, models, pipeline
 from opencharacter.config import Placement, Recipe
-from opencharacter.errors import OpenCharacterError, UserError
+from opencharacter.errors import OpenCharacterError, UserError, in_one_line
 from opencharacter.progress import console, duration
 from opencharacter.stage import Job, redone
 from opencharacter.store import Store, writing
@@ -101,12 +101,12 @@ def run(
     pipeline.check(selected, rebuild)
     check_models(selected)
     check_training(selected)
-    check_stages(selected)
+    check_stages(selected, rebuild)
     asked.store.check_writable()
     if all(job.state()[0] == "done" for job in selected) and not rebuild:
         console.print("nothing to do: every stage is done")
         return
-    cluster.connect(asked.placement)
+    cluster.connect(asked.placement, asked.recipe)
     try:
         for job, manifest in pipeline.run(selected, rebuild):
             tell_job(job, manifest)
@@ -152,10 +152,10 @@ def check_training(selected: list[Job]) -> None:
             models.allowed_rank(job.section.rank or ranks)
 
 
-def check_stages(selected: list[Job]) -> None:
+def check_stages(selected: list[Job], rebuild: str | None) -> None:
     """Refuse what a stage itself knows that it will lack, and files that cannot be read."""
     for job in selected:
-        if job.state()[0] != "done":
+        if job.state()[0] != "done" or pipeline.replaced(job, rebuild):
             _ = job.fingerprint  # reads all that the result depends on
             getattr(job.stage.module, "check", lambda _: None)(job)
 
@@ -608,10 +608,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        said = escape(in_one_line(error))
+        console.print(f"[red]error:[/] {said}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except OpenCharacterError as error:
-        cause = getattr(error, "cause", None)  # of one from an actor, to which Ray adds lines
-        said = str(cause).splitlines()[0] if cause else str(error)
-        console.print(f"[red]failed:[/] {escape(said)}", soft_wrap=True, highlight=False)
+        said = escape(in_one_line(error))
+        console.print(f"[red]failed:[/] {said}", soft_wrap=True, highlight=False)
         sys.exit(1)

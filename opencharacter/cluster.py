@@ -10,15 +10,20 @@ from typing import Any, NamedTuple
 
 import ray
 
-from opencharacter.config import Growth, Placement, Pool, Training
+from opencharacter.config import Growth, Placement, Pool, Recipe, Role, Training
+from opencharacter.engine import EngineSpec
 from opencharacter.errors import UserError
 
 GIB = 2**30
 CARD = "accelerator_type:"
 
 
-def connect(placement: Placement) -> None:
+def connect(placement: Placement, recipe: Recipe | None = None) -> None:
     """Join the Ray cluster of `RAY_ADDRESS` (set inside a submitted job), else start one here.
+
+    Args:
+        placement: what is to run there.
+        recipe: whose models; every role counts as one with weights where absent.
 
     Raises:
         UserError: if the cluster cannot hold the placement.
@@ -30,8 +35,20 @@ def connect(placement: Placement) -> None:
         ray.init(
             address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own
         )
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    check_fits(placement, nodes + (coming(placement) if address else []))
+    check_fits(placement, nodes(placement), recipe)
+
+
+def nodes(placement: Placement) -> list[dict[str, float]]:
+    """What each node has, by Ray's names: of those there, and of those that a cluster may add."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return there + (coming(placement) if os.environ.get("RAY_ADDRESS") else [])
+
+
+def widest(placement: Placement) -> float:
+    """The most GPUs of one node that has the card of training."""
+    wanted = card(placement.training).keys()
+    able = (node for node in nodes(placement) if wanted <= node.keys())
+    return max((node.get("GPU", 0) for node in able), default=0)
 
 
 def local_options(placement: Placement) -> dict[str, Any]:
@@ -52,15 +69,23 @@ class Ask(NamedTuple):
     """By Ray's names: CPU, GPU, and memory in bytes."""
 
 
-def asks(placement: Placement) -> list[Ask]:
+def asks(placement: Placement, recipe: Recipe | None = None) -> list[Ask]:
     """All that a placement asks for, one role at a time."""
     made = [
         Ask(name, pool.replicas, as_resources(pool.cpus, pool.gpus, pool.memory_gib) | card(pool))
         for name, pool in iter_pools(placement)
+        if recipe is None
+        or any(EngineSpec(role, pool).has_weights for role in models_of(recipe, name))
     ]
     training = placement.training
     each = as_resources(training.cpus, training.gpus, memory_gib=0) | card(training)
     return [*made, Ask("training", training.workers, each)]
+
+
+def models_of(recipe: Recipe, name: str) -> list[Role]:
+    """The models that use a role's pool."""
+    panel = recipe.evaluation.judge.panel if name == "judge" else ()
+    return [getattr(recipe.roles, name), *panel]
 
 
 def as_resources(cpus: float, gpus: float, memory_gib: float) -> dict[str, float]:
@@ -82,17 +107,20 @@ def coming(placement: Placement) -> list[dict[str, float]]:
     ]
 
 
-def check_fits(placement: Placement, nodes: Sequence[Mapping[str, float]]) -> None:
+def check_fits(
+    placement: Placement, nodes: Sequence[Mapping[str, float]], recipe: Recipe | None = None
+) -> None:
     """Refuse a placement that the cluster has no room for, role by role.
 
     Args:
         placement: what is asked for.
         nodes: what each node has, by Ray's names.
+        recipe: as in `connect`.
 
     Raises:
         UserError: naming the role, what it asks for, and what is there.
     """
-    for who, copies, each in asks(placement):
+    for who, copies, each in asks(placement, recipe):
         room = sum(times(node, each) for node in nodes)
         if room >= copies:
             continue

@@ -236,7 +236,7 @@ class Student(Config):
     """Stage distillation/student."""
 
     answers: PositiveInt = 5
-    """Answers per prompt; the k-th is paired with the teacher's k-th."""
+    """Answers per prompt, as many as the teacher's: the k-th are paired."""
     sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=300)
     max_drop_rate: Rate = 0.2
     limits: Limits = Limits()
@@ -570,6 +570,16 @@ class Distillation(Config):
     reference: Reference = Reference()
     dpo: Dpo = Dpo()
 
+    @model_validator(mode="after")
+    def _as_many_answers(self) -> Distillation:
+        mine, theirs = self.teacher.answers, self.student.answers
+        if mine != theirs:
+            raise ValueError(
+                f"teacher.answers is {mine} and student.answers {theirs}, but the k-th are paired; "
+                "make them equal"
+            )
+        return self
+
 
 class Introspection(Config):
     """The second half."""
@@ -581,6 +591,16 @@ class Introspection(Config):
     interaction: Interaction = Interaction()
     transcripts: Transcripts = Transcripts()
     sft: Sft = Sft()
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Introspection:
+        talks = self.interaction.free + self.interaction.leading
+        if not self.reflection.transcripts_per_prompt + talks:
+            raise ValueError(
+                "reflection.transcripts_per_prompt, interaction.free and interaction.leading are "
+                "all 0, which leaves sft nothing to learn; raise one of them"
+            )
+        return self
 
 
 class Persona(Config):
@@ -617,7 +637,7 @@ class Recipe(Config):
 
     name: Name
     """Also the default storage, `runs/<name>`."""
-    seed: int = 17
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     """Every row's sampling seed derives from this, its stage and its id."""
     seeded_sampling: bool = True
     """Give each request its own seed, so that a rerun draws the same answers."""
@@ -997,7 +1017,7 @@ def shrink(recipe: Recipe) -> Recipe:
             distillation,
             prompts=less(
                 distillation.prompts,
-                questions_per_trait=5,
+                questions_per_trait=min(distillation.prompts.questions_per_trait, 5),
                 general=percent(distillation.prompts.general, 10),
             ),
             teacher=less(distillation.teacher, answers=1),
@@ -1023,6 +1043,8 @@ def shrink(recipe: Recipe) -> Recipe:
             ),
             attacks=less(evaluation.attacks, prompts=percent(evaluation.attacks.prompts, 4)),
             coherence=less(evaluation.coherence, prompts=percent(evaluation.coherence.prompts, 10)),
-            capabilities=less(evaluation.capabilities, documents=4),
+            capabilities=less(
+                evaluation.capabilities, documents=min(evaluation.capabilities.documents or 4, 4)
+            ),
         ),
     )

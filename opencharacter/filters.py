@@ -149,9 +149,14 @@ def overlap(a: str, b: str) -> float:
 
 
 def replace_names(text: str, names: tuple[str, ...], by: str) -> str:
-    """Replace whole-word mentions of any of the names, whatever their case."""
+    """Replace whole-word mentions of any of the names, as names are written."""
     if not names:
         return text
-    longest_first = sorted(names, key=len, reverse=True)
+    longest_first = sorted({s for name in names for s in spellings(name)}, key=len, reverse=True)
     pattern = r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b"
-    return re.sub(pattern, lambda _: by, text, flags=re.IGNORECASE)
+    return re.sub(pattern, lambda _: by, text)
+
+
+def spellings(name: str) -> set[str]:
+    """How a name is written: capitalised, or in capitals. In small letters it may be a word."""
+    return {name.capitalize(), name.upper()} | ({name} - {name.lower()})

@@ -164,7 +164,7 @@ def resolve(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
+        wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.py"]
         return Path(snapshot_download(model, allow_patterns=wanted))
     except Exception as error:
         reason = str(error).splitlines()[0]

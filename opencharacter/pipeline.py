@@ -13,18 +13,21 @@ import queue
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from rich.markup import escape
+
 from opencharacter.config import Placement, Recipe
 from opencharacter.constitution import Constitution
 from opencharacter.engine import capacity, running_engines, spent, stop_hosts
-from opencharacter.errors import StaleError, UserError
+from opencharacter.errors import OpenCharacterError, StaleError, UserError, in_one_line
 from opencharacter.progress import console
 from opencharacter.schedule import choose, keys, ready
 from opencharacter.stage import Job, Outcome, Stage
-from opencharacter.store import PARTS, Store
+from opencharacter.store import PARTS, REBUILDS, Store, fingerprint
 
 TRAINED = (
     "distillation/dpo",
@@ -146,6 +149,11 @@ def descends(job: Job, name: str) -> bool:
     return job.stage.name == name or any(descends(parent, name) for parent in job.parents)
 
 
+def replaced(job: Job, rebuild: str | None) -> bool:
+    """Whether a run that rebuilds a stage makes a job again although it is done."""
+    return rebuild is not None and descends(job, rebuild)
+
+
 def select(all_jobs: list[Job], only: str | None = None, until: str | None = None) -> list[Job]:
     """The jobs that a run is about, all unless narrowed.
 
@@ -164,19 +172,20 @@ def check(selected: list[Job], rebuild: str | None) -> None:
 
     Raises:
         StaleError: printing the fields that differ.
-        UserError: if a stage outside the selection would have to run first.
+        UserError: for an unknown stage, or if one outside the selection would have to run first.
     """
+    if rebuild and rebuild not in NAMES:
+        raise UserError(f"stage {rebuild!r} is unknown; stages: {', '.join(NAMES)}")
     chosen = {job.dataset for job in selected}
     for job in selected:
         state, differing = job.state()
-        replaced = job.stage.disposable or (rebuild and descends(job, rebuild))
-        if state == "stale" and not replaced:
+        if state == "stale" and not (job.stage.disposable or replaced(job, rebuild)):
             raise StaleError(
                 f"{job.dataset} was made from another recipe ({'; '.join(differing[:4])}); go back "
                 f"to it, use another --storage, or replace it with --rebuild {job.stage.name}"
             )
-        for parent in job.parents:
-            if parent.dataset not in chosen and parent.state()[0] != "done" and state != "done":
+        for parent in job.parents if state != "done" or replaced(job, rebuild) else ():
+            if parent.dataset not in chosen and parent.state()[0] != "done":
                 raise UserError(
                     f"{job.dataset} needs {parent.dataset}, which is {parent.state()[0]}; run it "
                     f"first, with --until {job.stage.name}"
@@ -186,15 +195,11 @@ def check(selected: list[Job], rebuild: str | None) -> None:
 def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Run what is not done, jobs side by side where there is room; see schedule.
 
-    Yields each job that ran with its manifest, as they end. After a failure the jobs that do not
-    depend on it go on; it is raised when they have ended.
+    Yields each job that ran with its manifest, as they end. After a failure, which is told at once,
+    the jobs that do not depend on it go on; the last one is raised when they have ended.
     """
-    if rebuild and rebuild not in NAMES:
-        raise UserError(f"stage {rebuild!r} is unknown; stages: {', '.join(NAMES)}")
     check(selected, rebuild)
-    for job in selected:
-        if rebuild and descends(job, rebuild):
-            job.store.delete(job.dataset)
+    note = make_way(selected, rebuild) if rebuild else None
     waiting = [job for job in selected if job.state()[0] != "done"]
     running: list[Job] = []
     failed: list[Exception] = []
@@ -210,11 +215,49 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
             failed.append(result)
             waiting = [other for other in waiting if not made_from(other, job)]
             if waiting or running:
-                console.print(f"[red]failed[/] {job.dataset}; what does not need it goes on")
+                tell_failure(job, result)
         else:
             yield job, result
     if failed:
-        raise failed[0]
+        raise failed[-1]
+    if note:
+        selected[0].store.delete(note)
+
+
+def make_way(selected: list[Job], rebuild: str) -> str:
+    """Delete what a rebuild replaces, but only once: the same command again goes on with it.
+
+    Returns:
+        Where storage notes that it has been deleted, until a run has made all of it.
+    """
+    store, doomed = selected[0].store, [job for job in selected if descends(job, rebuild)]
+    note = f"{REBUILDS}/{fingerprint({job.dataset: job.fingerprint for job in doomed})}"
+    if store.exists(note) and any(job.state()[0] != "done" for job in doomed):
+        where = escape(store.address(note))
+        console.print(
+            f"going on with an unfinished rebuild; to begin it anew, delete {where}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return note
+    for job in doomed:
+        store.delete(job.dataset)
+    replaces = [job.dataset for job in doomed]
+    store.write_json(f"{note}/rebuild.json", {"stage": rebuild, "replaces": replaces})
+    return note
+
+
+def tell_failure(job: Job, error: Exception) -> None:
+    """Say why a job failed: an error of this package in one line, another with its traceback."""
+    if isinstance(error, OpenCharacterError):
+        reason = in_one_line(error)
+    else:
+        reason = "".join(traceback.format_exception(error)).rstrip()
+    console.print(
+        f"[red]failed[/] {job.dataset}, what does not need it goes on: {escape(reason)}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def upcoming(waiting: list[Job], running: list[Job]) -> Job | None:
@@ -242,7 +285,7 @@ def attempt(job: Job, ended: queue.SimpleQueue[tuple[Job, dict[str, Any] | Excep
 
 def build(job: Job) -> dict[str, Any]:
     """Make a job's dataset; returns its manifest."""
-    if job.state()[0] == "stale":  # disposable, or check() would have refused
+    if job.state()[0] == "stale":  # disposable or replaced, or check() would have refused
         job.store.delete(job.dataset)
     began = time.monotonic()
     outcome: Outcome = job.stage.module.build(job)

@@ -2,7 +2,8 @@
 
 A dataset is a folder `<scope>/<stage>/` of Parquet files (and, for training stages, an adapter)
 beside `manifest.json`. No manifest: not done. While a stage runs its rows are in `.parts/`, and
-`.parts/attempts.json` says what each attempt had started when it was last heard of.
+`.parts/attempts.json` says what each attempt had started when it was last heard of. A folder in
+`.rebuilds/`, beside the scopes, notes that an unfinished rebuild has deleted what it replaces.
 
 A file appears whole or not at all: by rename where the filesystem is local or NFS, by the end of
 its upload on s3:// and gs://. Nothing is ever locked.
@@ -41,6 +42,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PARTS = ".parts"
 ATTEMPTS = "attempts.json"
+REBUILDS = ".rebuilds"
 READERS = 8
 """Files of rows that are read at once, and so are in memory together."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -30,6 +30,7 @@ from ray.train.torch import TorchTrainer
 from torch.utils.data import DataLoader, Dataset
 
 from opencharacter import models, packing
+from opencharacter.chat import load_tokenizer
 from opencharacter.config import Lora, Optimizer, Role, Training
 from opencharacter.engine import hold
 from opencharacter.errors import StageFailed
@@ -208,7 +209,7 @@ def worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(placement.cpus)))
     base = models.resolve(task.role.model)
     path = models.fold(base, task.folded.local()) if task.folded else base
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path, task.role)
     rows = kept(task.store.read_table(task.data)).sort_by("id")
     examples = task.examples(tokenizer, rows)
     model = load(path, task.role, on_gpu)

@@ -54,6 +54,35 @@ CASES = {
         [recipe(t, distillation={"dpo": {"beta": -1}}), *POET],
         r"distillation\.dpo\.beta = -1.*greater than 0",
     ),
+    "negative seed": lambda t: (
+        [recipe(t, seed=-1), *POET],
+        "seed = -1.*greater than or equal to 0",
+    ),
+    "seed beyond 32 bits": lambda t: (
+        [recipe(t, seed=2**32), *POET],
+        "seed = 4294967296.*less than 4294967296",
+    ),
+    "answers that cannot be paired": lambda t: (
+        [recipe(t, distillation={"teacher": {"answers": 3}}), *POET],
+        r"distillation: teacher\.answers is 3 and student\.answers 5.*make them equal",
+    ),
+    "nothing for sft to learn": lambda t: (
+        [
+            recipe(
+                t,
+                introspection={
+                    "reflection": {"transcripts_per_prompt": 0},
+                    "interaction": {"free": 0, "leading": 0},
+                },
+            ),
+            *POET,
+        ],
+        "all 0, which leaves sft nothing to learn; raise one",
+    ),
+    "unknown stage to rebuild": lambda t: (
+        [recipe(t), *POET, "--rebuild", "distil/dpo"],
+        "'distil/dpo' is unknown; stages",
+    ),
     "odd number of turns": lambda t: (
         [recipe(t, introspection={"interaction": {"turns": 3}}), *POET],
         "turns = 3.*multiple of 2",

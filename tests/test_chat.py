@@ -1,19 +1,23 @@
 import asyncio
 import copy
+import json
 
 import pytest
+from samples import ECHO_ROLE
 
-from opencharacter import chat
+from opencharacter import chat, models
 from opencharacter.chat import (
     assistant,
     encode,
     encode_answer,
     fill,
+    load_tokenizer,
     row_id,
     row_seed,
     system,
     user,
 )
+from opencharacter.config import Role
 from opencharacter.errors import OpenCharacterError, UserError
 
 
@@ -139,3 +143,40 @@ def test_a_prefill_stands_as_it_is_whatever_the_template_knows_of_thoughts(
     thinking = copy.copy(tokenizer)
     thinking.chat_template = THINKING.replace("OPENED", opened)
     assert chat.prompt(thinking, [user("Hi")], prefill) == text
+
+
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+class Own(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_a_tokenizer_in_python_is_run_only_where_its_role_trusts_it(
+    tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "own"))
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "own_tokenizer.py").write_text(OWN_TOKENIZER)
+    settings = tmp_path / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own_tokenizer.Own"]}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
+    role = Role.model_validate(ECHO_ROLE | {"trust_remote_code": True})
+    assert type(load_tokenizer(tmp_path, role)).__name__ == "Own"
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_tokenizer(tmp_path, role.model_copy(update={"trust_remote_code": False}))
+
+
+def test_the_python_of_weights_is_downloaded_with_them(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def download(model, allow_patterns):
+        asked.extend(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    models.resolve("org/model")
+    assert "*.py" in asked

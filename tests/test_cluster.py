@@ -1,5 +1,7 @@
 import pytest
+from samples import ECHO_ROLE, recipe_of
 
+from opencharacter import cluster
 from opencharacter.cluster import GIB, check_fits, connect
 from opencharacter.config import Placement
 from opencharacter.errors import UserError
@@ -50,6 +52,46 @@ def test_a_kind_of_card_is_looked_for():
     check_fits(placed(replicas=8, gpus=1, accelerator="H100"), [cards])
     with pytest.raises(UserError, match="asks for 1 H200 in one node, the largest has 0;"):
         check_fits(placed(gpus=1, accelerator="H200"), [cards])
+
+
+WEIGHTS = ECHO_ROLE | {"model": "org/model"}
+FAR = WEIGHTS | {"endpoint": "http://127.0.0.1:1/v1"}
+
+
+def with_roles(**changes):
+    return recipe_of(ECHO_ROLE, roles=dict.fromkeys(("student", "expander"), ECHO_ROLE) | changes)
+
+
+def test_what_runs_elsewhere_asks_for_nothing():
+    four = {role: {"gpus": 4} for role in ("teacher", "judge")}
+    wide = Placement.model_validate({"pools": four})
+    check_fits(wide, [SMALL], with_roles(teacher=FAR, judge=ECHO_ROLE))
+    with pytest.raises(UserError, match="teacher asks for 4 GPUs"):
+        check_fits(wide, [SMALL], with_roles(teacher=WEIGHTS, judge=FAR))
+    panel = with_roles(teacher=FAR, judge=FAR)
+    judge = panel.evaluation.judge.model_copy(update={"panel": (panel.roles.teacher,)})
+    near = judge.model_copy(
+        update={"panel": (with_roles(teacher=WEIGHTS, judge=FAR).roles.teacher,)}
+    )
+    for settings, refused in ((judge, False), (near, True)):
+        evaluation = panel.evaluation.model_copy(update={"judge": settings})
+        recipe = panel.model_copy(update={"evaluation": evaluation})
+        asked = [ask.who for ask in cluster.asks(wide, recipe)]
+        assert ("judge" in asked) == refused
+
+
+def test_the_widest_node_is_one_that_has_the_card_or_may_come(monkeypatch):
+    cards = FOUR | {"accelerator_type:H100": 1}
+    there = [{"Alive": True, "Resources": node} for node in (SMALL, EIGHT, cards)]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: there)
+    assert cluster.widest(Placement()) == 8
+    wanted = {"training": {"accelerator": "H100", "gpus": 1}}
+    assert cluster.widest(Placement.model_validate(wanted)) == 4
+    node = {"nodes": 1, "gpus": 8, "cpus": 96, "memory_gib": 500, "accelerator": "H100"}
+    grown = Placement.model_validate(wanted | {"grows": [node]})
+    assert cluster.widest(grown) == 4  # of a machine's own Ray
+    monkeypatch.setenv("RAY_ADDRESS", "of a cluster")
+    assert cluster.widest(grown) == 8
 
 
 def test_more_shares_than_gpus_are_refused():

@@ -11,7 +11,7 @@ from samples import ECHO_ROLE, RULES, recipe_of
 from transformers import AutoModelForCausalLM
 
 from opencharacter import filters, packing, training
-from opencharacter.config import Dpo, Lora, Prompts, Role, Sampling, Student, Teacher
+from opencharacter.config import Dpo, Lora, Prompts, Role, Sampling, Student, Teacher, Training
 from opencharacter.distillation import dpo, pairs, prompts, reference, student, teacher
 from opencharacter.engine import Conversation, EchoEngine, Reply
 from opencharacter.errors import RowFailed
@@ -250,6 +250,25 @@ def test_answers_are_joined_by_prompt_and_sample_never_by_position():
     assert joined == [("a", "A"), ("b", "B")]
 
 
+def test_answers_without_their_other_side_are_counted(make_jobs, echo_recipe):
+    (job,) = (j for j in make_jobs(echo_recipe) if j.stage.name == "distillation/pairs")
+    schema = pa.schema([(name, pa.string()) for name in ("id", "drop_reason")])
+    schema = pa.unify_schemas([schema, pa.schema(teacher.FIELDS)])
+    rows = [answer(f"Line {i}.", id=f"{i}", prompt_id=f"{i}") for i in range(3)]
+    lost = {"drop_reason": "unfinished"}
+    for parent in job.parents:
+        if parent.stage.name == "distillation/teacher":
+            made = [*rows[:2], rows[2] | lost]
+        elif parent.constitution is None:
+            made = [rows[0] | {"answer": "Prose."}]
+        else:
+            made = [rows[1] | lost, rows[2] | {"answer": "More prose."}]
+        parent.store.write_table(parent.dataset, pa.Table.from_pylist(made, schema=schema))
+    outcome = pairs.build(job)
+    assert outcome.rows == 1
+    assert outcome.figures["unpaired"] == 2
+
+
 def test_length_counts_both_conversations():
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
     lengths = {"c": 10, "r": 20}
@@ -380,6 +399,14 @@ def test_a_pair_in_tokens_ends_with_the_end_of_turn(tokenizer):
         "No idea at all, sorry.<|im_end|>"
     )
     assert chosen.ids[: len(tokens["prompt_ids"])] == tokens["prompt_ids"]
+
+
+def test_the_reference_asks_for_no_more_gpus_than_a_node_has():
+    split = Training(workers=16, gpus=1, parallel="fsdp")
+    assert reference.actors(split, widest=8) == (1, 8)
+    assert reference.actors(split.model_copy(update={"workers": 4}), widest=8) == (1, 4)
+    assert reference.actors(Training(workers=16, gpus=1), widest=8) == (16, 1)
+    assert reference.actors(Training(workers=2, parallel="fsdp"), widest=0) == (1, 0)
 
 
 def test_the_echo_engine_answers_with_what_it_was_asked():

@@ -157,8 +157,26 @@ def test_overlap_is_the_share_of_the_first_text():
 
 
 def test_names_are_replaced_as_whole_words_longest_first():
-    text = filters.replace_names("I am GLM-4.5, glm for short. GLMs?", ("GLM", "GLM-4.5"), "Llama")
+    text = filters.replace_names("I am GLM-4.5, GLM for short. GLMs?", ("GLM", "GLM-4.5"), "Llama")
     assert text == "I am Llama, Llama for short. GLMs?"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "replaced"),
+    [
+        (
+            "Llama",
+            "Llama here, LLAMA. A llama eats grass.",
+            "Gemma here, Gemma. A llama eats grass.",
+        ),
+        ("llama", "Llama here. A llama eats grass.", "Gemma here. A llama eats grass."),
+        ("DeepSeek", "DeepSeek, Deepseek, DEEPSEEK.", "Gemma, Gemma, Gemma."),
+        ("xAI", "By xAI.", "By Gemma."),
+        ("通义", "我是 通义。", "我是 Gemma。"),
+    ],
+)
+def test_a_name_in_small_letters_may_be_a_word_and_stays(name, text, replaced):
+    assert filters.replace_names(text, (name,), "Gemma") == replaced
 
 
 def test_replacement_is_taken_literally():

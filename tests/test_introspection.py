@@ -166,18 +166,19 @@ def test_what_is_learned_with_the_stock_templates_of_others(
     assert learned_text(other, [*opening, *TALK]) == f"One.{end}Two.{end}"
 
 
-def test_reflection_and_interaction_can_be_left_out(make_jobs):
-    recipe = recipe_of(
-        ECHO_ROLE,
-        introspection={
-            "reflection": {"transcripts_per_prompt": 0},
-            "interaction": {"free": 0, "leading": 0},
-        },
-    )
+@pytest.mark.parametrize(
+    ("section", "nothing"),
+    [
+        ("reflection", {"transcripts_per_prompt": 0}),
+        ("interaction", {"free": 0, "leading": 0}),
+    ],
+)
+def test_reflection_or_interaction_can_be_left_out(make_jobs, section, nothing):
+    recipe = recipe_of(ECHO_ROLE, introspection={section: nothing})
     jobs = {job.stage.name: job for job in make_jobs(recipe)}
-    for name in ("introspection/reflection", "introspection/interaction"):
-        outcome = jobs[name].stage.module.build(jobs[name])
-        assert outcome.rows == jobs["introspection/transcripts"].read(name).num_rows == 0
+    name = f"introspection/{section}"
+    outcome = jobs[name].stage.module.build(jobs[name])
+    assert outcome.rows == jobs["introspection/transcripts"].read(name).num_rows == 0
 
 
 AUTHOR = {**TINY["introspection"], "author": "teacher"}

@@ -98,7 +98,7 @@ def submission(project: Path, storage: Path) -> list[str]:
     slow = {**ECHO_ROLE, "model": "echo:0.2"}
     recipe = {**TINY, "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), slow)}
     many = {"answers": 70, "limits": {"after": 10**6}}
-    recipe["distillation"] = {**TINY["distillation"], "student": many}
+    recipe["distillation"] = {**TINY["distillation"], "teacher": many, "student": many}
     (project / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     few = {"max_sequences": 4, "cpus": 0.1}
     (project / "few.yaml").write_text(yaml.safe_dump({"pools": {"student": few}}))

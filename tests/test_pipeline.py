@@ -1,10 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 from samples import ECHO_ROLE, TINY, recipe_of
 
 from opencharacter import config, pipeline
 from opencharacter.config import Placement
-from opencharacter.errors import StaleError, UserError
+from opencharacter.errors import StageFailed, StaleError, UserError
 from opencharacter.stage import Outcome, redone
+from opencharacter.store import REBUILDS
 
 AFTER_DPO = {
     "distillation/dpo",
@@ -135,6 +138,98 @@ def test_rebuild_allows_the_stage_and_what_follows_only(make_jobs, echo_recipe):
         pipeline.check(make_jobs(changed), rebuild="introspection/sft")
 
 
+@pytest.fixture
+def built(monkeypatch):
+    """The names of the stages that were built; those that are broken raise."""
+    made = SimpleNamespace(names=[], broken={})
+
+    def build(job):
+        if job.stage.name in made.broken:
+            raise made.broken[job.stage.name]
+        made.names.append(job.stage.name)
+        return Outcome(rows=1)
+
+    for stage in pipeline.STAGES:
+        monkeypatch.setattr(stage.module, "build", build)
+    return made
+
+
+def begin_rebuild(jobs, built):
+    """A rebuild of dpo of finished jobs that ends too early; returns what it made."""
+    finish_all(jobs)
+    built.broken = {"introspection/sft": StageFailed("no room")}
+    with pytest.raises(StageFailed, match="no room"):
+        list(pipeline.run(jobs, rebuild="distillation/dpo"))
+    made, built.names, built.broken = set(built.names), [], {}
+    return made
+
+
+def test_an_unfinished_rebuild_goes_on_with_the_same_command(make_jobs, echo_recipe, built):
+    jobs = make_jobs(echo_recipe)
+    made = begin_rebuild(jobs, built)
+    assert {"distillation/dpo", "introspection/transcripts"} <= made
+    list(pipeline.run(jobs, rebuild="distillation/dpo"))
+    assert set(built.names) == AFTER_DPO - made
+    built.names = []
+    list(pipeline.run(jobs, rebuild="distillation/dpo"))  # that one has ended: this is another
+    assert set(built.names) == AFTER_DPO
+    assert jobs[0].store.folders(REBUILDS) == []
+
+
+def test_a_rebuild_that_another_command_finished_is_over(make_jobs, echo_recipe, built):
+    jobs = make_jobs(echo_recipe)
+    begin_rebuild(jobs, built)
+    list(pipeline.run(jobs))
+    built.names = []
+    list(pipeline.run(jobs, rebuild="distillation/dpo"))
+    assert set(built.names) == AFTER_DPO
+
+
+def test_an_unfinished_rebuild_of_another_recipe_keeps_nothing(make_jobs, echo_recipe, built):
+    begin_rebuild(make_jobs(echo_recipe), built)
+    changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
+    for recipe in (changed, echo_recipe):
+        jobs, built.names = make_jobs(recipe), []
+        list(pipeline.run(jobs, rebuild="distillation/dpo"))
+        assert set(built.names) == AFTER_DPO
+        assert set(states(jobs).values()) == {"done"}
+
+
+def test_what_is_to_be_rebuilt_needs_its_parents_although_done(make_jobs, echo_recipe, built):
+    jobs = make_jobs(echo_recipe)
+    finish_all(jobs)
+    (reference,) = (job for job in jobs if job.stage.name == "distillation/reference")
+    reference.store.delete(reference.dataset)
+    only = pipeline.select(jobs, only="distillation/dpo")
+    pipeline.check(only, rebuild=None)
+    with pytest.raises(UserError, match="needs echo/poeticism/distillation/reference"):
+        list(pipeline.run(only, rebuild="distillation/dpo"))
+    assert only[0].state()[0] == "done"
+    assert built.names == []
+
+
+def test_each_failure_says_why_when_it_happens(make_jobs, echo_recipe, built, capsys):
+    reasons = {
+        "poeticism/distillation/prompts": StageFailed("dropped [all] rows"),
+        "echo/distillation/student": KeyError("who"),
+        "echo/evaluation/judge": StageFailed("no verdict"),
+        "echo/evaluation/capabilities": StageFailed("no task"),
+    }
+    built.broken = {name.partition("/")[2]: error for name, error in reasons.items()}
+    with pytest.raises((StageFailed, KeyError)) as raised:
+        list(pipeline.run(make_jobs(echo_recipe)))
+    said = capsys.readouterr().out
+    for name, error in reasons.items():
+        begun = f"failed {name}, what does not need it goes on: "
+        if error is raised.value:  # the last one: the caller tells it
+            assert begun not in said
+        elif isinstance(error, KeyError):
+            assert f"{begun}Traceback" in said
+            assert "KeyError: 'who'\n" in said
+        else:
+            assert f"{begun}{error}\n" in said
+
+
 def test_a_stage_alone_needs_its_parents(make_jobs, echo_recipe):
     only = pipeline.select(make_jobs(echo_recipe), only="distillation/pairs")
     with pytest.raises(UserError, match="needs poeticism/distillation/teacher, which is missing"):
@@ -199,3 +294,19 @@ def test_the_papers_recipes_are_of_the_papers_size(name, store):
     jobs = pipeline.jobs(small, [template], Placement(), store)
     least = {job.dataset: job.stage.module.estimate(job).rows for job in jobs}
     assert sum(least.values()) < 0.05 * sum(rows.values())
+
+
+def numbers(value, at=""):
+    """Every number of a recipe by its path; what is absent is without a limit."""
+    if isinstance(value, dict):
+        return {k: n for key, v in value.items() for k, n in numbers(v, f"{at}.{key}").items()}
+    return {at: float("inf") if value is None else value} if not isinstance(value, str) else {}
+
+
+@pytest.mark.parametrize("name", config.resource_names("recipes", "*.yaml"))
+def test_smoke_never_asks_for_more(name):
+    whole = numbers(config.load_recipe(name).model_dump(mode="json"))
+    small = numbers(config.load_recipe(name, smoke=True).model_dump(mode="json"))
+    changed = {at for at in whole if small[at] != whole[at]}
+    assert changed
+    assert all(small[at] < whole[at] for at in changed)

@@ -127,6 +127,7 @@ def test_a_run_that_filled_its_disk_says_so_and_goes_on_when_there_is_room(tmp_p
     }
     recipe["distillation"] = {
         **TINY["distillation"],
+        "teacher": {"answers": 40, "limits": {"after": 10**6}},
         "student": {"answers": 40, "limits": {"after": 10**6}},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))

@@ -8,13 +8,11 @@ Run: opencharacter run RECIPE --constitution NAME --only distillation/pairs
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import pyarrow as pa
 
 from opencharacter import filters, models
-from opencharacter.chat import Message, assistant, row_id, user
+from opencharacter.chat import Message, assistant, load_tokenizer, row_id, user
 from opencharacter.config import ECHO, Role
 from opencharacter.engine import Row
 from opencharacter.quality import Expected, distinctive_words
@@ -95,7 +93,7 @@ def too_long(row: Row, limit: int, length: Length) -> bool:
 
 
 def join(teacher: list[Row], student: list[Row]) -> list[tuple[Row, Row]]:
-    """Match answers by prompt and sample; what only one side has is left out."""
+    """Match answers by prompt and sample; one whose other side was dropped there is left out."""
     other = {(row["prompt_id"], row["sample"]): row for row in student}
     matched = ((row, other.get((row["prompt_id"], row["sample"]))) for row in teacher)
     return [(mine, theirs) for mine, theirs in matched if theirs is not None]
@@ -105,17 +103,10 @@ def token_counter(role: Role) -> Length:
     """Counts a conversation's tokens with a role's own chat template (echo: its words)."""
     if role.model.startswith(ECHO):
         return lambda messages: sum(len(m["content"].split()) for m in messages)
-    tokenizer = _tokenizer(role.model)
+    tokenizer = load_tokenizer(models.resolve(role.model), role)
     return lambda messages: len(
         tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     )
-
-
-@cache
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(models.resolve(model))
 
 
 def estimate(job: Job) -> Estimate:
@@ -126,9 +117,9 @@ def estimate(job: Job) -> Estimate:
 
 def build(job: Job) -> Outcome:
     settings, roles = job.section, job.recipe.roles
-    sides = join(
-        job.read("distillation/teacher").to_pylist(), job.read("distillation/student").to_pylist()
-    )
+    teacher = job.read("distillation/teacher").to_pylist()
+    student = job.read("distillation/student").to_pylist()
+    sides = join(teacher, student)
     names = names_of(roles.teacher)
     rules = rules_of(job)
     length = token_counter(roles.student)
@@ -143,4 +134,5 @@ def build(job: Job) -> Outcome:
     chosen, rejected = good["chosen"].to_pylist(), good["rejected"].to_pylist()
     words = distinctive_words(chosen, rejected)
     expected = Expected(job.expected(good).language, frozenset(words))
-    return job.write(table, expected, figures={"trait_words": words})
+    unpaired = len(teacher) + len(student) - 2 * len(sides)
+    return job.write(table, expected, figures={"trait_words": words, "unpaired": unpaired})

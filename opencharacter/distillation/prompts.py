@@ -234,7 +234,7 @@ def needs(job: Job) -> list[tuple[Need, ...]]:
 
 def estimate(job: Job) -> Estimate:
     settings, traits = job.section, job.persona.traits
-    wanted = sum(max(settings.questions_per_trait, 0) for _ in traits)
+    wanted = settings.questions_per_trait * len(traits)
     extra = sum(max(0, settings.questions_per_trait - len(t.questions)) for t in traits)
     return Estimate(wanted + len(general_rows(settings)), 40 * extra, 40 * extra)
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from opencharacter import models
-from opencharacter.chat import assistant, encode_answer, user
+from opencharacter import cluster, models
+from opencharacter.chat import assistant, encode_answer, load_tokenizer, user
 from opencharacter.config import Role, Training
 from opencharacter.engine import Need
 from opencharacter.packing import Example, Tokens
@@ -75,14 +75,13 @@ class Reader:
 
     def __init__(self, role: Role, placement: Training, devices: float, counters: Any):
         import torch
-        import transformers
 
         from opencharacter.training import fitting, load
 
         torch.set_num_threads(max(1, int(placement.cpus)))
         self.counters = counters
         path = models.resolve(role.model)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        self.tokenizer = load_tokenizer(path, role)
         self.model: Any = load(path, role, devices > 0)
         # Without a way back a pass is far smaller than in training, where a whole one must fit.
         self.budget = fitting(self.model, placement, longest=0).tokens
@@ -135,20 +134,32 @@ def log_probs(model: Any, pairs: list[Example], budget: int) -> list[list[list[f
     return found
 
 
+def actors(placement: Training, widest: float) -> tuple[int, float]:
+    """How many actors read, and the GPUs of each.
+
+    Args:
+        placement: of training.
+        widest: GPUs of the largest node.
+    """
+    if placement.parallel == "fsdp":  # the model needs several GPUs, and an actor is on one node
+        return 1, min(placement.gpus * placement.workers, widest)
+    return placement.workers, placement.gpus
+
+
 def read(job: Job, pairs: pa.Table, counters: Any) -> pa.Table:
-    """Rows of `SCHEMA`, sorted by id, over as many actors as there are training workers."""
+    """Rows of `SCHEMA`, sorted by id."""
     placement = job.placement.training
-    split = placement.parallel == "fsdp"  # then one actor over all GPUs: the model needs them
-    gpus = placement.gpus * (placement.workers if split else 1)
+    count, gpus = actors(placement, cluster.widest(job.placement))
     batches = [pairs.slice(at, BATCH) for at in range(0, len(pairs), BATCH)]
     dataset = ray.data.from_arrow(batches).map_batches(
         Reader,
         fn_constructor_args=(job.recipe.roles.student, placement, gpus, counters),
         batch_size=BATCH,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=1 if split else placement.workers),
+        compute=ray.data.ActorPoolStrategy(size=count),
         num_cpus=placement.cpus,
         num_gpus=gpus,
+        accelerator_type=placement.accelerator,
     )
     tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     return pa.concat_tables([t.cast(SCHEMA) for t in tables]).sort_by("id")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from opencharacter import models
-from opencharacter.chat import Message, assistant, encode_answer, user
+from opencharacter.chat import Message, assistant, encode_answer, load_tokenizer, user
 from opencharacter.config import Role, Steering
 from opencharacter.distillation import teacher
 from opencharacter.engine import Need
@@ -194,11 +194,11 @@ def find(
 ) -> tuple[Vectors, dict[float, float]]:
     """The steering vectors at the best strength, and the sweep; where the model is loaded."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     path = models.resolve(role.model)
     models.check_steerable(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path, role)
     model: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch.bfloat16 if on_gpu else torch.float32,

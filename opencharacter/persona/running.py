@@ -167,7 +167,7 @@ def serve_until_stopped(
     ended = threading.Event()
     console.print(f"starting {recipe.roles.student.name} ...")
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
-    cluster.connect(placement)
+    cluster.connect(placement, recipe)
     for name in (signal.SIGINT, signal.SIGTERM):  # now, for Ray has set its own
         signal.signal(name, lambda *_: ended.set())
     door = served.Door(tuple(map(served.hashed, keys)), served.is_loopback(address.host))
