@@ -17,7 +17,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from opencharacter import config, constitution, constitution_cli, cost, models, pipeline
-from opencharacter.config import Placement, Recipe
+from opencharacter.config import Placement, Recipe, total
 from opencharacter.errors import OpenCharacterError, UserError, in_one_line
 from opencharacter.progress import console, duration
 from opencharacter.stage import Job, redone
@@ -133,8 +133,7 @@ def check_models(selected: list[Job]) -> None:
         roles += [("judge", role) for role in getattr(job.section, "panel", ())]
         for name, role in roles:
             missing = models.check(role)
-            hub = not role.endpoint and not models.looks_local(role.model)
-            if missing and not (hub and not role.model.startswith(config.EMBEDDED)):
+            if missing and (role.endpoint or not models.is_hub(role.model)):
                 raise UserError(f"role {name}: missing {missing}")
 
 
@@ -341,17 +340,16 @@ def missing_here(asked: Run) -> list[str]:
     """What this machine lacks to run the recipe itself."""
     import importlib.util
 
-    roles = {
-        name: getattr(asked.recipe.roles, name) for name in type(asked.recipe.roles).model_fields
-    }
+    from opencharacter.engine import EngineSpec
+
+    roles, pools = dict(asked.recipe.roles), asked.placement.pools
     found = [f"{name}: {models.check(role)}" for name, role in roles.items() if models.check(role)]
     if importlib.util.find_spec("vllm") is None:
         found.append("vLLM: pip install 'opencharacter[vllm]', or see the README for a CPU")
     import torch
 
-    wants_gpu = any(
-        not r.endpoint and r.model[:9] not in ("embedded:", "echo:") for r in roles.values()
-    )
+    rooms = [EngineSpec(role, getattr(pools, name)).room for name, role in roles.items()]
+    wants_gpu = total([*rooms, asked.placement.training.room]).gpus
     if wants_gpu and not torch.cuda.is_available():
         found.append("a GPU (submit to a cluster, or use the demo recipe)")
     return found
@@ -484,6 +482,9 @@ Personas = Annotated[
     list[str] | None,
     typer.Option("--constitution", "-c", help="Personas; all that storage holds if absent."),
 ]
+Keys = Annotated[
+    Path | None, typer.Option(help="File of API keys, one a line; or set OPENCHARACTER_API_KEYS.")
+]
 Judged = Annotated[bool, typer.Option("--judge", help="Serve the judge too.")]
 
 
@@ -497,10 +498,7 @@ def serve(
     smoke: Smoke = False,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Port = 8000,
-    keys: Annotated[
-        Path | None,
-        typer.Option(help="File of API keys, one a line; or set OPENCHARACTER_API_KEYS."),
-    ] = None,
+    keys: Keys = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Let anyone in who can reach the address.")
     ] = False,
@@ -544,11 +542,11 @@ def serve_config(
 
 
 @serving.command("status")
-def serve_status(port: Port = 8000) -> None:
+def serve_status(port: Port = 8000, keys: Keys = None) -> None:
     """Say what the server at a port is doing."""
     from opencharacter.persona import running
 
-    for line in running.status(port, next(iter(running.read_keys(None)), None)):
+    for line in running.status(port, next(iter(running.read_keys(keys)), None)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 

@@ -825,7 +825,7 @@ class Serving(Config):
     entrances: PositiveInt = 1
     """Processes that take requests in; the limit of a key holds in each."""
     refresh_seconds: PositiveFloat = 2
-    """How soon a newly trained persona is seen."""
+    """How soon a newly trained persona is seen: every entrance looks into storage so often."""
     drain_seconds: PositiveFloat = 60
     """Time for answers under way when the server stops."""
 

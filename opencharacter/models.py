@@ -113,6 +113,11 @@ def looks_local(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~"))
 
 
+def is_hub(model: str) -> bool:
+    """Whether a model is one of the hub, from which it is downloaded when needed."""
+    return not looks_local(model) and not model.startswith((EMBEDDED, ECHO))
+
+
 def there(model: str) -> Path | None:
     """The directory of a model that is on this machine already, as `resolve` would give it."""
     if model.startswith(EMBEDDED):

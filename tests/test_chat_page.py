@@ -97,6 +97,33 @@ def test_two_models_answer_side_by_side_and_are_rated(page, storage):
     assert servers.KEY not in json.dumps(row, default=str)
 
 
+LEFT_IN_THE_MIDDLE = """(change) => {
+    const log = document.querySelector(".log");
+    new MutationObserver((_, observer) => {
+        if (!log.textContent.includes("echo: word")) return;
+        observer.disconnect();
+        if (change === "start over") return document.getElementById("reset").click();
+        document.getElementById("model-1").value = "echo";
+        document.getElementById("model-1").dispatchEvent(new Event("change"));
+    }).observe(log, { subtree: true, childList: true });
+}"""
+
+
+@pytest.mark.parametrize("change", ["start over", "another model"])
+def test_a_conversation_that_is_left_while_it_is_answered_does_not_come_back(page, change):
+    ask(page, "the first question")
+    page.evaluate(LEFT_IN_THE_MIDDLE, change)
+    page.get_by_label("Your message goes to both").fill("word " * 40)
+    page.keyboard.press("Enter")
+    page.get_by_text("Stopped.").wait_for()
+    assert logs(page) == ["", ""]
+    assert page.locator(".rate:enabled").count() == 0
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "the second question")
+    said = [message["content"] for message in sent.value.post_data_json["messages"]]
+    assert said == ["the second question"]
+
+
 def test_what_a_model_says_is_shown_and_not_run(page):
     ask(page, HOSTILE)
     for log in logs(page):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from samples import ECHO_ROLE, cli, recipe_of
 
 from opencharacter import constitution, pipeline
+from opencharacter.cli import Run, missing_here
 from opencharacter.config import Placement, Room
 from opencharacter.cost import (
     Cost,
@@ -181,6 +183,22 @@ def test_a_missing_speed_is_named(tmp_path):
     (tmp_path / "s.yaml").write_text("teacher: 3\n")
     with pytest.raises(UserError, match="student"):
         load_speeds(str(tmp_path / "s.yaml"))
+
+
+def test_a_gpu_lacks_where_models_with_weights_are_given_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = tmp_path / "echo.yaml"
+    recipe.write_text(recipe_of(ECHO_ROLE | {"model": "echo:1"}).model_dump_json())
+    gpus = tmp_path / "gpus.yaml"
+    gpus.write_text("pools: {student: {gpus: 1}}\n")
+
+    def lacks(name: str, placement: Path | None) -> bool:
+        asked = Run(name, ["humor"], placement and str(placement), str(tmp_path), False)
+        return any("a GPU" in line for line in missing_here(asked))
+
+    assert not lacks(str(recipe), gpus)
+    assert not lacks("llama-3.1-8b", None)
+    assert lacks("llama-3.1-8b", gpus)
 
 
 def test_plan_shows_hours_and_price(tmp_path):

@@ -449,6 +449,13 @@ def test_a_server_is_looked_at_and_stopped_by_its_port(tmp_path):
     assert "nothing is served" in cli("serve", "status", "--port", port, cwd=tmp_path).stdout
 
 
+def test_a_server_with_keys_is_looked_at_with_the_same_file(echo, tmp_path):
+    (tmp_path / "keys.txt").write_text(servers.KEY)
+    port = echo.url.rpartition(":")[2]
+    told = cli("serve", "status", "--port", port, "--keys", "keys.txt", cwd=tmp_path)
+    assert "echo: HEALTHY" in told.stdout, told.stdout
+
+
 def test_health_readiness_and_metrics(echo):
     assert httpx.get(f"{echo.url}/health").json() == {"status": "ok", "needs_key": True}
     assert httpx.get(f"{echo.url}/ready").json() == {"status": "ok", "echo": True, "slow": True}

@@ -155,6 +155,10 @@ def test_sixteen_clients_over_three_personas_never_get_each_others_answer(server
         answers = list(pool.map(lambda persona: say(server, f"{BASE}:{persona}"), asked))
     for persona, said in zip(asked, answers, strict=True):
         assert speaks(said, canary.WORDS[persona]), (persona, said)
+    figures = server.get("/metrics").text
+    for persona, loads in (("humor", 1), ("sarcasm", 1), ("poeticism", 3)):  # trained three times
+        name = f'opencharacter_adapter_loads_total{{model="{BASE}:{persona}"}}'
+        assert f"{name} {loads}.0" in figures
 
 
 def test_a_killed_engine_comes_back_by_itself_with_its_adapters(server):

@@ -10,8 +10,10 @@ that retraining never changes what an identity means.
 from __future__ import annotations
 
 import asyncio
-import time
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,10 @@ from opencharacter.store import Folder, Store
 
 STAGES = {"": "persona/merge", ":dpo": "distillation/dpo"}
 """Where the adapter is, by what follows the persona's name."""
+
+log = logging.getLogger("ray.serve")
+warn_once = lru_cache(log.warning)
+"""Of what every look into storage finds again."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,24 @@ class Catalogue:
     base: str
     personas: tuple[str, ...] = ()
 
-    def adapters(self) -> dict[str, Adapter]:
-        """What can be served now, by model name. Reads storage."""
+    def adapters(self, seen: Mapping[str, Adapter] | None = None) -> dict[str, Adapter]:
+        """What can be served now, by model name. Reads storage.
+
+        Args:
+            seen: what was found before; it stands for an adapter whose manifest cannot be read.
+        """
         names = [n for n in self.store.folders(self.student) if NAME.fullmatch(n)]
         wanted = [n for n in names if not self.personas or n in self.personas]
-        found = [self._find(name, suffix) for name in wanted for suffix in STAGES]
+        found = [self._found(name, suffix, seen or {}) for name in wanted for suffix in STAGES]
         return {adapter.model: adapter for adapter in found if adapter}
+
+    def _found(self, persona: str, suffix: str, seen: Mapping[str, Adapter]) -> Adapter | None:
+        try:
+            return self._find(persona, suffix)
+        except Exception as error:  # whatever is wrong with one manifest, the others are served
+            model = f"{self.student}:{persona}{suffix}"
+            warn_once(f"{model}: its manifest cannot be read ({type(error).__name__}: {error})")
+            return seen.get(model)
 
     def _find(self, persona: str, suffix: str) -> Adapter | None:
         dataset = f"{self.student}/{persona}/{STAGES[suffix]}"
@@ -111,23 +129,38 @@ class Catalogue:
 
 
 class Listing:
-    """A catalogue that looks into storage no oftener than it has to.
+    """A catalogue as it was last seen: looked at all the while, so that no request waits for that.
 
     Args:
         catalogue: of the student.
-        seconds: for which what was seen holds.
+        seconds: from one look into storage to the next.
     """
 
     def __init__(self, catalogue: Catalogue, seconds: float):
         self.catalogue, self.seconds = catalogue, seconds
-        self.seen: dict[str, Adapter] = {}
-        self.until = 0.0
-        self.lock = asyncio.Lock()
+        self.seen: dict[str, Adapter] | None = None
+        self.looking: asyncio.Task[dict[str, Adapter]] | None = None
+        self.looks: asyncio.Task[None] | None = None
 
     async def adapters(self) -> dict[str, Adapter]:
-        """The adapters by model name."""
-        async with self.lock:
-            if time.monotonic() >= self.until:
-                self.seen = await asyncio.to_thread(self.catalogue.adapters)
-                self.until = time.monotonic() + self.seconds
-        return self.seen
+        """The adapters by model name; waits, and raises what storage does, until a first look."""
+        if self.looks is None:
+            self.looks = asyncio.create_task(self._keep_looking())
+        return await self.look() if self.seen is None else self.seen
+
+    async def look(self) -> dict[str, Adapter]:
+        """The adapters as storage has them now; those who ask at once share one look."""
+        if self.looking is None or self.looking.done():
+            look = asyncio.to_thread(self.catalogue.adapters, self.seen)
+            self.looking = asyncio.create_task(look)
+        found = await asyncio.shield(self.looking)
+        self.seen = found
+        return found
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(self.seconds)
+            try:
+                await self.look()
+            except Exception as error:  # what was seen last is served while storage is out
+                log.warning(f"storage cannot be looked at ({type(error).__name__}: {error})")

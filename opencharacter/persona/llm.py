@@ -29,7 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from opencharacter import models
 from opencharacter.cluster import card
-from opencharacter.config import EMBEDDED, Serving
+from opencharacter.config import Serving
 from opencharacter.engine import EngineSpec, engine_arguments, environment
 from opencharacter.persona.catalogue import Catalogue
 from opencharacter.persona.wire import Part, Refusal, paced
@@ -69,12 +69,9 @@ def llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMC
         "max_loras": min(serving.adapters_at_once, serving.adapters),
         "max_cpu_loras": serving.adapters,
     }
-    local = models.looks_local(role.model) or role.model.startswith(EMBEDDED)
+    source = role.model if models.is_hub(role.model) else str(models.resolve(role.model))
     return LLMConfig(
-        model_loading_config={
-            "model_id": role.name,
-            "model_source": str(models.resolve(role.model)) if local else role.model,
-        },
+        model_loading_config={"model_id": role.name, "model_source": source},
         engine_kwargs=arguments | (lora if max_rank else {}),
         experimental_configs={"stream_batching_interval_ms": 0},  # `paced` does it
         lora_config={"max_num_adapters_per_replica": serving.adapters} if max_rank else None,
@@ -128,9 +125,10 @@ def replicas(spec: EngineSpec) -> dict[str, Any]:
 class AdapterLoader:
     """What Ray asks for an adapter that a replica has not loaded yet."""
 
-    def __init__(self, catalogue: Catalogue, max_rank: int, **_ray_options: Any):
+    def __init__(self, catalogue: Catalogue, max_rank: int):
         self.catalogue, self.max_rank = catalogue, max_rank
-        self.loads = 0
+        self.untold: set[str] = set()
+        """Loaded, and no answer has said so yet."""
 
     async def load_model_from_config(
         self, lora_model_id: str, llm_config: LLMConfig
@@ -151,12 +149,12 @@ class AdapterLoader:
                 f"{lora_model_id} has rank {rank}, this server was started for {self.max_rank}; "
                 "start it again from the recipe that trained it",
             )
-        self.loads += 1
+        self.untold.add(lora_model_id)
         return DiskMultiplexConfig(
             model_id=lora_model_id,
             local_path=str(folder),
             max_total_tokens=None,
-            lora_assigned_int_id=self.loads,
+            lora_assigned_int_id=0,  # nobody reads it: vLLM numbers them itself
         )
 
 
@@ -231,7 +229,6 @@ class PersonaServer(LLMServer):
 
     async def parts(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[Part]:
         """The same, but for an engine that died."""
-        before = self.loader.loads if self.loader else 0
         try:
             request = REQUESTS[kind].model_validate(payload)
             async with self.loading[payload["model"]]:  # two first requests would load it twice
@@ -243,7 +240,8 @@ class PersonaServer(LLMServer):
         except HTTPException as error:
             yield Refusal(error.status_code, str(error.detail))
             return
-        if self.loader and self.loader.loads > before:
+        if self.loader and payload["model"] in self.loader.untold:
+            self.loader.untold.remove(payload["model"])
             yield {"loaded": payload["model"]}
         self.streams += 1
         try:

@@ -26,14 +26,7 @@ import ray
 from ray import serve
 
 from opencharacter import cluster, models
-from opencharacter.config import (
-    EMBEDDED,
-    Config,
-    Placement,
-    Recipe,
-    load_placement,
-    load_recipe,
-)
+from opencharacter.config import Config, Placement, Recipe, load_placement, load_recipe
 from opencharacter.constitution import Constitution, load_all
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.persona import serve as served
@@ -144,8 +137,8 @@ def check_open(address: Address, keys: list[str], insecure: bool) -> None:
 def check_models(recipe: Recipe, judge: bool) -> None:
     """Refuse local models that are not there; hub models are downloaded when needed."""
     for role in (recipe.roles.student, *([recipe.roles.judge] if judge else [])):
-        missing, hub = models.check(role), not models.looks_local(role.model)
-        if missing and (not hub or role.model.startswith(EMBEDDED)):
+        missing = models.check(role)
+        if missing and not models.is_hub(role.model):
             raise UserError(f"cannot serve {role.name}: missing {missing}")
 
 

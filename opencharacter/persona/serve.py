@@ -39,7 +39,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,7 +48,7 @@ from opencharacter import models
 from opencharacter.config import ECHO, Placement, Recipe, Sampling, Serving
 from opencharacter.constitution import Constitution
 from opencharacter.engine import EngineSpec
-from opencharacter.errors import UserError
+from opencharacter.errors import OpenCharacterError, UserError
 from opencharacter.persona import chat_ui
 from opencharacter.persona.catalogue import Adapter, Catalogue, Listing
 from opencharacter.persona.wire import Part, Refusal, Refused, checked, parse
@@ -308,7 +308,8 @@ async def refused(_: Request, error: Exception) -> Response:
     """A refusal as OpenAI has it."""
     assert isinstance(error, Refused)
     refusal = error.refusal
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(refusal.status)
+    later = {"Retry-After": "1"}
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: later, 503: later}.get(refusal.status)
     return JSONResponse(refusal.body(), refusal.status, headers)
 
 
@@ -316,6 +317,13 @@ async def not_routed(_: Request, error: Exception) -> Response:
     """No such path or method, in the same shape."""
     assert isinstance(error, HTTPException)
     return JSONResponse(Refusal(error.status_code, str(error.detail)).body(), error.status_code)
+
+
+def unforeseen(error: Exception) -> Refused:
+    """What a client is told of a fault that nobody looked for: whose it is, and no more."""
+    if isinstance(error, (OSError, OpenCharacterError)):  # what `Store` raises
+        return Refused(503, "storage refuses; ask again later")
+    return Refused(500, f"the server failed ({type(error).__name__}); its log says how")
 
 
 async def asked(
@@ -439,25 +447,57 @@ class Entrance:
         key = self.admit(request)
         fields, held = request.state.fields, request.state.held
         payload = await self.body(request)
-        served, model = await self.find(payload.get("model"))
+        name: Any = payload.get("model")
+        served, model = await self.find(name)
         fields["model"], _, fields["revision"] = model.partition("@")
         fields["key"] = key
-        payload = checked(kind, payload, self.serving, served.sampling) | {"model": model}
+        payload = checked(kind, payload, self.serving, served.sampling)
         wants_usage = payload.pop("stream_options", {}).get("include_usage", False)
         if payload.get("stream"):
             payload["stream_options"] = {"include_usage": True}
         held.enter_context(self.seat(key))
-        handle = self.handles[served.deployment].options(
-            stream=True, multiplexed_model_id=model if model != served.deployment else ""
-        )
-        parts = self.answered(handle, kind, payload, fields, held)
-        first = await anext(parts)
+        try:
+            first, parts = await self.begun(served, model, kind, payload, fields, held)
+        except Refused as error:
+            if error.refusal.status != 404 or name == model:
+                raise
+            model = await self.renewed(name, model)
+            fields["revision"] = model.partition("@")[2]
+            first, parts = await self.begun(served, model, kind, payload, fields, held)
         if isinstance(first, dict):
             return JSONResponse(first["body"])
         pieces = self.pieces(first, parts, fields, wants_usage)
         return StreamingResponse(
             pieces, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
+
+    async def renewed(self, name: str, model: str) -> str:
+        """The revision that a name stands for now that storage holds the listed one no longer.
+
+        Raises:
+            Refused: 404 if there is none, 503 if it is not there yet.
+        """
+        await self.listing.look()
+        _, newer = await self.find(name)
+        if newer == model:
+            raise Refused(503, f"{name} has just been trained again; ask once more")
+        return newer
+
+    async def begun(
+        self,
+        served: Served,
+        model: str,
+        kind: str,
+        payload: dict[str, Any],
+        fields: dict[str, Any],
+        held: ExitStack,
+    ) -> tuple[Any, AsyncIterator[Any]]:
+        """The first part of an answer, and the rest."""
+        handle = self.handles[served.deployment].options(
+            stream=True, multiplexed_model_id=model if model != served.deployment else ""
+        )
+        parts = self.answered(handle, kind, payload | {"model": model}, fields, held)
+        return await anext(parts), parts
 
     async def answered(
         self,
@@ -477,11 +517,11 @@ class Entrance:
                     LOADS.labels(fields["model"]).inc()
                     continue
                 waiting.close()
+                if isinstance(part, Refusal):
+                    raise Refused(*part)
                 if "first_token" not in fields:
                     fields["first_token"] = round(time.monotonic() - began, 3)
                     FIRST_TOKEN.labels(fields["model"]).observe(fields["first_token"])
-                if isinstance(part, Refusal):
-                    raise Refused(*part)
                 if isinstance(part, dict):
                     count_tokens(part["body"].get("usage"), fields)
                 yield part
@@ -612,7 +652,13 @@ def http() -> Starlette:
         async def endpoint(request: Request) -> Response:
             request.state.fields["route"] = path
             entrance: Any = serve.get_replica_context().servable_object
-            return await getattr(entrance, name)(request)
+            try:
+                return await getattr(entrance, name)(request)
+            except (Refused, ClientDisconnect):
+                raise
+            except Exception as error:
+                log.exception("a request failed")
+                raise unforeseen(error) from None
 
         return Route(path, endpoint, methods=[method])
 
