@@ -215,12 +215,18 @@ def pad(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torc
 
 
 def parse_part(text: str) -> Part:
-    """`DIR` or `DIR:WEIGHT`."""
+    """`DIR` or `DIR:WEIGHT`; a folder whose own name has a colon is taken as it is.
+
+    Raises:
+        UserError: if the weight is not a number.
+    """
     folder, _, weight = text.rpartition(":")
-    try:
-        return Part(Path(folder), float(weight)) if folder else Part(Path(text), 1.0)
-    except ValueError:
+    if not folder or Path(text).is_dir():
         return Part(Path(text), 1.0)
+    try:
+        return Part(Path(folder), float(weight))
+    except ValueError:
+        raise UserError(f"{text}: weight {weight!r} is not a number; write DIR:0.5") from None
 
 
 def estimate(job: Job) -> Estimate:
