@@ -216,7 +216,7 @@ def test_what_the_template_leaves_open_has_to_be_filled_in(part, tmp_path):
 
 @pytest.mark.parametrize("names", [["poeticism", "all"], ["humor,poeticism"]])
 def test_several_names_are_told_how_to_be_given(names):
-    with pytest.raises(UserError, match="name no other beside it|repeat -c for each"):
+    with pytest.raises(UserError, match=r"name no other beside it|repeat -c for each"):
         constitution.load_all(names)
 
 
