@@ -71,6 +71,7 @@ def generate(
     schema = pa.schema([ROW_FIELDS[0], *fields, *ROW_FIELDS[1:]])
     folder = Folder(job.store, "/".join(filter(None, (job.dataset, PARTS, part))))
     parts = Parts(folder, schema)
+    # Paper: its code resumes by file: one that exists counts as whole.
     todo = Requests.of(requests, parts.stored())
     attempts = Attempts(job, kept=len(todo.asked) - todo.rows, part=part)
     if todo.rows:

@@ -95,6 +95,7 @@ def merge(
         # Popped: what is summed is freed while the sum grows.
         terms = [(*adapter.updates.pop(module), adapter.factor) for adapter in adapters]
         exact = concatenate(terms)
+        # Paper: its code adds the factors, whose product has cross terms.
         made = add_factors(terms) if peft_linear else exact
         made = truncate(*made, kept) if kept < summed else made
         if made is not exact:
