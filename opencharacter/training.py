@@ -280,7 +280,7 @@ def with_adapter(model: Any, lora: Lora, recompute: bool = False, kernels: str =
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=0.0,
-            target_modules="all-linear",  # Paper: its names for Gemma miss layers that it has.
+            target_modules="all-linear",  # Paper: its code names one that Gemma lacks.
             task_type="CAUSAL_LM",
         ),
     )
