@@ -160,7 +160,10 @@ def check_filled(path: Path) -> None:
     """Refuse a copy of the template that was not filled in."""
     for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
         if left := [part for part in TO_FILL if part in line]:
-            raise UserError(f"constitution {path} line {number}: fill in the template's {left[0]}")
+            raise UserError(
+                f"constitution {path} line {number}: {left[0]!r} is still the template's; write "
+                "your own"
+            )
 
 
 def packaged() -> list[str]:

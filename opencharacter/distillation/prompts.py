@@ -241,7 +241,10 @@ def general_count(settings: Prompts) -> int:
 
 
 def notes(job: Job) -> list[str]:
-    there, wanted = general_count(job.section), job.section.general
+    source, wanted = job.section.general_prompts, job.section.general
+    if source.startswith(HUB):
+        return [f"general prompts: up to {wanted:,} of {source}, which is not loaded for a plan"]
+    there = general_count(job.section)
     return [f"general prompts: {there:,} of the {wanted:,} asked for"] if there < wanted else []
 
 
