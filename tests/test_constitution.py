@@ -210,7 +210,7 @@ def test_the_template_is_no_constitution():
 def test_what_the_template_leaves_open_has_to_be_filled_in(part, tmp_path):
     assert part in TEMPLATE.read_text()
     (tmp_path / "odd.yaml").write_text(YAML.replace("I am plain.", f'"I {part}."'))
-    with pytest.raises(UserError, match="line 4: .* is still the template's"):
+    with pytest.raises(UserError, match=r"line 4: .* is still the template's"):
         constitution.load(str(tmp_path / "odd.yaml"))
 
 
