@@ -61,8 +61,7 @@ Smoke = Annotated[bool, typer.Option("--smoke", help="The recipe at about 1 % of
 
 def known_stage(name: str | None) -> str | None:
     """Refuse a stage that there is not, before anything starts."""
-    if name and name not in pipeline.NAMES:
-        raise UserError(f"stage {name!r} is unknown; stages: {', '.join(pipeline.NAMES)}")
+    pipeline.select([], name)
     return name
 
 
@@ -76,7 +75,7 @@ def tell_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="And exit.")
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Character training for chat models: from a constitution to a served LoRA persona."""
