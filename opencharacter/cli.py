@@ -75,7 +75,8 @@ def tell_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=tell_version, is_eager=True, help="Print it and exit."),
     ] = False,
 ) -> None:
     """Character training for chat models: from a constitution to a served LoRA persona."""
