@@ -18,15 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from opencharacter import (
-    __version__,
-    config,
-    constitution,
-    constitution_cli,
-    cost,
-    models,
-    pipeline,
-)
+from opencharacter import config, constitution, constitution_cli, cost, models, pipeline
 from opencharacter.config import Placement, Recipe
 from opencharacter.errors import OpenCharacterError, UserError
 from opencharacter.progress import console, duration
@@ -67,6 +59,8 @@ def known_stage(name: str | None) -> str | None:
 
 def tell_version(wanted: bool) -> None:
     """Print the version and end."""
+    from opencharacter import __version__
+
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
@@ -158,8 +152,8 @@ def run(
         console.print("nothing to do: every stage is done")
         return
     cluster.connect(asked.placement)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # now, for Ray has set its own
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # now, for Ray has set its own
         for job, manifest in pipeline.run(selected, rebuild):
             tell_job(job, manifest)
     except KeyboardInterrupt:

@@ -71,7 +71,6 @@ def generate(
     schema = pa.schema([ROW_FIELDS[0], *fields, *ROW_FIELDS[1:]])
     folder = Folder(job.store, "/".join(filter(None, (job.dataset, PARTS, part))))
     parts = Parts(folder, schema)
-    # Paper: its code resumes by file: one that exists counts as whole.
     todo = Requests.of(requests, parts.stored())
     attempts = Attempts(job, kept=len(todo.asked) - todo.rows, part=part)
     if todo.rows:
@@ -125,6 +124,7 @@ def new_rows(rows: Iterable[Row], stored: np.ndarray, asked: list[np.ndarray]) -
     """Rows whose ids are not stored; the digests of all are added to those asked for."""
     for chunk in in_chunks(rows):
         asked.append(digests(pa.array([row["id"] for row in chunk], pa.string())))
+        # Paper: its code resumes by file: one that exists counts as whole.
         known = among(asked[-1], stored).tolist()
         yield from (row for row, there in zip(chunk, known, strict=True) if not there)
 

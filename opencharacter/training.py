@@ -274,13 +274,14 @@ def with_adapter(model: Any, lora: Lora, recompute: bool = False, kernels: str =
     """
     from peft import LoraConfig, get_peft_model
 
+    # Paper: the layers that its code names for Gemma are not all there.
     adapted = get_peft_model(
         model,
         LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=0.0,
-            target_modules="all-linear",  # Paper: its code names one that Gemma lacks.
+            target_modules="all-linear",
             task_type="CAUSAL_LM",
         ),
     )
