@@ -124,12 +124,8 @@ def run(
     names: Names,
     placement: PlacementFile = None,
     storage: Storage = None,
-    only: Annotated[
-        str | None, typer.Option(callback=known_stage, help="Run this stage alone.")
-    ] = None,
-    until: Annotated[
-        str | None, typer.Option(callback=known_stage, help="Run up to this stage.")
-    ] = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
+    until: Annotated[str | None, typer.Option(help="Run up to this stage.")] = None,
     rebuild: Annotated[
         str | None,
         typer.Option(callback=known_stage, help="Replace this stage and all that follows from it."),
