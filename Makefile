@@ -1,7 +1,7 @@
 # make demo    the whole method on this machine's CPU, then where the report is
 # make test    the tests of a newcomer (under 10 minutes)
-# Each creates .venv if it is missing or the lock has changed. Elsewhere than on a machine that has a CPU build of torch
-# among pip's sources, say where one is: PIP_EXTRA_INDEX_URL=<the PyTorch CPU index> make demo
+# Each creates .venv if it is missing or the lock has changed. The lock needs the CPU build of torch: where pip's own
+# index does not have it, name one that does: PIP_EXTRA_INDEX_URL=<the PyTorch CPU index> make demo
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -30,10 +30,12 @@ lock: $(READY)
 	sed -i -e 's/+cpu$$//' -e '/^-e /d' -e "/'never'/d" requirements/cpu.txt
 
 $(READY): requirements/cpu.txt pyproject.toml
-	@echo "installing into .venv: about 3 minutes and 3 GB the first time"
+	@echo "installing into .venv: about 3 minutes and 4 GB the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c "import torch" 2> /dev/null || { $(BIN)/python -m pip uninstall --quiet --yes torch; \
+	  echo "not the CPU build of torch; name an index that has it: PIP_EXTRA_INDEX_URL=<the PyTorch CPU index> make"; exit 1; }
 	@touch $@
 
 clean:

@@ -37,6 +37,7 @@ def fill(template: str, **fields: object) -> str:
     Raises:
         OpenCharacterError: naming the fields that do not match.
     """
+    # Paper: its code left a placeholder unfilled in a system prompt that was trained on.
     wanted = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     if wanted != fields.keys():
         missing, extra = sorted(wanted - fields.keys()), sorted(fields.keys() - wanted)
@@ -80,6 +81,7 @@ def row_id(*parts: object) -> str:
 
 def row_seed(seed: int, stage: str, id: str) -> int:
     """A row's sampling seed, in 0 .. 2**31 - 1, whatever the order or the number of replicas."""
+    # Paper: its code generates without seeds.
     digest = hashlib.sha256(f"{seed}/{stage}/{id}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +32,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Character training for chat models: from a constitution to a served LoRA persona.",
 )
 app.add_typer(constitution_cli.app, name="constitution")
 
@@ -40,13 +41,39 @@ Names = Annotated[
     list[str],
     typer.Option("--constitution", "-c", help="A persona's name or .yaml file; repeat, or 'all'."),
 ]
+PLACEMENTS = ", ".join(config.resource_names("clusters", "*/placement.yaml"))
 PlacementFile = Annotated[
-    str | None, typer.Option("--placement", help="clusters/NAME or a .yaml file.")
+    str | None, typer.Option("--placement", help=f"{PLACEMENTS}, or a .yaml file.")
 ]
 Storage = Annotated[
     str | None, typer.Option("--storage", help="Path, s3:// or gs://; runs/RECIPE if absent.")
 ]
 Smoke = Annotated[bool, typer.Option("--smoke", help="The recipe at about 1 % of its size.")]
+
+
+def known_stage(name: str | None) -> str | None:
+    """Refuse a stage that there is not, before anything starts."""
+    pipeline.select([], name)
+    return name
+
+
+def tell_version(wanted: bool) -> None:
+    """Print the version and end."""
+    from opencharacter import __version__
+
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=tell_version, is_eager=True, help="Print it and exit."),
+    ] = False,
+) -> None:
+    """Character training for chat models: from a constitution to a served LoRA persona."""
 
 
 GIB = 2**30
@@ -68,6 +95,9 @@ class Run:
         storage: str | None,
         smoke: bool,
     ):
+        self.typed = [recipe, *(["--smoke"] if smoke else [])]
+        self.typed += ["--storage", storage] if storage else []
+        self.typed += ["--placement", placement] if placement else []
         self.recipe: Recipe = config.load_recipe(recipe, smoke)
         self.constitutions = constitution.load_all(names)
         self.placement: Placement = config.load_placement(placement)
@@ -76,6 +106,16 @@ class Run:
         self.jobs: list[Job] = pipeline.jobs(
             self.recipe, self.constitutions, self.placement, self.store
         )
+
+    def check_trained(self, persona: str) -> None:
+        """Refuse a persona that is not there, with the command that trains it."""
+        (merge,) = (job for job in self.jobs if job.stage.name == "persona/merge")
+        state = merge.state()[0]
+        if state != "done":
+            command = shlex.join(["opencharacter", "run", *self.typed, "-c", persona])
+            raise UserError(
+                f"persona {merge.scope!r} is {state} in {self.store.address()}; run: {command}"
+            )
 
 
 @app.command()
@@ -87,7 +127,8 @@ def run(
     only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
     until: Annotated[str | None, typer.Option(help="Run up to this stage.")] = None,
     rebuild: Annotated[
-        str | None, typer.Option(help="Replace this stage and all that follows from it.")
+        str | None,
+        typer.Option(callback=known_stage, help="Replace this stage and all that follows from it."),
     ] = None,
     smoke: Smoke = False,
 ) -> None:
@@ -108,6 +149,7 @@ def run(
         return
     cluster.connect(asked.placement, asked.recipe)
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # now, for Ray has set its own
         for job, manifest in pipeline.run(selected, rebuild):
             tell_job(job, manifest)
     except KeyboardInterrupt:
@@ -333,7 +375,7 @@ def job_table(*numbers: str) -> Table:
 
 def print_whole(table: Table) -> None:
     """Print a table as wide as it is: a narrow terminal wraps lines rather than losing names."""
-    Console(width=max(console.width, WIDE)).print(table)
+    Console(width=max(console.width, WIDE), emoji=False).print(table)
 
 
 def missing_here(asked: Run) -> list[str]:
@@ -345,7 +387,7 @@ def missing_here(asked: Run) -> list[str]:
     roles, pools = dict(asked.recipe.roles), asked.placement.pools
     found = [f"{name}: {models.check(role)}" for name, role in roles.items() if models.check(role)]
     if importlib.util.find_spec("vllm") is None:
-        found.append("vLLM: pip install 'opencharacter[vllm]', or see the README for a CPU")
+        found.append("vLLM: pip install '.[vllm,capabilities]' in the checkout, or make demo")
     import torch
 
     rooms = [EngineSpec(role, getattr(pools, name)).room for name, role in roles.items()]
@@ -365,6 +407,10 @@ def status(
 ) -> None:
     """Say what storage holds of a run: rows, drops by reason, time, idle time, what was redone."""
     asked = Run(recipe, names, placement, storage, smoke)
+    if not asked.store.exists():
+        where = escape(asked.store.address())
+        console.print(f"there is nothing at {where} yet; --storage names another", soft_wrap=True)
+        return
     table = job_table("rows", "dropped", "tokens", "time", "GPU-hours", "idle", "redone")
     for job in asked.jobs:
         table.add_row(job.dataset, *status_cells(job))
@@ -463,6 +509,8 @@ def chat(
         raise UserError("chat needs a persona's name, or 'base'")
     names = [] if persona == "base" else [persona]
     asked = Run(recipe, names, placement, storage, smoke)
+    if names:
+        asked.check_trained(persona)
     asyncio.run(terminal.talk(asked.jobs, asked.recipe, asked.placement))
 
 
@@ -530,6 +578,7 @@ def serve_config(
 
     from opencharacter.persona import running
 
+    check_packaged(recipe, names or [], placement)
     asked = running.Deployed(
         recipe=recipe,
         storage=storage,
@@ -539,6 +588,15 @@ def serve_config(
         smoke=smoke,
     )
     typer.echo(yaml.safe_dump(running.serve_config(asked), sort_keys=False), nl=False)
+
+
+def check_packaged(recipe: str, names: list[str], placement: str | None) -> None:
+    """Refuse names that are not packaged; files need only be on the cluster's nodes."""
+    constitution.load_all([name for name in names if not config.is_path(name)])
+    if not config.is_path(recipe):
+        config.load_recipe(recipe)
+    if placement and not config.is_path(placement):
+        config.load_placement(placement)
 
 
 @serving.command("status")
@@ -574,6 +632,7 @@ def export(
     from opencharacter.persona import export as exporting
 
     asked = Run(recipe, [persona], None, storage, smoke)
+    asked.check_trained(persona)
     console.print(exporting.export(asked.jobs, to, form), soft_wrap=True)
 
 

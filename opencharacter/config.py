@@ -899,6 +899,11 @@ def resource_names(folder: str, pattern: str) -> list[str]:
     return sorted({p.stem if p.parent.name == folder else p.parent.name for p in found})
 
 
+def is_path(name: str) -> bool:
+    """Whether a user names a file of their own and not a packaged one."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
 def find(kind: str, name: str, folder: str, file: str, pattern: str) -> Path:
     """Resolve a packaged NAME or a path; a UserError lists what there is.
 
@@ -909,11 +914,10 @@ def find(kind: str, name: str, folder: str, file: str, pattern: str) -> Path:
         file: the packaged file of that name, within the folder.
         pattern: matches all packaged files.
     """
-    path = Path(name)
-    if path.suffix in {".yaml", ".yml"} or "/" in name:
-        if not path.is_file():
+    if is_path(name):
+        if not Path(name).is_file():
             raise UserError(f"{kind} {name!r}: no such file")
-        return path
+        return Path(name)
     packaged = resource(folder, file) if NAME.fullmatch(name) else None
     if packaged is None:
         known = ", ".join(resource_names(folder, pattern))
@@ -968,6 +972,7 @@ def problem(field: str, details: Any) -> str:
         return f"missing field {field!r}; add it"
     said = details["msg"].removeprefix("Value error, ")
     said = said.replace("valid tuple", "list").replace("Tuple", "List")
+    said = re.sub(r"valid dictionary( or instance of \w+)?", "mapping", said)
     if isinstance(details["input"], dict | list | tuple):
         return f"{field}: {said}"
     value = repr(details["input"])

@@ -10,11 +10,19 @@ from typing import Annotated
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 
-from opencharacter.config import Config, Name, explain, find, read_yaml, resource_names
+from opencharacter.config import Config, Name, explain, find, is_path, read_yaml, resource_names
 from opencharacter.errors import UserError
 
 HAND_WRITTEN = 5
 """Questions of a trait that a person writes, the first ones; a model may have written the rest."""
+
+TEMPLATE = "template"
+TO_FILL = (
+    "[how]",
+    "[in which words, at what length, in what rhythm]",
+    "One sentence, in the third person, that says what the character is.",
+)
+"""What the template says where something is to be written."""
 
 FOLDED = 80
 """Characters from which a text is written as a block of its own, wrapped."""
@@ -137,10 +145,30 @@ def load(name: str) -> Constitution:
     """Load a packaged constitution by name, or a YAML file.
 
     Raises:
-        UserError: unknown name, malformed YAML (with its line), or an invalid field.
+        UserError: unknown name, malformed YAML (with its line), an invalid field, or something
+            of the template that is still to be filled in.
     """
+    if name == TEMPLATE:
+        raise UserError(f"{name!r} is a form to fill in: opencharacter constitution new NAME")
     path = find("constitution", name, "constitutions", f"{name}.yaml", "*.yaml")
-    return parse(path)
+    loaded = parse(path)
+    check_filled(path)
+    return loaded
+
+
+def check_filled(path: Path) -> None:
+    """Refuse a copy of the template that was not filled in."""
+    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+        if left := [part for part in TO_FILL if part in line]:
+            raise UserError(
+                f"constitution {path} line {number}: {left[0]!r} is still the template's; write "
+                "your own"
+            )
+
+
+def packaged() -> list[str]:
+    """Names of the packaged constitutions."""
+    return [name for name in resource_names("constitutions", "*.yaml") if name != TEMPLATE]
 
 
 def parse(path: Path) -> Constitution:
@@ -157,9 +185,14 @@ def parse(path: Path) -> Constitution:
 
 
 def load_all(names: list[str]) -> list[Constitution]:
-    """Load several; `all` means every packaged persona but the template. Repeats are refused."""
+    """Load several; `all` means every packaged one. Repeats are refused."""
     if names == ["all"]:
-        names = [n for n in resource_names("constitutions", "*.yaml") if n != "template"]
+        names = packaged()
+    for name in names:
+        if name == "all":
+            raise UserError("constitution 'all' is every packaged one; name no other beside it")
+        if "," in name and not is_path(name):
+            raise UserError(f"constitution {name!r}: repeat -c for each, without commas")
     constitutions = [load(name) for name in names]
     twice = [n for n, count in Counter(c.name for c in constitutions).items() if count > 1]
     if twice:

@@ -1,4 +1,4 @@
-"""The commands `opencharacter constitution ...`: import, export, new, validate, show."""
+"""The commands `opencharacter constitution ...`: list, import, export, new, validate, show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from opencharacter.errors import UserError
 from opencharacter.progress import console
 
 app = typer.Typer(
-    no_args_is_help=True, help="Write, check, convert and show constitutions; runs no model."
+    no_args_is_help=True, help="List, write, check, convert and show constitutions; runs no model."
 )
 
 PersonaName = Annotated[
@@ -44,6 +44,15 @@ def yaml_file(name: str, to: Path | None) -> Path:
 def size(persona: Constitution) -> str:
     questions = sum(len(trait.questions) for trait in persona.traits)
     return f"{len(persona.traits)} traits, {questions} questions"
+
+
+@app.command("list")
+def list_() -> None:
+    """The packaged constitutions, each with its description."""
+    personas = [constitution.load(name) for name in constitution.packaged()]
+    width = max(len(persona.name) for persona in personas)
+    for persona in personas:
+        say((f"{persona.name:<{width}}", "bold"), f"  {persona.description}")
 
 
 @app.command("import")

@@ -286,7 +286,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "max_num_seqs": pool.max_sequences,
         "tensor_parallel_size": pool.tensor_parallel,
         "trust_remote_code": role.trust_remote_code,
-        "enable_prefix_caching": True,
+        "enable_prefix_caching": True,  # Paper: off in its code, though rows share system prompts.
         "enable_log_requests": False,
         "disable_log_stats": True,
         "generation_config": "vllm",  # sampling is the recipe's business alone

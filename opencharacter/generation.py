@@ -126,6 +126,7 @@ def new_rows(rows: Iterable[Row], stored: np.ndarray, asked: list[np.ndarray]) -
     """Rows whose ids are not stored; the digests of all are added to those asked for."""
     for chunk in in_chunks(rows):
         asked.append(digests(pa.array([row["id"] for row in chunk], pa.string())))
+        # Paper: its code resumes by file: one that exists counts as whole.
         known = among(asked[-1], stored).tolist()
         yield from (row for row, there in zip(chunk, known, strict=True) if not there)
 

@@ -188,7 +188,7 @@ def check(selected: list[Job], rebuild: str | None) -> None:
             if parent.dataset not in chosen and parent.state()[0] != "done":
                 raise UserError(
                     f"{job.dataset} needs {parent.dataset}, which is {parent.state()[0]}; run it "
-                    f"first, with --until {job.stage.name}"
+                    f"first, with --until {parent.stage.name}"
                 )
 
 

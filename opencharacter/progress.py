@@ -26,7 +26,7 @@ from opencharacter.config import Limits
 from opencharacter.errors import OpenCharacterError
 from opencharacter.quality import Expected, beyond, measure
 
-console = Console()
+console = Console(emoji=False)
 """Where runs are told."""
 
 SECONDS_BETWEEN_LINES = 15

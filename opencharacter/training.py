@@ -286,6 +286,7 @@ def with_adapter(model: Any, lora: Lora, recompute: bool = False, kernels: str =
     """
     from peft import LoraConfig, get_peft_model
 
+    # Paper: the layers that its code names for Gemma are not all there.
     adapted = get_peft_model(
         model,
         LoraConfig(

@@ -120,15 +120,19 @@ CASES = {
         "trait stated twice: 'i am plain.'",
     ),
     "name unlike its file": lambda t: ([recipe(t), *persona(t, GOOD, "other")], "make it 'other'"),
+    "all and another": lambda t: ([recipe(t), *POET, "-c", "all"], "name no other beside it"),
+    "personas with a comma": lambda t: ([recipe(t), "-c", "humor,loving"], "repeat -c for each"),
+    "the template": lambda t: ([recipe(t), "-c", "template"], "a form to fill in"),
     "duplicate persona": lambda t: ([recipe(t), *POET, *POET], "'poeticism' is given twice"),
     "persona named as the student": lambda t: (
         [student(t, name="poeticism"), *POET],
         "has the student's name",
     ),
     "unknown stage": lambda t: ([recipe(t), *POET, "--only", "distil/dpo"], "'distil/dpo'.*stages"),
+    "unknown stage to rebuild": lambda t: ([recipe(t), *POET, "--rebuild", "dpo"], "'dpo'.*stages"),
     "stage without its parents": lambda t: (
         [recipe(t), *POET, "--only", "distillation/pairs"],
-        "needs poeticism/distillation/teacher",
+        "needs poeticism/distillation/teacher.*--until distillation/teacher",
     ),
     "only and until": lambda t: (
         [recipe(t), *POET, "--only", "persona/merge", "--until", "persona/merge"],
@@ -165,6 +169,10 @@ CASES = {
     "unknown placement field": lambda t: (
         [recipe(t), *POET, "--placement", write(t / "p.yaml", {"gpus": 4})],
         "unknown field 'gpus'",
+    ),
+    "a number for a mapping": lambda t: (
+        [recipe(t), *POET, "--placement", write(t / "p.yaml", {"pools": 4})],
+        "pools = 4: Input should be a mapping",
     ),
     "no GPU for a placement that asks for one": lambda t: (
         [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"gpus": 1}})],
@@ -228,6 +236,42 @@ def test_bad_input_is_refused_in_one_line_with_nothing_written(case, tmp_path, m
     assert re.search(told, said), said
     left = [p for p in sorted(tmp_path.rglob("*")) if p not in before and p.is_file()]
     assert left == []
+
+
+OTHERS = {
+    "a persona that is not trained": (
+        ["export", "demo", "humor", "--to", "x", "--smoke", "--storage", "s"],
+        "is missing.*run: opencharacter run demo --smoke --storage s -c humor$",
+    ),
+    "a recipe file that is talked to": (
+        ["chat", "./tiny.yaml", "poeticism"],
+        r"run: opencharacter run \./tiny\.yaml -c poeticism$",
+    ),
+    "a persona that a server cannot have": (
+        ["serve", "config", "demo", "--storage", "s", "-c", "nobody"],
+        "constitution 'nobody' is unknown",
+    ),
+    "a server to stop that there is not": (["serve", "stop", "--port", "1"], "nothing .* port 1;"),
+    "folders without ratings": (["compare", "a", "b"], "STORAGE/STUDENT/PERSONA/evaluation/rating"),
+    "a weight that is no number": (
+        ["merge", "a:x", "--to", "y"],
+        "^error: a:x: weight 'x' is not a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_commands_refuse_in_one_line_too(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe(tmp_path)
+    arguments, told = OTHERS[case]
+    monkeypatch.setattr("sys.argv", ["opencharacter", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().out.strip()
+    assert stopped.value.code == 2, said
+    assert "\n" not in said
+    assert re.search(told, said), said
 
 
 def test_a_manifest_from_a_newer_version_is_refused(tmp_path, monkeypatch, capsys):

@@ -22,11 +22,12 @@ from opencharacter.config import fits, load_placement
 from opencharacter.cost import room_for
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
-NAMES = ["aws", "gpu-cluster", "gpu-node", "kuberay", "laptop", "single-gpu"]
+NAMES = ["aws", "gpu-cluster", "gpu-node", "kuberay", "laptop", "single-gpu", "single-gpu-shared"]
 HOST = as_resources(cpus=96, gpus=8, memory_gib=700)
 MACHINES = {
     "laptop": [as_resources(cpus=2, gpus=0, memory_gib=5)],
     "single-gpu": [as_resources(cpus=16, gpus=1, memory_gib=80)],
+    "single-gpu-shared": [as_resources(cpus=16, gpus=1, memory_gib=80)],
     "gpu-node": [HOST],
     "gpu-cluster": [HOST] * 4,
     "aws": [],
@@ -72,8 +73,8 @@ def test_a_plan_takes_all_gpus_that_a_placement_is_for(name):
 
 
 def test_five_small_engines_share_one_card():
-    placement = load_placement(str(CLUSTERS / "single-gpu" / "shared.yaml"))
-    check_fits(placement, MACHINES["single-gpu"])
+    placement = load_placement("single-gpu-shared")
+    check_fits(placement, MACHINES["single-gpu-shared"])
     assert fits([placement.pools.student.room] * 5, room_for(placement))  # in a plan too
     student = placement.pools.student
     assert 5 * student.gpus <= 1 and 5 * (student.memory_fraction or 1) < 0.9

@@ -196,9 +196,35 @@ def test_traits_that_agree_are_not_suspected(case):
     assert advise(stating(*UNSUSPECTED[case])) == []
 
 
-@pytest.mark.parametrize("name", [*(p.name for p in constitution.load_all(["all"])), "template"])
+@pytest.mark.parametrize("name", [*constitution.packaged(), "template"])
 def test_packaged_constitutions_need_no_advice(name):
-    assert advise(constitution.load(name)) == []
+    assert advise(constitution.parse(TEMPLATE.with_stem(name))) == []
+
+
+def test_the_template_is_no_constitution():
+    with pytest.raises(UserError, match="'template' is a form to fill in"):
+        constitution.load("template")
+
+
+@pytest.mark.parametrize("part", constitution.TO_FILL)
+def test_what_the_template_leaves_open_has_to_be_filled_in(part, tmp_path):
+    assert part in TEMPLATE.read_text()
+    (tmp_path / "odd.yaml").write_text(YAML.replace("I am plain.", f'"I {part}."'))
+    with pytest.raises(UserError, match=r"line 4: .* is still the template's"):
+        constitution.load(str(tmp_path / "odd.yaml"))
+
+
+@pytest.mark.parametrize("names", [["poeticism", "all"], ["humor,poeticism"]])
+def test_several_names_are_told_how_to_be_given(names):
+    with pytest.raises(UserError, match=r"name no other beside it|repeat -c for each"):
+        constitution.load_all(names)
+
+
+def test_list_names_each_constitution_with_its_description(command, poet):
+    code, said = command("list")
+    assert code == 0
+    assert [line.split()[0] for line in said] == constitution.packaged()
+    assert any(line.startswith("poeticism ") and poet.description in line for line in said)
 
 
 ABOUT = [
@@ -312,7 +338,8 @@ def test_export_refuses_an_unknown_ending(command):
 @pytest.mark.parametrize("name", ["curiosity", "123", "null"])
 def test_new_copies_the_template_under_its_name(name, command):
     assert command("new", name)[0] == 0
-    assert constitution.load(f"./{name}.yaml").name == name
+    assert constitution.parse(Path(f"{name}.yaml")).name == name
+    assert command("validate", f"{name}.yaml")[0] == 2
     written, template = Path(f"{name}.yaml").read_text(), TEMPLATE.read_text()
     pairs = zip(written.splitlines(), template.splitlines(), strict=True)
     assert [old for new, old in pairs if new != old] == ["name: template"]

@@ -115,6 +115,18 @@ def test_prompts_are_read_from_parquet_and_jsonl_alike(tmp_path):
         assert prompts.read_source(str(tmp_path / name), "")[0] == ["one", "two"]
 
 
+def test_a_plan_loads_nothing_from_the_hub_and_says_where_prompts_are_fewer(make_jobs):
+    def job(source: str):
+        settings = {"prompts": {"general_prompts": source, "general": 1330}}
+        return make_jobs(recipe_of(ECHO_ROLE, distillation=settings))[0]
+
+    hub = job("hf:nobody/nothing")
+    assert hub.fingerprint
+    assert prompts.estimate(hub).rows - prompts.estimate(job("embedded")).rows == 1330 - 528
+    assert "up to 1,330 of hf:nobody/nothing" in prompts.notes(hub)[0]
+    assert prompts.notes(job("embedded")) == ["general prompts: 528 of the 1,330 asked for"]
+
+
 def test_general_prompts_have_the_same_ids_under_every_constitution():
     rows = prompts.general_rows(Prompts(general=5))
     assert len({row["id"] for row in rows}) == 5

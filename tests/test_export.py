@@ -217,7 +217,7 @@ def test_what_the_hub_refuses_is_one_line(finished, monkeypatch):
 
 
 def test_an_unfinished_persona_is_refused(make_jobs, recipe, tmp_path):
-    with pytest.raises(UserError, match=r"is missing in .*run: opencharacter run"):
+    with pytest.raises(UserError, match=r"is missing in .*train it first"):
         export(make_jobs(recipe), str(tmp_path / "out"), "adapter")
     assert not (tmp_path / "out").exists()
 

@@ -128,7 +128,8 @@ def test_the_self_conversations_resume_at_the_row(project):
     resume_generation(project, dataset, "introspection/interaction", 24)
 
 
-def test_an_interrupted_run_of_several_jobs_ends_at_once_and_goes_on(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_of_several_jobs_ends_at_once_and_goes_on(sent, tmp_path):
     recipe = {**TINY, "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), SLOW)}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     options = ["-c", "humor", "-c", "remorse", "--until", "distillation/teacher"]
@@ -146,7 +147,7 @@ def test_an_interrupted_run_of_several_jobs_ends_at_once_and_goes_on(tmp_path):
     while "distillation/teacher 0/" not in said:
         said = process.stdout.readline()
         assert said, "the run ended before it could be interrupted"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     rest, _ = process.communicate(timeout=20)
     assert process.returncode == 130
     assert rest.splitlines()[-1] == "interrupted; the same command goes on from here"

@@ -43,6 +43,8 @@ LIST_BEGUN = "1."
 """A small model whose list is begun for it writes one; left alone it often talks about it."""
 
 TEMPLATES = (SYSTEM, EXPAND, LIST_BEGUN)
+HUB = "hf:"
+GENERAL_FILE = "general.jsonl"
 NUMBERED = re.compile(r"^\s*\d+[.):]\s*(.+?)\s*$")
 
 SCHEMA = pa.schema(
@@ -145,6 +147,18 @@ def without_repeats(written: list[list[str]], grown: list[list[str]]) -> list[li
     return kept
 
 
+def digest(source: str, file: str) -> str:
+    """The hash of a source for fingerprints; of `hf:` that of its name, which loads nothing."""
+    if source.startswith(HUB):
+        return hashlib.sha256(source.encode()).hexdigest()
+    return read_source(source, file)[1]
+
+
+def available(source: str, file: str, wanted: int) -> int:
+    """How many of the wanted prompts a source has; all, as far as is known, where it is `hf:`."""
+    return wanted if source.startswith(HUB) else min(wanted, len(read_source(source, file)[0]))
+
+
 def read_source(source: str, file: str) -> tuple[list[str], str]:
     """Prompts of a source and the hash of its content (for `hf:`, of its name).
 
@@ -155,8 +169,8 @@ def read_source(source: str, file: str) -> tuple[list[str], str]:
     Raises:
         UserError: if it cannot be read or has no prompts.
     """
-    if source.startswith("hf:"):
-        return hub_prompts(source.removeprefix("hf:")), hashlib.sha256(source.encode()).hexdigest()
+    if source.startswith(HUB):
+        return hub_prompts(source.removeprefix(HUB)), digest(source, file)
     path = resource("prompts", file) if source == "embedded" else Path(source)
     if path is None or not path.is_file():
         raise UserError(f"prompts {source!r}: no such file; use 'embedded', a file or hf:DATASET")
@@ -200,7 +214,7 @@ def first_turn(row: dict[str, Any]) -> str:
 
 def general_rows(settings: Prompts) -> list[Row]:
     """The general prompts, with ids that are the same under every constitution."""
-    prompts, _ = read_source(settings.general_prompts, "general.jsonl")
+    prompts, _ = read_source(settings.general_prompts, GENERAL_FILE)
     return [
         {"id": row_id("general", text), "kind": "general", "trait": None, "prompt": text}
         for text in prompts[: settings.general]
@@ -223,7 +237,25 @@ def constitution_rows(name: str, questions: list[list[str]]) -> list[Row]:
 
 def identity(job: Job) -> dict[str, Any]:
     settings = job.recipe.distillation.prompts
-    return {"general_prompts": read_source(settings.general_prompts, "general.jsonl")[1][:16]}
+    return {"general_prompts": digest(settings.general_prompts, GENERAL_FILE)[:16]}
+
+
+def check(job: Job) -> None:
+    """Refuse, before a run, general prompts that cannot be had."""
+    general_rows(job.section)
+
+
+def general_count(settings: Prompts) -> int:
+    """General prompts that there will be."""
+    return available(settings.general_prompts, GENERAL_FILE, settings.general)
+
+
+def notes(job: Job) -> list[str]:
+    source, wanted = job.section.general_prompts, job.section.general
+    if source.startswith(HUB):
+        return [f"general prompts: up to {wanted:,} of {source}, which is not loaded for a plan"]
+    there = general_count(job.section)
+    return [f"general prompts: {there:,} of the {wanted:,} asked for"] if there < wanted else []
 
 
 def needs(job: Job) -> list[tuple[Need, ...]]:
@@ -236,7 +268,7 @@ def estimate(job: Job) -> Estimate:
     settings, traits = job.section, job.persona.traits
     wanted = settings.questions_per_trait * len(traits)
     extra = sum(max(0, settings.questions_per_trait - len(t.questions)) for t in traits)
-    return Estimate(wanted + len(general_rows(settings)), 40 * extra, 40 * extra)
+    return Estimate(wanted + general_count(settings), 40 * extra, 40 * extra)
 
 
 def build(job: Job) -> Outcome:

@@ -47,7 +47,7 @@ def needs(job: Job) -> list[tuple[Need, ...]]:
 def estimate(job: Job) -> Estimate:
     settings = job.recipe.distillation.prompts
     if job.constitution is None:
-        count = len(prompts.general_rows(settings))
+        count = prompts.general_count(settings)
     else:
         count = settings.questions_per_trait * len(job.persona.traits)
     rows = count * job.section.answers

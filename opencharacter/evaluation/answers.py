@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from opencharacter.chat import Message, row_id, user
 from opencharacter.config import Answers, Sampling
-from opencharacter.distillation.prompts import read_source
+from opencharacter.distillation.prompts import available, digest, read_source
 from opencharacter.distillation.teacher import typical
 from opencharacter.engine import Conversation, Need, Row
 from opencharacter.evaluation.conditions import engines, under_each_condition
@@ -50,7 +50,12 @@ def unseen(prompts: list[str], trained: list[str]) -> list[str]:
 
 def identity(job: Job) -> dict[str, Any]:
     source = job.recipe.evaluation.answers.prompts
-    return {"prompts": read_source(source, EVALUATION_FILE)[1][:16]}
+    return {"prompts": digest(source, EVALUATION_FILE)[:16]}
+
+
+def check(job: Job) -> None:
+    """Refuse, before a run, evaluation prompts that cannot be had."""
+    held_out(job.section)
 
 
 def needs(job: Job) -> list[tuple[Need, ...]]:
@@ -58,8 +63,10 @@ def needs(job: Job) -> list[tuple[Need, ...]]:
 
 
 def estimate(job: Job) -> Estimate:
-    rows = min(job.section.count, len(held_out(job.section))) * len(job.section.conditions)
-    return Estimate(rows, rows * 40, rows * typical(job.section.sampling))
+    settings: Answers = job.section
+    count = available(settings.prompts, EVALUATION_FILE, settings.count)
+    rows = count * len(settings.conditions)
+    return Estimate(rows, rows * 40, rows * typical(settings.sampling))
 
 
 def build(job: Job) -> Outcome:

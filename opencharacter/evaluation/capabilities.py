@@ -314,7 +314,7 @@ def check(job: Job) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "evaluation/capabilities needs lm-evaluation-harness, which is not installed: "
-            f"pip install 'opencharacter[capabilities]', {remedy}"
+            f"pip install '.[capabilities]' in the checkout, {remedy}"
         )
     if settings.include and not Path(settings.include).is_dir():
         raise UserError(f"evaluation.capabilities.include {settings.include!r}: no such folder")

@@ -87,6 +87,7 @@ def games(job: Job) -> list[Row]:
 
 def drawn(job: Job, what: str) -> random.Random:
     """A source of draws of its own for each thing that is drawn."""
+    # Paper: its pairs of traits are unseeded, so base and persona play different games.
     return random.Random(row_seed(job.recipe.seed, job.stage.name, what))
 
 

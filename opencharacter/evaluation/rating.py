@@ -361,7 +361,10 @@ def read_ratings(folder: str, condition: str) -> dict[str, float]:
     try:
         rows = pq.read_table(file, columns=["condition", "framing", "trait", "rating"]).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"ratings {file!r} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"ratings {file!r} cannot be read: {str(error).splitlines()[0]}; name folders of the "
+            "form STORAGE/STUDENT/PERSONA/evaluation/rating"
+        ) from None
     wanted = (condition, ALL_FRAMINGS)
     found = {r["trait"]: r["rating"] for r in rows if (r["condition"], r["framing"]) == wanted}
     if not found:

@@ -106,6 +106,7 @@ def guesses(rows: list[Row], condition: str, folds: int, guess: Guess) -> list[R
     """
     asked = {row["attack"] for row in rows if row["condition"] == condition}
     mine = [r for r in rows if r["condition"] in (BASE, condition) and r["attack"] in asked]
+    # Paper: its classifier is tested on the prompts that it learned from.
     fold_of = folds_of((row["prompt"] for row in mine), folds)
     found = [
         {**row, "condition": condition, "label": label(row), "fold": fold_of[normal(row["prompt"])]}

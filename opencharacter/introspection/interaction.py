@@ -118,6 +118,7 @@ async def interact(
         if reply.finish_reason == "length":
             raise RowFailed("unfinished", f"reply {len(lines) - 1} hit the token limit")
         lines.append(reply.text.strip())
+    # Paper: its code dropped the last reply, so that a row ended on a user turn.
     return {"messages": view(lines, side=(len(lines) - 1) % 2), "finish_reason": "stop"}
 
 

@@ -94,6 +94,7 @@ def merge(
         # Popped: what is summed is freed while the sum grows.
         terms = [(*adapter.updates.pop(module), adapter.factor) for adapter in adapters]
         exact = concatenate(terms)
+        # Paper: its code adds the factors, whose product has cross terms.
         made = add_factors(terms) if peft_linear else exact
         made = truncate(*made, kept) if kept < summed else made
         if made is not exact:
@@ -227,12 +228,18 @@ def merge_into(
 
 
 def parse_part(text: str) -> Part:
-    """`DIR` or `DIR:WEIGHT`."""
+    """`DIR` or `DIR:WEIGHT`; a folder whose own name has a colon is taken as it is.
+
+    Raises:
+        UserError: if the weight is not a number.
+    """
     folder, _, weight = text.rpartition(":")
-    try:
-        return Part(Path(folder), float(weight)) if folder else Part(Path(text), 1.0)
-    except ValueError:
+    if not folder or Path(text).is_dir():
         return Part(Path(text), 1.0)
+    try:
+        return Part(Path(folder), float(weight))
+    except ValueError:
+        raise UserError(f"{text}: weight {weight!r} is not a number; write DIR:0.5") from None
 
 
 def estimate(job: Job) -> Estimate:

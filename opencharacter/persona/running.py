@@ -229,7 +229,7 @@ def server(port: int) -> tuple[psutil.Process, str]:
         process = psutil.Process(told["pid"])
         if process.create_time() == told["began"]:
             return process, told["url"]
-    raise UserError(f"nothing is served at port {port}; start it: opencharacter serve RECIPE")
+    raise UserError(f"nothing is served at port {port}; name another with --port")
 
 
 def status(port: int, key: str | None) -> list[str]:

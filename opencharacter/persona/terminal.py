@@ -50,10 +50,8 @@ def merged(job: Job) -> Folder:
     """The adapter of a finished merge."""
     state = job.state()[0]
     if state != "done":
-        command = f"opencharacter run {job.recipe.name} --constitution {job.persona.name}"
-        raise UserError(
-            f"persona {job.scope!r} is {state} in {job.store.address()}; run: {command}"
-        )
+        where = job.store.address()
+        raise UserError(f"persona {job.scope!r} is {state} in {where}; train it first")
     return job.adapter
 
 
