@@ -51,12 +51,6 @@ Storage = Annotated[
 Smoke = Annotated[bool, typer.Option("--smoke", help="The recipe at about 1 % of its size.")]
 
 
-def known_stage(name: str | None) -> str | None:
-    """Refuse a stage that there is not, before anything starts."""
-    pipeline.select([], name)
-    return name
-
-
 def tell_version(wanted: bool) -> None:
     """Print the version and end."""
     from opencharacter import __version__
@@ -128,7 +122,7 @@ def run(
     until: Annotated[str | None, typer.Option(help="Run up to this stage.")] = None,
     rebuild: Annotated[
         str | None,
-        typer.Option(callback=known_stage, help="Replace this stage and all that follows from it."),
+        typer.Option(help="Replace this stage and all that follows from it."),
     ] = None,
     smoke: Smoke = False,
 ) -> None:

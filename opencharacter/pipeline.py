@@ -154,15 +154,20 @@ def replaced(job: Job, rebuild: str | None) -> bool:
     return rebuild is not None and descends(job, rebuild)
 
 
+def known(stage: str | None) -> None:
+    """Raise UserError for the name of a stage that there is not."""
+    if stage and stage not in NAMES:
+        raise UserError(f"stage {stage!r} is unknown; stages: {', '.join(NAMES)}")
+
+
 def select(all_jobs: list[Job], only: str | None = None, until: str | None = None) -> list[Job]:
     """The jobs that a run is about, all unless narrowed.
 
     Raises:
         UserError: for an unknown stage.
     """
-    for name in (only, until):
-        if name and name not in NAMES:
-            raise UserError(f"stage {name!r} is unknown; stages: {', '.join(NAMES)}")
+    known(only)
+    known(until)
     wanted = NAMES[: NAMES.index(until) + 1] if until else NAMES
     return [job for job in all_jobs if job.stage.name in ((only,) if only else wanted)]
 
@@ -174,8 +179,7 @@ def check(selected: list[Job], rebuild: str | None) -> None:
         StaleError: printing the fields that differ.
         UserError: for an unknown stage, or if one outside the selection would have to run first.
     """
-    if rebuild and rebuild not in NAMES:
-        raise UserError(f"stage {rebuild!r} is unknown; stages: {', '.join(NAMES)}")
+    known(rebuild)
     chosen = {job.dataset for job in selected}
     for job in selected:
         state, differing = job.state()

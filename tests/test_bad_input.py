@@ -129,7 +129,6 @@ CASES = {
         "has the student's name",
     ),
     "unknown stage": lambda t: ([recipe(t), *POET, "--only", "distil/dpo"], "'distil/dpo'.*stages"),
-    "unknown stage to rebuild": lambda t: ([recipe(t), *POET, "--rebuild", "dpo"], "'dpo'.*stages"),
     "stage without its parents": lambda t: (
         [recipe(t), *POET, "--only", "distillation/pairs"],
         "needs poeticism/distillation/teacher.*--until distillation/teacher",
