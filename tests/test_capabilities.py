@@ -146,7 +146,7 @@ def test_without_tasks_nothing_is_done_and_it_says_why(make_jobs):
 
 def test_a_missing_harness_is_refused_with_the_remedy(make_jobs, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install 'opencharacter\[capabilities\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[capabilities\]'"):
         capabilities.check(job_of(make_jobs, tasks=[OWN]))
 
 
