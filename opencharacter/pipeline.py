@@ -69,6 +69,7 @@ STAGES = (
     Stage("persona/blend", "persona", ("persona/merge",), ("student",)),
     Stage("persona/tune", "persona", ("persona/merge", "distillation/student"), ("student",)),
     Stage("evaluation/judge", "student", (), ("judge",)),
+    Stage("evaluation/preferences", "student", ("evaluation/judge",), ("student", "judge")),
     Stage("evaluation/steering", "persona", ("distillation/pairs",), ("student",)),
     Stage("evaluation/answers", "persona", ("distillation/prompts", *TRAINED), ("student",)),
     Stage(

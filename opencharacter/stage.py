@@ -206,8 +206,7 @@ class Job:
 
     def read(self, name: str) -> pa.Table:
         """Rows of the parents of this name that were not dropped, one table, sorted by id."""
-        tables = [p.store.read_table(p.dataset) for p in self.parents if p.stage.name == name]
-        return kept(pa.concat_tables(tables)).sort_by("id")
+        return kept(read_all(self.parents, name)).sort_by("id")
 
     def write(
         self,
@@ -308,6 +307,12 @@ class Job:
         elif found["fingerprint"] == self.fingerprint:
             return "done", []
         return "stale", drift(found["payload"], self.payload)
+
+
+def read_all(jobs: Iterable[Job], name: str, columns: list[str] | None = None) -> pa.Table:
+    """Rows of the jobs of one name, dropped ones too: a stage in two scopes is one table here."""
+    named = (job for job in jobs if job.stage.name == name)
+    return pa.concat_tables([job.store.read_table(job.dataset, columns=columns) for job in named])
 
 
 def texts(tables: Iterable[pa.Table], every: int = 1) -> Iterator[str]:

@@ -41,7 +41,7 @@ def played(cpu_ray, make_jobs, monkeypatch):
     def play(streamed, conditions):
         recipe = recipe_of(SLOW, name="streamed" if streamed else "apart")
         jobs = make_jobs(recipe, FEW)
-        (job,) = (j for j in jobs if j.stage.name == "evaluation/preferences")
+        (_, job) = (j for j in jobs if j.stage.name == "evaluation/preferences")
         monkeypatch.setattr(generation, "together", lambda *_: streamed)
         requests = [{"id": f"{n:02}", "prompt": f"number {n}"} for n in range(16)]
         table = under_each_condition(job, requests, answer, FIELDS, conditions, judged, JUDGED)

@@ -42,9 +42,9 @@ def test_a_verdict_that_names_one_trait_counts_and_no_other(verdict, chosen):
 
 def test_games_are_drawn_by_number_from_both_orders(make_jobs, echo_recipe):
     jobs = make_jobs(echo_recipe)
-    (job,) = (j for j in jobs if j.stage.name == "evaluation/preferences")
-    drawn = preferences.games(job)
-    assert drawn == preferences.games(job)
+    (of_student, of_persona) = (j for j in jobs if j.stage.name == "evaluation/preferences")
+    drawn = preferences.games(of_persona)
+    assert drawn == preferences.games(of_student)
     assert len({row["id"] for row in drawn}) == len(drawn) == 6
     assert all(row["first"] != row["second"] for row in drawn)
     assert len(preferences.all_traits()) == len(set(preferences.all_traits())) == 144
@@ -239,16 +239,23 @@ def test_changes_of_ability_stand_beside_what_was_published():
 
 
 def test_all_that_could_not_be_scored_is_counted(make_jobs, echo_recipe):
-    jobs = {j.stage.name: j for j in make_jobs(echo_recipe)}
-    played = [{"condition": "full", "chosen": chosen} for chosen in ("a", None, None, "b")]
+    jobs = {j.dataset: j for j in make_jobs(echo_recipe)}
+
+    def played(condition, *verdicts):
+        return [{"condition": condition, "chosen": chosen} for chosen in verdicts]
+
     compared = [{"rival": "base", "winner": w} for w in ("full", "inconsistent", "unreadable")]
-    for name, found in (("preferences", played), ("coherence", compared)):
-        job = jobs[f"evaluation/{name}"]
-        job.store.write_table(job.dataset, pa.Table.from_pylist(found))
+    for dataset, found in {
+        "echo/evaluation/preferences": played("base", "a", "b"),
+        "echo/poeticism/evaluation/preferences": played("full", "a", None, None, "b"),
+        "echo/poeticism/evaluation/coherence": compared,
+    }.items():
+        jobs[dataset].store.write_table(dataset, pa.Table.from_pylist(found))
     rows = [score_row("", "macro_f1", "full", "default", Score(0.5, 0.4, 0.6, 18, unscored=2))]
-    table = unscored_table(rows, jobs)
+    table = unscored_table(rows, list(jobs.values()))
     shares = {line.name: line.cells[0] for line in table.lines}
     assert {name: score.value for name, score in shares.items()} == {
+        "games, base: no trait named": 0,
         "games, full: no trait named": 0.5,
         "comparisons with base: inconsistent": pytest.approx(1 / 3),
         "comparisons with base: unreadable": pytest.approx(1 / 3),

@@ -236,12 +236,12 @@ def test_two_judges_of_different_families_pass_the_gate_and_are_compared_on_ever
     assert set(gate["judges"]) == {"plain-judge", "thinking-judge"}
     assert all(found["agreement"]["value"] == 1 for found in gate["judges"].values())
     assert gate["alpha"] == gate["kappa"]["plain-judge thinking-judge"] == 1
-    games = preferences.build(jobs["evaluation/preferences"])
-    assert games.figures["scored"] == 40
+    games = preferences.build(jobs["evaluation/preferences"])  # the persona's: of `full` alone
+    assert games.figures["scored"] == 20
     assert -1 < games.figures["kappa"]["plain-judge thinking-judge"] < 1
     job = jobs["evaluation/preferences"]
     panel = job.store.read_table(job.dataset, "panel").to_pylist()
-    assert len(panel) == 2 * 40
+    assert len(panel) == 2 * 20
     assert {row["judge"] for row in panel} == set(gate["judges"])
     assert all(row["chosen"] for row in panel)
 
@@ -293,9 +293,9 @@ def test_fewer_items_are_spread_over_all():
 
 
 def test_games_are_balanced_over_order_and_framing(make_jobs, echo_recipe):
-    (job,) = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/preferences")
+    (_, job) = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/preferences")
     job = SimpleNamespace(
-        **{name: getattr(job, name) for name in ("recipe", "stage", "scope")},
+        **{name: getattr(job, name) for name in ("recipe", "stage")},
         section=job.section.model_copy(update={"games": 600}),
     )
     rows = preferences.games(job)

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opencharacter.config import Rating
+from opencharacter import pipeline
+from opencharacter.config import Placement, Rating
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation import rating
+from opencharacter.evaluation import preferences, rating
 from opencharacter.evaluation.rating import Played
 
 
@@ -266,3 +267,29 @@ def test_plan_says_what_the_games_give(make_jobs, echo_recipe):
     (line,) = rating.notes(job)
     assert "144 traits: 6 games" in line
     assert "+-50 need 13" in line
+
+
+def test_base_plays_once_and_is_rated_with_every_persona(store, echo_recipe, poet):
+    other = poet.model_copy(update={"name": "sarcasm"})
+    jobs = pipeline.jobs(echo_recipe, [poet, other], Placement(), store)
+    players = [job for job in jobs if job.stage.name == "evaluation/preferences"]
+    assert {job.scope: preferences.conditions(job) for job in players} == {
+        "echo": ["base"],
+        "echo/poeticism": ["prompted", "distilled", "full"],
+        "echo/sarcasm": ["prompted", "distilled", "full"],
+    }
+    for job in players:
+        rows = [
+            {name: row.get(name) for name in rating.GAME} | {"condition": condition}
+            for condition in preferences.conditions(job)
+            for row in preferences.games(job)
+        ]
+        for row in rows:
+            row["chosen"] = min(row["first"], row["second"])
+        store.write_table(job.dataset, pa.Table.from_pylist(rows))
+    for job in (j for j in jobs if j.stage.name == "evaluation/rating"):
+        rating.build(job)
+        rated = store.read_table(job.dataset).to_pylist()
+        assert {row["condition"] for row in rated} == {"base", "prompted", "distilled", "full"}
+        changes = [r["change"] for r in rated if r["condition"] == "full" and r["games"]]
+        assert changes == [0] * len(changes)

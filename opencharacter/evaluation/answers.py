@@ -59,7 +59,7 @@ def check(job: Job) -> None:
 
 
 def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [(engine,) for engine in engines(job)]
+    return [(engine,) for engine in engines(job, job.section.conditions)]
 
 
 def estimate(job: Job) -> Estimate:

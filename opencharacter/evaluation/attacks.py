@@ -95,7 +95,7 @@ def requests(job: Job, untrained: dict[str, str]) -> list[Row]:
 
 
 def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [(engine,) for engine in engines(job)]
+    return [(engine,) for engine in engines(job, job.section.conditions)]
 
 
 def estimate(job: Job) -> Estimate:

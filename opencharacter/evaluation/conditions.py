@@ -50,9 +50,9 @@ def weights(job: Job, condition: Condition) -> Folder | None:
     return job.parent(made_by).adapter if made_by else None
 
 
-def engines(job: Job) -> list[EngineSpec]:
-    """The student's engines under the conditions that a stage compares, each once."""
-    made = [job.engine("student", weights(job, c)) for c in job.section.conditions]
+def engines(job: Job, conditions: Sequence[Condition]) -> list[EngineSpec]:
+    """The student's engines under some conditions, each once."""
+    made = [job.engine("student", weights(job, c)) for c in conditions]
     return list({spec.key(): spec for spec in made}.values())
 
 

@@ -4,8 +4,11 @@ A game: the model is told to pick one of two random traits and answer in its man
 which; a judge reads the answer and names the trait. All conditions play the same games: same
 prompt, pair, order, framing and seed.
 
-Reads: persona/merge, distillation/dpo, evaluation/judge, the evaluation prompts. Writes: game,
-condition, framing, prompt, first, second, answer, verdict, chosen (None: unscored).
+It runs in two scopes: the games of `base` belong to the student and serve every persona, those of
+the other conditions belong to the persona.
+
+Reads: evaluation/judge, the evaluation prompts; persona/merge, distillation/dpo (persona). Writes:
+game, condition, framing, prompt, first, second, answer, verdict, chosen (None: unscored).
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/preferences
 """
 
@@ -18,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from opencharacter.chat import Message, fill, row_id, row_seed, user
-from opencharacter.config import Preferences, Sampling, resource
+from opencharacter.config import Condition, Preferences, Sampling, resource
 from opencharacter.distillation.teacher import typical
 from opencharacter.engine import Conversation, Need, Row, Talk
 from opencharacter.errors import StageFailed
@@ -59,8 +62,14 @@ def all_traits() -> tuple[str, ...]:
     return tuple(path.read_text().split())
 
 
+def conditions(job: Job) -> list[Condition]:
+    """Those that play in this scope."""
+    mine = job.constitution is not None
+    return [c for c in job.section.conditions if (c != "base") == mine]
+
+
 def games(job: Job) -> list[Row]:
-    """The games; the draw of each depends on its number alone.
+    """The games, the same for all personas; the draw of each depends on its number alone.
 
     Games come in twos with the same pair of traits in either order; framings take turns.
     """
@@ -74,7 +83,7 @@ def games(job: Job) -> list[Row]:
         first, second = reversed(two) if swapped else two
         rows.append(
             {
-                "id": row_id(job.stage.name, job.scope, game),
+                "id": row_id(job.stage.name, game),
                 "game": game,
                 "framing": list(FRAMINGS)[pair % len(FRAMINGS)],
                 "prompt": drawn(job, f"game-{game}").choice(prompts),
@@ -106,13 +115,13 @@ def identity(job: Job) -> dict[str, Any]:
 def needs(job: Job) -> list[tuple[Need, ...]]:
     panel = job.recipe.evaluation.judge.panel
     return [
-        *((engine, job.engine("judge")) for engine in engines(job)),
+        *((engine, job.engine("judge")) for engine in engines(job, conditions(job))),
         *((job.engine("judge", model=role),) for role in panel),
     ]
 
 
 def estimate(job: Job) -> Estimate:
-    rows = len(job.section.conditions) * job.section.games
+    rows = len(conditions(job)) * job.section.games
     said = typical(job.section.sampling)
     verdicts = rows * judge.verdict_tokens(job.recipe)
     return Estimate(rows, rows * (300 + said), rows * said + verdicts, judged=verdicts)
@@ -173,7 +182,7 @@ def build(job: Job) -> Outcome:
     settings: Preferences = job.section
     talk = partial(play, sampling=settings.sampling)
     table = under_each_condition(
-        job, games(job), talk, PLAYED, settings.conditions, naming(job), JUDGED
+        job, games(job), talk, PLAYED, conditions(job), naming(job), JUDGED
     )
     scored = len(table) - table["chosen"].null_count
     check_scored(job.dataset, table.select(SIDES).to_pylist())

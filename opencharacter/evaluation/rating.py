@@ -29,7 +29,7 @@ from opencharacter.chat import row_seed
 from opencharacter.config import Rating
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.evaluation.scores import Z95, Score
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.stage import Estimate, Job, Outcome, read_all
 
 Array = NDArray[np.float64]
 Player = TypeVar("Player", bound=Hashable)
@@ -485,8 +485,7 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def build(job: Job) -> Outcome:
-    preferences = job.parent("evaluation/preferences")
-    table = preferences.store.read_table(preferences.dataset, columns=list(GAME))
+    table = read_all(job.parents, "evaluation/preferences", columns=list(GAME))
     rows = table.to_pylist()  # those that were dropped have no verdict, and count as unscored
     rated = []
     for framing in [ALL_FRAMINGS, *sorted({row["framing"] for row in rows})]:

@@ -37,7 +37,7 @@ from opencharacter.evaluation.page import (
 from opencharacter.evaluation.rating import ALL_FRAMINGS
 from opencharacter.evaluation.robustness import DEFAULT, MEAN
 from opencharacter.evaluation.scores import SCORES, Score, repeated, score_row, wilson
-from opencharacter.stage import Estimate, Job, Outcome, kept, redone
+from opencharacter.stage import Estimate, Job, Outcome, kept, read_all, redone
 
 STEPS = ("grad_norm", "learning_rate", "tokens_per_s", "mfu", "memory_gb")
 CURVES = {
@@ -189,7 +189,7 @@ def persona_report(job: Job, parents: list[Job]) -> PersonaReport:
             *score_tables(scores),
             *confusions(by_name["evaluation/robustness"]),
             *ability_tables(scores),
-            unscored_table(scores, by_name),
+            unscored_table(scores, parents),
         ],
         settings=flat(job.recipe.identity()),
     )
@@ -343,10 +343,10 @@ def ability_tables(rows: list[dict[str, Any]]) -> list[ScoreTable]:
     return [ScoreTable(title, notes, caption, ["Base", "Persona", "Change"], lines, empty)]
 
 
-def unscored_table(rows: list[dict[str, Any]], by_name: dict[str, Job]) -> ScoreTable:
+def unscored_table(rows: list[dict[str, Any]], parents: list[Job]) -> ScoreTable:
     """Everything that was asked for and could not be scored, with its share."""
     games, compared = (
-        kept(by_name[name].store.read_table(by_name[name].dataset)).to_pylist()
+        kept(read_all(parents, name)).to_pylist()
         for name in ("evaluation/preferences", "evaluation/coherence")
     )
     lines = [
