@@ -109,7 +109,7 @@ async def play(row: Row, talk: Conversation, sampling: Sampling, before: list[Me
 
 
 def identity(job: Job) -> dict[str, Any]:
-    return answers.identity(job)
+    return answers.identity(job) | {"conditions": conditions(job)}
 
 
 def needs(job: Job) -> list[tuple[Need, ...]]:
@@ -129,8 +129,8 @@ def estimate(job: Job) -> Estimate:
 
 def first_named(rows: list[Row]) -> dict[str, Any]:
     """By condition, how often the trait that was offered first was named; without bias one half."""
-    conditions = sorted({row["condition"] for row in rows})
-    mine = {c: [row for row in rows if row["condition"] == c] for c in conditions}
+    names = sorted({row["condition"] for row in rows})
+    mine = {name: [row for row in rows if row["condition"] == name] for name in names}
     return {name: vars(judge.first_named(played, "game")) for name, played in mine.items()}
 
 
