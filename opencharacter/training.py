@@ -366,6 +366,7 @@ def trainer_arguments(task: Task, scratch: str, on_gpu: bool, model: Any) -> dic
     """Arguments of the Hugging Face trainer."""
     optimizer, placement = task.optimizer, task.placement
     blocks = sorted({type(layer).__name__ for layer in layers(model)})
+    learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return {
         "output_dir": scratch,
         "num_train_epochs": 1,  # `Batches` goes through all of them
@@ -382,6 +383,8 @@ def trainer_arguments(task: Task, scratch: str, on_gpu: bool, model: Any) -> dic
         "use_cpu": not on_gpu,
         "fsdp": placement.parallel == "fsdp",
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": blocks},
+        # Experts that are layers of their own may see no token of a pass; all else is always used.
+        "ddp_find_unused_parameters": any(".experts." in name for name in learned),
         "seed": task.seed,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -457,7 +460,7 @@ class Trainer(transformers.Trainer):
     def __init__(self, *, batches: Batches, objective: Objective, **options: Any):
         super().__init__(train_dataset=batches, **options)
         self.objective, self.world = objective, batches.world
-        self.parts: dict[str, float] = {}
+        self.parts: dict[str, torch.Tensor] = {}
         self.tokens = 0
         self.since = time.monotonic()
         base: Any = self.model
@@ -489,7 +492,7 @@ class Trainer(transformers.Trainer):
             for name, value in shares.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         stacked: Any = self.accelerator.reduce(torch.stack(list(sums.values())))
-        self.parts = dict(zip(sums, stacked.tolist(), strict=True))
+        self.parts = dict(zip(sums, stacked, strict=True))  # read when logged: it waits for the GPU
         self.tokens += totals.tokens
         return sums["loss"] * self.world
 
@@ -499,7 +502,7 @@ class Trainer(transformers.Trainer):
             now = time.monotonic()
             rate = self.tokens / (now - self.since)
             self.tokens, self.since = 0, now
-            own = {name: value for name, value in self.parts.items() if name != "loss"}
+            own = {name: float(value) for name, value in self.parts.items() if name != "loss"}
             reached = rate * self.flops_per_token / self.world / self.peak
             logs |= own | {"tokens_per_s": rate, "mfu": reached}
             if self.args.device.type == "cuda":

@@ -120,6 +120,16 @@ def test_recomputed_activations_change_nothing(tiny_model, tmp_path):
     assert steps(tiny_model, tmp_path, recompute=True) == pytest.approx(kept, rel=1e-3)
 
 
+@pytest.mark.parametrize(("layer", "looked_for"), [("experts", True), ("shared", False)])
+def test_unused_parameters_are_looked_for_where_experts_are_layers(layer, looked_for):
+    block = torch.nn.ModuleDict({layer: torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
+    model: Any = torch.nn.ModuleDict({"mlp": block})
+    model._no_split_modules = None
+    task: Any = SimpleNamespace(optimizer=Optimizer(), placement=Training(), seed=0, dataset="x")
+    arguments = training.trainer_arguments(task, "scratch", on_gpu=False, model=model)
+    assert arguments["ddp_find_unused_parameters"] is looked_for
+
+
 def test_dpo_then_sft_then_merge(cpu_ray, jobs, tokenizer):
     names = ("distillation/reference", "distillation/dpo", "introspection/sft", "persona/merge")
     reference, dpo, sft, merge = (jobs[name] for name in names)
