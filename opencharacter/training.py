@@ -460,7 +460,7 @@ class Trainer(transformers.Trainer):
     def __init__(self, *, batches: Batches, objective: Objective, **options: Any):
         super().__init__(train_dataset=batches, **options)
         self.objective, self.world = objective, batches.world
-        self.parts: dict[str, torch.Tensor] = {}
+        self.parts: tuple[list[str], Any] = ([], None)
         self.tokens = 0
         self.since = time.monotonic()
         base: Any = self.model
@@ -491,8 +491,8 @@ class Trainer(transformers.Trainer):
                 self.accelerator.backward(shares["loss"] * self.world)  # workers are averaged
             for name, value in shares.items():
                 sums[name] = sums.get(name, 0) + value.detach()
-        stacked: Any = self.accelerator.reduce(torch.stack(list(sums.values())))
-        self.parts = dict(zip(sums, stacked, strict=True))  # read when logged: it waits for the GPU
+        stacked = self.accelerator.reduce(torch.stack(list(sums.values())))
+        self.parts = list(sums), stacked  # read when logged: it waits for the GPU
         self.tokens += totals.tokens
         return sums["loss"] * self.world
 
@@ -502,7 +502,9 @@ class Trainer(transformers.Trainer):
             now = time.monotonic()
             rate = self.tokens / (now - self.since)
             self.tokens, self.since = 0, now
-            own = {name: float(value) for name, value in self.parts.items() if name != "loss"}
+            names, values = self.parts
+            parts = dict(zip(names, values.tolist(), strict=True))
+            own = {name: value for name, value in parts.items() if name != "loss"}
             reached = rate * self.flops_per_token / self.world / self.peak
             logs |= own | {"tokens_per_s": rate, "mfu": reached}
             if self.args.device.type == "cuda":
