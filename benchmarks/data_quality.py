@@ -25,9 +25,9 @@ import pyarrow as pa
 from harness import figure, measure_machine, write_result
 
 from opencharacter.introspection.transcripts import SCHEMA
-from opencharacter.quality import Expected, measure, near_duplicates
-from opencharacter.stage import texts
-from opencharacter.store import Store
+from opencharacter.runtime.stage import texts
+from opencharacter.runtime.store import Store
+from opencharacter.text.statistics import Expected, measure, near_duplicates
 
 TURNS = 10
 WORDS_A_TURN = 115

@@ -1,6 +1,6 @@
 """What the two benchmarks of generation share: engines without weights, and how they are driven.
 
-Every way gets its engine's arguments from `opencharacter.engine.engine_arguments`, so they are
+Every way gets its engine's arguments from `engines.backends.engine_arguments`, so they are
 the same for all.
 """
 
@@ -31,12 +31,17 @@ from harness import (
     speeds,
 )
 
-from opencharacter import cluster, constitution, engine, pipeline
-from opencharacter.config import Placement, Recipe
-from opencharacter.engine import EngineSpec, Reply, Row, Talk
-from opencharacter.generation import generate
-from opencharacter.stage import Job
-from opencharacter.store import Store
+from opencharacter import pipeline
+from opencharacter.config.placement import Placement
+from opencharacter.config.recipe import Recipe
+from opencharacter.constitution import schema
+from opencharacter.engines import allocation, backends
+from opencharacter.engines.conversations import Row, RowFn
+from opencharacter.engines.generate import generate
+from opencharacter.engines.spec import EngineSpec, Reply, engine_spec
+from opencharacter.runtime import cluster
+from opencharacter.runtime.stage import Job
+from opencharacter.runtime.store import Store
 
 SETTINGS: Settings = {
     "repeats": 3,
@@ -45,8 +50,8 @@ SETTINGS: Settings = {
     "sampling": {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1},
     "pool": {
         "gpus": 1,
-        "max_sequences": 256,
-        "engine": {"load_format": "dummy"},
+        "max_num_seqs": 256,
+        "engine_kwargs": {"load_format": "dummy"},
     },
     "placement": {"object_store_gib": 4},
     "environment": {},
@@ -57,8 +62,8 @@ TINY: Settings = {
     "shape": TINY_LLAMA,
     "pool": {
         "memory_gib": 2,
-        "max_sequences": 8,
-        "engine": {"load_format": "dummy", "distributed_executor_backend": "uni"},
+        "max_num_seqs": 8,
+        "engine_kwargs": {"load_format": "dummy", "distributed_executor_backend": "uni"},
     },
     "placement": {"object_store_gib": 0.25, "ray_cpus": 2},
     # With "uni" above: fewer processes, each of which would import torch for many seconds.
@@ -85,7 +90,7 @@ def variants() -> dict[str, Settings]:
     return {
         "base": {},
         "requests": {"series": requests},
-        **{f"sequences_{n}": {"pool": {"max_sequences": n}} for n in (128, 512, 1024)},
+        **{f"sequences_{n}": {"pool": {"max_num_seqs": n}} for n in (128, 512, 1024)},
         **{f"batched_{n}": engine_with(max_num_batched_tokens=n) for n in (2048, 16384)},
         # vLLM 0.26 uses FlashInfer's sampler by default, so here it is turned off.
         "no_flashinfer_sampler": {"environment": {"VLLM_USE_FLASHINFER_SAMPLER": "0"}},
@@ -104,7 +109,7 @@ def variants() -> dict[str, Settings]:
 
 def engine_with(**arguments: Any) -> Settings:
     """What differs when vLLM's engine gets these arguments."""
-    return {"pool": {"engine": arguments}}
+    return {"pool": {"engine_kwargs": arguments}}
 
 
 # --------------------------------------------------------------------------------------- the work
@@ -131,11 +136,11 @@ def make_job(settings: Settings, stage: str, storage: Path, series: str = SUBJEC
     role = {
         "model": str(model_folder(settings["shape"])),
         "name": "benchmark",
-        "called": "Benchmark",
-        "context": settings["context"],
+        "self_name": "Benchmark",
+        "max_model_len": settings["context"],
         "dtype": "bfloat16",
     }
-    roles, (group, name) = ("teacher", "student", "judge", "expander"), stage.split("/")
+    roles, (group, name) = ("teacher", "student", "judge", "prompt_generator"), stage.split("/")
     recipe = {
         "name": "benchmark",
         "seeded_sampling": settings["series"].get(series, {}).get("seeded", False),
@@ -144,7 +149,7 @@ def make_job(settings: Settings, stage: str, storage: Path, series: str = SUBJEC
     }
     found = pipeline.jobs(
         Recipe.model_validate(recipe),
-        [constitution.load("poeticism")],
+        [schema.load("poeticism")],
         Placement.model_validate(
             {**settings["placement"], "pools": dict.fromkeys(roles, settings["pool"])}
         ),
@@ -155,7 +160,7 @@ def make_job(settings: Settings, stage: str, storage: Path, series: str = SUBJEC
 
 def make_spec(settings: Settings) -> EngineSpec:
     """The engine that the package would start."""
-    return make_job(settings, "distillation/student", Path("unused")).engine("student")
+    return engine_spec(make_job(settings, "distillation/student", Path("unused")), "student")
 
 
 def sampling_of(settings: Settings, series: str) -> dict[str, Any]:
@@ -173,7 +178,7 @@ def ray_running(settings: Settings) -> Iterator[None]:
     try:
         yield
     finally:
-        engine.stop_hosts()
+        allocation.stop_hosts()
         ray.shutdown()
 
 
@@ -192,7 +197,7 @@ def observed(began: float, replies: list[Reply]) -> Row:
 
 
 def run_package(
-    job: Job, requests: list[Row], talk: Talk, fields: list[pa.Field], series: str
+    job: Job, requests: list[Row], talk: RowFn, fields: list[pa.Field], series: str
 ) -> tuple[Run, pa.Table]:
     """Time one call of `generate`, all that it does included."""
     began = time.time()
@@ -218,12 +223,12 @@ def run_package(
 
 def set_environment(settings: Settings) -> None:
     """Give this process, and what it starts, the environment of the package's engines."""
-    os.environ.update(engine.environment(make_spec(settings)))
+    os.environ.update(backends.environment(make_spec(settings)))
 
 
 def engine_arguments(settings: Settings) -> dict[str, Any]:
     """What the package gives vLLM, less one argument that only its asynchronous engine knows."""
-    arguments = engine.engine_arguments(make_spec(settings))
+    arguments = backends.engine_arguments(make_spec(settings))
     return {k: v for k, v in arguments.items() if k != "enable_log_requests"}
 
 
@@ -283,5 +288,5 @@ def roofline(settings: Settings, run: Run, bytes_per_s: float) -> float:
     keys = shape["num_key_value_heads"] * shape["head_dim"]
     layer = hidden * (2 * queries + 2 * keys + 3 * shape["intermediate_size"])
     weights = 2 * (layers * layer + shape["vocab_size"] * hidden)
-    sequences = min(settings["pool"]["max_sequences"], run["rows"])
+    sequences = min(settings["pool"]["max_num_seqs"], run["rows"])
     return sequences * bytes_per_s / (weights + sequences * run["context"] * 4 * layers * keys)

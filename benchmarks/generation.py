@@ -45,9 +45,9 @@ import harness
 import pyarrow as pa
 from harness import SUBJECT, Figures, Machine, Run, Series, Settings
 
-from opencharacter.chat import Message, system, user
-from opencharacter.config import Sampling
-from opencharacter.engine import Conversation, Row
+from opencharacter.config.recipe import Sampling
+from opencharacter.engines.conversations import Conversation, Row
+from opencharacter.text.chat import Message, system, user
 
 SETTINGS = engines.SETTINGS | {
     "series": {SUBJECT: {}, "opencharacter_seeded": {"seeded": True}},
@@ -174,7 +174,7 @@ def ray_data_llm(settings: Settings) -> Iterator[Run]:
 
 def ray_data_llm_wide(settings: Settings) -> Iterator[Run]:
     """Ray's own batch inference, with batches for twice the engine's sequences."""
-    batches = -(-2 * settings["pool"]["max_sequences"] // 32)
+    batches = -(-2 * settings["pool"]["max_num_seqs"] // 32)
     return run_processor(settings, "ray_data_llm_wide", {"max_concurrent_batches": batches})
 
 
@@ -192,7 +192,7 @@ def process(settings: Settings, rows: list[Row], options: dict[str, Any]) -> Run
     import ray.data
     from ray.data.llm import build_processor
 
-    from opencharacter.generation import quieten
+    from opencharacter.engines.generate import quieten
 
     quieten()
     processor = build_processor(

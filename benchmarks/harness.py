@@ -516,7 +516,7 @@ def model_folder(shape: dict[str, Any]) -> Path:
     from transformers import LlamaConfig
 
     from opencharacter.models import appearing, cache_dir
-    from opencharacter.store import fingerprint
+    from opencharacter.runtime.store import fingerprint
 
     kind = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
     rest = {name: value for name, value in shape.items() if name != "rope_theta"}

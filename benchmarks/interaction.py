@@ -41,11 +41,11 @@ import harness
 import pyarrow as pa
 from harness import SUBJECT, Figures, Machine, Run, Series, Settings
 
-from opencharacter.chat import Message, system
-from opencharacter.config import Sampling
-from opencharacter.engine import Conversation, Row
+from opencharacter.config.recipe import Sampling
+from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.introspection.interaction import view
 from opencharacter.introspection.reflection import MESSAGES
+from opencharacter.text.chat import Message, system
 
 SETTINGS = engines.SETTINGS | {
     "conversations": 512,

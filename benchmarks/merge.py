@@ -22,7 +22,7 @@ import harness
 from harness import LLAMA_8B, TINY_LLAMA, Figures, Machine, Run, Series, Settings
 
 from opencharacter.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA_A, LORA_B, PEFT_PREFIX
-from opencharacter.persona.merge import Part, merge
+from opencharacter.persona.merge import WeightedAdapter, merge
 
 SETTINGS: Settings = {"repeats": 3, "shape": LLAMA_8B, "rank": 64, "environment": {}}
 TINY: Settings = {"repeats": 1, "shape": TINY_LLAMA, "rank": 8}
@@ -80,7 +80,11 @@ def run_way(name: str, settings: Settings) -> Iterator[Run]:
             target = Path(scratch) / f"merged-{repeat}"
             target.mkdir()
             began = time.time()
-            made = merge([Part(folders[0], 1.0), Part(folders[1], 0.25)], target, **options)
+            made = merge(
+                [WeightedAdapter(folders[0], 1.0), WeightedAdapter(folders[1], 0.25)],
+                target,
+                **options,
+            )
             yield {
                 "series": name,
                 "s": time.time() - began,

@@ -30,17 +30,22 @@ from typing import Any
 import harness
 from harness import Figures, Machine, Run, Series, Settings, figure
 
-from opencharacter import cluster, constitution, cost, pipeline
-from opencharacter.config import Placement, Recipe, load_recipe
-from opencharacter.stage import Job
-from opencharacter.store import Store
+from opencharacter import pipeline
+from opencharacter.config.files import load_recipe
+from opencharacter.config.placement import Placement
+from opencharacter.config.recipe import Recipe
+from opencharacter.constitution import schema
+from opencharacter.planning import cost
+from opencharacter.runtime import cluster
+from opencharacter.runtime.stage import Job
+from opencharacter.runtime.store import Store
 
 PERSONAS = ("poeticism", "humor", "remorse")
 SHORT = {"temperature": 0.6, "top_p": 1.0, "trim": True}
 LOOSE = {"max_drop_rate": 1.0}
 TRAINED = {
     "lora": {"rank": 8, "alpha": 16},
-    "optimizer": {"batch": 8, "learning_rate": 2e-4},
+    "optimizer": {"global_batch_size": 8, "learning_rate": 2e-4},
 }
 WORD = {"max_tokens": 4, "temperature": 0.1, "repetition_penalty": 1.0, "typical_tokens": 3}
 CONDITIONS = ["base", "full"]
@@ -90,10 +95,10 @@ SETTINGS: Settings = {
     "placement": {
         "name": "personas",
         "pools": {role: {"cpus": 0.15, "memory_gib": 1} for role in ("teacher", "student", "judge")}
-        | {"expander": {"cpus": 0.15, "memory_gib": 1}},
+        | {"prompt_generator": {"cpus": 0.15, "memory_gib": 1}},
         "training": {"cpus": 2},
         "ray_cpus": 3,
-        "jobs_at_once": 1,
+        "max_concurrent_jobs": 1,
     },
 }
 TINY: Settings = {"personas": 2}
@@ -103,7 +108,7 @@ def make_jobs(settings: Settings, count: int, storage: Path) -> list[Job]:
     """The jobs of a run of so many personas."""
     roles = load_recipe("demo").roles.model_dump()
     recipe = Recipe.model_validate({"roles": roles, **settings["recipe"]})
-    personas = [constitution.load(name) for name in PERSONAS[:count]]
+    personas = [schema.load(name) for name in PERSONAS[:count]]
     placement = Placement.model_validate(settings["placement"])
     return pipeline.jobs(recipe, personas, placement, Store.at(str(storage)))
 

@@ -26,10 +26,13 @@ import harness
 import numpy as np
 from harness import Figures, Machine, Run, Series, Settings
 
-from opencharacter import cluster, constitution, pipeline
-from opencharacter.config import Placement, Recipe
-from opencharacter.stage import Job
-from opencharacter.store import PARTS, Store, digests
+from opencharacter import pipeline
+from opencharacter.config.placement import Placement
+from opencharacter.config.recipe import Recipe
+from opencharacter.constitution import schema
+from opencharacter.runtime import cluster
+from opencharacter.runtime.stage import Job
+from opencharacter.runtime.store import SHARDS, Store, digests
 
 SIZES = [
     *((rows, 1) for rows in (1000, 12_000, 100_000)),
@@ -43,19 +46,19 @@ TINY: Settings = {"seats": 16, "object_store_mb": 100}
 
 def make_job(settings: Settings, rows: int, nodes: int, storage: Path) -> Job:
     """The stage's job, its models echoes."""
-    role = {"model": "echo:", "name": "echo", "called": "Echo", "context": 4096}
-    roles = ("teacher", "student", "judge", "expander")
+    role = {"model": "echo:", "name": "echo", "self_name": "Echo", "max_model_len": 4096}
+    roles = ("teacher", "student", "judge", "prompt_generator")
     sizes = {"free": rows // 2, "leading": rows // 2, "turns": 2, "limits": {"after": 10**9}}
     recipe = {
         "name": "scale",
         "roles": dict.fromkeys(roles, role),
         "introspection": {"interaction": sizes},
     }
-    pool = {"replicas": nodes, "cpus": 0.1, "max_sequences": settings["seats"]}
+    pool = {"replicas": nodes, "cpus": 0.1, "max_num_seqs": settings["seats"]}
     placement = {"pools": {"student": pool}, "training": {"cpus": 1}}
     found = pipeline.jobs(
         Recipe.model_validate(recipe),
-        [constitution.load("poeticism")],
+        [schema.load("poeticism")],
         Placement.model_validate(placement),
         Store.at(str(storage)),
     )
@@ -97,7 +100,7 @@ def measure(job: Job, rows: int) -> Run:
         "driver_gb": peak,
         "s_per_1000_rows": took / rows * 1000,
         "driver_cpu_s_per_1000_rows": worked / rows * 1000,
-        "files": len(list(Path(job.store.path(job.dataset, PARTS)).glob("*.parquet"))),
+        "files": len(list(Path(job.store.path(job.dataset, SHARDS)).glob("*.parquet"))),
         "lost": rows - there,
         "doubled": len(ids) - there,
     }

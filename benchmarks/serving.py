@@ -34,9 +34,11 @@ import psutil
 from harness import LLAMA_8B, SUBJECT, TINY_LLAMA, Figures, Machine, Run, Series, Settings
 from merge import linear_layers, write_adapter
 
-from opencharacter import config, models
-from opencharacter.config import Recipe, resource_names
-from opencharacter.store import Store
+from opencharacter import models
+from opencharacter.config import files
+from opencharacter.config.files import resource_names
+from opencharacter.config.recipe import Recipe
+from opencharacter.runtime.store import Store
 
 sys.path.append(str(harness.FOLDER.parent / "tests"))
 import canary  # the tests' server and recognisable adapters
@@ -51,13 +53,13 @@ SETTINGS: Settings = {
     "rank": 64,
     "context": 2048,
     "shape": LLAMA_8B,
-    "pool": {"gpus": 1, "max_sequences": 256, "engine": {"load_format": "dummy"}},
+    "pool": {"gpus": 1, "max_num_seqs": 256, "engine_kwargs": {"load_format": "dummy"}},
     "serving": {
-        "entrances": 4,
-        "adapters": 16,
-        "adapters_at_once": 12,
-        "requests_per_key": 1000,
-        "queue": 1000,
+        "ingress_replicas": 4,
+        "max_adapters": 16,
+        "max_loras": 12,
+        "max_requests_per_key": 1000,
+        "max_queued_requests": 1000,
     },
     "soak_seconds": 600,
     "soak_clients": 16,
@@ -71,7 +73,7 @@ TINY: Settings = {
     "answer_tokens": 16,
     "rank": 8,
     "shape": TINY_LLAMA,
-    "pool": {"max_sequences": 8, "memory_gib": 2, "engine": {"load_format": "dummy"}},
+    "pool": {"max_num_seqs": 8, "memory_gib": 2, "engine_kwargs": {"load_format": "dummy"}},
     "soak_seconds": 30,
     "soak_clients": 4,
 }
@@ -164,12 +166,13 @@ def measured(url: str, settings: Settings, series: str, names: list[str], repeat
 def recipe_data(settings: Settings) -> dict[str, Any]:
     """A recipe whose student is the shape of the benchmark."""
     folder = str(harness.model_folder(settings["shape"]))
-    role = {"model": folder, "name": STUDENT, "called": "S", "context": settings["context"]}
+    role = {"model": folder, "name": STUDENT, "self_name": "S"}
+    role["max_model_len"] = settings["context"]
     sampling = {"max_tokens": settings["answer_tokens"], "repetition_penalty": 1.0, "top_p": 1.0}
     lora = {"lora": {"rank": settings["rank"]}}
     return {
         "name": "serving",
-        "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), role),
+        "roles": dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), role),
         "distillation": {"dpo": lora},
         "introspection": {"sft": lora},
         "persona": {"merge": {"rank": settings["rank"]}},
@@ -217,15 +220,16 @@ def run_ours(settings: Settings) -> Iterator[Run]:
 
 def run_vllm(settings: Settings) -> Iterator[Run]:
     """VLLM's own server, with the arguments that Ray passes on for ours."""
-    from opencharacter.config import Placement
-    from opencharacter.engine import EngineSpec, environment
-    from opencharacter.persona import llm
+    from opencharacter.config.placement import Placement
+    from opencharacter.engines.backends import environment
+    from opencharacter.engines.spec import EngineSpec
+    from opencharacter.serving import replica
 
     role = Recipe.model_validate(recipe_data(settings)).roles.student
     placement = Placement.model_validate(placement_data(settings))
     spec = EngineSpec(role, placement.pools.student)
     rank = models.allowed_rank(settings["rank"])
-    arguments = llm.llm_config(spec, placement.serving, rank).engine_kwargs
+    arguments = replica.llm_config(spec, placement.serving, rank).engine_kwargs
     with tempfile.TemporaryDirectory() as scratch:
         files = adapter(Path(scratch) / "adapter", settings)
         port = servers.free_port()
@@ -278,7 +282,7 @@ def run_soak(settings: Settings) -> Iterator[Run]:
     """Three canaries under load; the engine is killed in the middle."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, base = Path(scratch), models.embedded("smollm2-135m")
-        recipe, store = config.load_recipe("demo"), Store.at(str(folder / "storage"))
+        recipe, store = files.load_recipe("demo"), Store.at(str(folder / "storage"))
         for persona, word in canary.WORDS.items():
             canary.make(base, f" {word}", folder / word)
             canary.publish(canary.job(recipe, store, persona), folder / word)

@@ -31,9 +31,11 @@ from typing import Any
 import harness
 from harness import LLAMA_8B, TINY_LLAMA, Figures, Machine, Run, Series, Settings
 
-from opencharacter.config import Dpo, Lora, Optimizer, Training
-from opencharacter.packing import Example, Tokens
-from opencharacter.training import resources
+from opencharacter.config.placement import Training
+from opencharacter.config.recipe import Dpo, Lora, Optimizer
+from opencharacter.training import adapters, trainer
+from opencharacter.training.packing import Example, Tokens
+from opencharacter.training.trainer import resources
 
 SETTINGS: Settings = {
     "shape": LLAMA_8B,
@@ -44,7 +46,7 @@ SETTINGS: Settings = {
     "conversation": {"mean": 390, "max": 1024},
     "sft_tokens": 3072,
     "trl_micro_batch": 2,
-    "placement": {"gpus": 1, "tokens_per_pass": 8192, "recompute": False},
+    "placement": {"gpus": 1, "max_tokens_per_microbatch": 8192, "activation_checkpointing": False},
     "environment": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
 }
 TINY: Settings = {
@@ -55,14 +57,14 @@ TINY: Settings = {
     "rank": 8,
     "conversation": {"mean": 40, "max": 100},
     "sft_tokens": 96,
-    "placement": {"gpus": 0, "tokens_per_pass": 256},
+    "placement": {"gpus": 0, "max_tokens_per_microbatch": 256},
 }
 VARIANTS: dict[str, Settings] = {
     "compiled": {"placement": {"kernels": "compiled"}},
     "plain": {"placement": {"kernels": "plain"}},
-    "tokens_4096": {"placement": {"tokens_per_pass": 4096}},
-    "tokens_16384": {"placement": {"tokens_per_pass": 16384}},
-    "recomputed": {"placement": {"recompute": True}},
+    "tokens_4096": {"placement": {"max_tokens_per_microbatch": 4096}},
+    "tokens_16384": {"placement": {"max_tokens_per_microbatch": 16384}},
+    "recomputed": {"placement": {"activation_checkpointing": True}},
 }
 WARM_STEPS = 2
 STEP = 0.002
@@ -106,7 +108,7 @@ def model_of(settings: Settings, attention: str, precise: bool = False) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from trl.trainer import add_fused_lm_head
 
-    from opencharacter import packing
+    from opencharacter.training import packing
 
     packing.register()
     torch.manual_seed(0)
@@ -152,14 +154,14 @@ def dpo(settings: Settings, series: str, rank: int = 0, world: int = 1) -> Itera
     examples = pairs(settings, settings["steps"] * settings["batch"])
     model = model_of(settings, "packed")
     few = examples[: 2 * settings["batch"]]
-    with_reference(model, few, settings["placement"]["tokens_per_pass"])
+    with_reference(model, few, settings["placement"]["max_tokens_per_microbatch"])
     began = time.time()
-    examples = with_reference(model, examples, settings["placement"]["tokens_per_pass"])
+    examples = with_reference(model, examples, settings["placement"]["max_tokens_per_microbatch"])
     tokens = sum(len(t.ids) for e in examples for t in e)
     if world == 1:
         yield {"series": "reference", "seconds": time.time() - began, "tokens": tokens}
-    objective = partial(dpo_loss, settings=Dpo())
-    yield from steps_of(model, examples, objective, settings, series, rank, world)
+    loss_fn = partial(dpo_loss, settings=Dpo())
+    yield from steps_of(model, examples, loss_fn, settings, series, rank, world)
 
 
 def two_gpus(settings: Settings) -> Iterator[Run]:
@@ -168,8 +170,8 @@ def two_gpus(settings: Settings) -> Iterator[Run]:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from opencharacter import cluster
-    from opencharacter.config import Placement
+    from opencharacter.config.placement import Placement
+    from opencharacter.runtime import cluster
 
     placement = Training(**settings["placement"], workers=2)
     cluster.connect(Placement(training=placement, ray_cpus=int(2 * placement.cpus)))
@@ -214,7 +216,7 @@ def sft(settings: Settings) -> Iterator[Run]:
 def steps_of(
     model: Any,
     examples: list[Example],
-    objective: Any,
+    loss_fn: Any,
     settings: Settings,
     series: str,
     rank: int = 0,
@@ -223,31 +225,29 @@ def steps_of(
     """Train, one run for each step after the warm ones."""
     import transformers
 
-    from opencharacter import training
-
     placement = Training(**settings["placement"])
-    optimizer = Optimizer(batch=settings["batch"])
+    optimizer = Optimizer(global_batch_size=settings["batch"])
     longest = max(sum(len(t.ids) for t in e) for e in examples)
-    fit = training.fitting(model, placement, longest)
-    adapted = training.with_adapter(
-        model, lora(settings), fit.recompute, training.kernels(placement)
+    fit = adapters.plan_memory(model, placement, longest)
+    adapted = adapters.with_adapter(
+        model, lora(settings), fit.activation_checkpointing, adapters.kernels(placement)
     )
     task = SimpleNamespace(optimizer=optimizer, placement=placement, seed=0, dataset=series)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = training.trainer_arguments(task, scratch, placement.gpus > 0, adapted)
+        arguments = trainer.trainer_arguments(task, scratch, placement.gpus > 0, adapted)
         arguments |= {"report_to": [], "save_strategy": "no"}
-        trainer = training.Trainer(
+        runner = trainer.Trainer(
             model=adapted,
             args=transformers.TrainingArguments(**arguments),
-            batches=training.Batches(examples, optimizer, 0, fit.tokens, rank, world),
-            objective=objective,
+            batches=trainer.Batches(examples, optimizer, 0, fit.tokens, rank, world),
+            loss_fn=loss_fn,
         )
         timer = Timer()
-        trainer.add_callback(timer)
-        trainer.train()
-        batches: Any = trainer.train_dataset
+        runner.add_callback(timer)
+        runner.train()
+        batches: Any = runner.train_dataset
         sizes = [batches[step][1].tokens for step in range(len(batches))]
-    yield from runs(timer, sizes, series, world * trainer.peak, adapted)
+    yield from runs(timer, sizes, series, world * runner.peak, adapted)
 
 
 def trl(settings: Settings) -> Iterator[Run]:
@@ -274,7 +274,7 @@ def trl(settings: Settings) -> Iterator[Run]:
         sizes: list[int] = []
         trainer.add_callback(Counted(trainer, sizes))
         trainer.train()
-    from opencharacter.training import matmul_peak
+    from opencharacter.training.trainer import matmul_peak
 
     peak = matmul_peak(trainer.args.device, True)
     yield from runs(timer, sizes, "trl", peak, trainer.model)
@@ -313,7 +313,7 @@ def trl_trainer(model: Any, examples: list[Example], settings: Settings, args: A
 
     rows = []
     for chosen, rejected in examples:
-        start = chosen.learned[0]
+        start = chosen.loss_positions[0]
         sides = {"chosen_ids": chosen.ids[start:], "rejected_ids": rejected.ids[start:]}
         rows.append({"prompt_ids": chosen.ids[:start], **sides})
     tokenizer = harness.make_tokenizer(settings["shape"]["vocab_size"])
@@ -345,8 +345,8 @@ def losses_of_both(settings: Settings, series: str, precise: bool) -> Iterator[R
     import torch
     from trl import DPOConfig
 
-    from opencharacter import packing
     from opencharacter.distillation.dpo import dpo_loss
+    from opencharacter.training import packing
 
     examples, micro = pairs(settings, settings["batch"]), settings["trl_micro_batch"]
     model = model_of(settings, "sdpa", precise)
@@ -375,11 +375,12 @@ def losses_of_both(settings: Settings, series: str, precise: bool) -> Iterator[R
         for group in groups:
             with policy.disable_adapter():
                 before = scores(policy, packing.pack(group), precise)
-            sides = iter(before.split([len(t.learned) for pair in group for t in pair]))
+            sides = iter(before.split([len(t.loss_positions) for pair in group for t in pair]))
             group = [[t._replace(reference=next(sides).tolist()) for t in pair] for pair in group]
             pack = packing.pack(group).to(policy.device)
             values = scores(policy, pack, precise)
-            loss = dpo_loss(values, pack, packing.totals(group), Dpo(kl=0))["loss"]
+            denominators = packing.loss_denominators(group)
+            loss = dpo_loss(values, pack, denominators, Dpo(sq_log_ratio_weight=0))["loss"]
             losses["ours"].append(float(loss))
     mean = {name: sum(values) / len(values) for name, values in losses.items()}
     difference = abs(mean["ours"] - mean["trl"]) / mean["trl"]
@@ -388,9 +389,9 @@ def losses_of_both(settings: Settings, series: str, precise: bool) -> Iterator[R
 
 def scores(model: Any, pack: Any, precise: bool) -> Any:
     """Log-probabilities of a pack's learned tokens, in the precision of training or in float32."""
-    from opencharacter import packing, training
+    from opencharacter.training import packing
 
-    with nullcontext() if precise else training.autocast(model.device):
+    with nullcontext() if precise else adapters.autocast(model.device):
         return packing.log_probs(model, pack.to(model.device))
 
 

@@ -1,5 +1,5 @@
 """`python -m opencharacter`."""
 
-from opencharacter.cli import main
+from opencharacter.cli.main import main
 
 main()

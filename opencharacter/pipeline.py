@@ -20,14 +20,15 @@ from typing import Any
 
 from rich.markup import escape
 
-from opencharacter.config import Placement, Recipe
-from opencharacter.constitution import Constitution
-from opencharacter.engine import capacity, running_engines, spent, stop_hosts
+from opencharacter.config.placement import Placement
+from opencharacter.config.recipe import Recipe
+from opencharacter.constitution.schema import Constitution
+from opencharacter.engines.allocation import capacity, running_engines, spent, stop_hosts
 from opencharacter.errors import OpenCharacterError, StaleError, UserError, in_one_line
-from opencharacter.progress import console
-from opencharacter.schedule import choose, keys, ready
-from opencharacter.stage import Job, Outcome, Stage
-from opencharacter.store import PARTS, REBUILDS, Store, fingerprint
+from opencharacter.runtime.progress import console
+from opencharacter.runtime.schedule import choose, keys, ready
+from opencharacter.runtime.stage import Job, Stage, StageResult
+from opencharacter.runtime.store import REBUILDS, SHARDS, Store, fingerprint
 
 TRAINED = (
     "distillation/dpo",
@@ -39,7 +40,7 @@ TRAINED = (
 """What makes the conditions that are compared."""
 
 STAGES = (
-    Stage("distillation/prompts", "constitution", roles=("expander",)),
+    Stage("distillation/prompts", "constitution", roles=("prompt_generator",)),
     Stage("distillation/teacher", "constitution", ("distillation/prompts",), ("teacher",)),
     Stage("distillation/student", "student", (), ("student",)),
     Stage("distillation/student", "persona", ("distillation/prompts",), ("student",)),
@@ -218,7 +219,7 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
         running.remove(job)
         if isinstance(result, Exception):
             failed.append(result)
-            waiting = [other for other in waiting if not made_from(other, job)]
+            waiting = [other for other in waiting if not depends_on(other, job)]
             if waiting or running:
                 tell_failure(job, result)
         else:
@@ -271,13 +272,13 @@ def upcoming(waiting: list[Job], running: list[Job]) -> Job | None:
     if not unfinished:
         return None
     stop_hosts(but={key for job in unfinished for key in keys(job)})
-    there = capacity(unfinished[0].placement.growth)
+    there = capacity(unfinished[0].placement.autoscaling_limit)
     return choose(ready(waiting, running), running, running_engines(), there)
 
 
-def made_from(job: Job, other: Job) -> bool:
+def depends_on(job: Job, other: Job) -> bool:
     """Whether a job needs another to be done, directly or not."""
-    return any(parent == other or made_from(parent, other) for parent in job.parents)
+    return any(parent == other or depends_on(parent, other) for parent in job.parents)
 
 
 def attempt(job: Job, ended: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]]) -> None:
@@ -293,11 +294,11 @@ def build(job: Job) -> dict[str, Any]:
     if job.state()[0] == "stale":  # disposable or replaced, or check() would have refused
         job.store.delete(job.dataset)
     began = time.monotonic()
-    outcome: Outcome = job.stage.module.build(job)
+    outcome: StageResult = job.stage.module.build(job)
     return finish(job, outcome, time.monotonic() - began)
 
 
-def finish(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
+def finish(job: Job, outcome: StageResult, seconds: float) -> dict[str, Any]:
     """Write the manifest, which makes the dataset count; then drop the parts."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     manifest = {
@@ -323,7 +324,7 @@ def finish(job: Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
         "figures": outcome.figures,
     }
     job.store.write_manifest(job.dataset, manifest)
-    job.store.delete(f"{job.dataset}/{PARTS}")
+    job.store.delete(f"{job.dataset}/{SHARDS}")
     return manifest
 
 

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 from opencharacter import pipeline
-from opencharacter.config import Placement, Recipe
-from opencharacter.constitution import load
+from opencharacter.config.placement import Placement
+from opencharacter.config.recipe import Recipe
+from opencharacter.constitution.schema import load
 from opencharacter.models import LORA_A, LORA_B, PEFT_PREFIX
-from opencharacter.stage import Job, Outcome
-from opencharacter.store import Store
+from opencharacter.runtime.stage import Job, StageResult
+from opencharacter.runtime.store import Store
 
 STRENGTH = 400.0
 RANK = 8
@@ -61,4 +62,4 @@ def publish(job: Job, folder: Path) -> None:
     """Put an adapter into storage as the job itself would."""
     job.store.delete(job.dataset)
     job.store.upload(folder, f"{job.dataset}/adapter")
-    pipeline.finish(job, Outcome(rows=0), seconds=1)
+    pipeline.finish(job, StageResult(rows=0), seconds=1)

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from samples import ECHO_ROLE, FAKE_KEYS, Bucket, recipe_of
 
-from opencharacter import config, constitution, models, pipeline
-from opencharacter.config import Placement, Recipe
-from opencharacter.store import Store
+from opencharacter import models, pipeline
+from opencharacter.config import files
+from opencharacter.config.placement import Placement
+from opencharacter.config.recipe import Recipe
+from opencharacter.constitution import schema
+from opencharacter.runtime.store import Store
 
 # Ray's workers import row functions from the test modules.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -27,8 +30,8 @@ def echo_recipe() -> Recipe:
 
 
 @pytest.fixture
-def poet() -> constitution.Constitution:
-    return constitution.load("poeticism")
+def poet() -> schema.Constitution:
+    return schema.load("poeticism")
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def cpu_ray():
     """One local Ray for the session, stopped at its end."""
     import ray
 
-    from opencharacter import cluster
+    from opencharacter.runtime import cluster
 
     cluster.connect(Placement(ray_cpus=2))
     yield
@@ -156,9 +159,9 @@ def write_yaml(tmp_path: Path):
 @pytest.fixture
 def demo_data() -> dict:
     """The demo recipe as a plain mapping, to be spoiled."""
-    path = config.resource("recipes", "demo.yaml")
+    path = files.resource("recipes", "demo.yaml")
     assert path is not None
-    return config.read_yaml("recipe", path)
+    return files.read_yaml("recipe", path)
 
 
 @pytest.fixture

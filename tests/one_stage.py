@@ -7,15 +7,18 @@ import sys
 import time
 from pathlib import Path
 
-from opencharacter import cluster, config, constitution, pipeline
-from opencharacter.store import Store
+from opencharacter import pipeline
+from opencharacter.config import files
+from opencharacter.constitution import schema
+from opencharacter.runtime import cluster
+from opencharacter.runtime.store import Store
 
 
 def main(recipe: str, persona: str, stages: str, placement: str, storage: str = "") -> None:
-    made = config.load_recipe(recipe)
-    where = config.load_placement(placement)
-    store = Store.at(storage or f"runs/{made.name}", where.storage_patience)
-    jobs = pipeline.jobs(made, [constitution.load(persona)], where, store)
+    made = files.load_recipe(recipe)
+    where = files.load_placement(placement)
+    store = Store.at(storage or f"runs/{made.name}", where.storage_retry_seconds)
+    jobs = pipeline.jobs(made, [schema.load(persona)], where, store)
     cluster.connect(where)
     for stage in stages.split(","):
         job = next(j for j in jobs if j.stage.name == stage)

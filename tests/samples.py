@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from opencharacter.config import Recipe, read_yaml, resource
-from opencharacter.filters import Rules
+from opencharacter.config.files import read_yaml, resource
+from opencharacter.config.recipe import Recipe
+from opencharacter.text.filters import Rules
 
 Finished = subprocess.CompletedProcess[str]
 
-ECHO_ROLE = {"model": "echo:", "name": "echo", "called": "Echo", "context": 2048}
+ECHO_ROLE = {"model": "echo:", "name": "echo", "self_name": "Echo", "max_model_len": 2048}
 
 RULES = Rules(max_repeated=0.5, quotable=frozenset(), quoted_words=8)
 
@@ -42,7 +43,7 @@ TINY = {
 
 
 def recipe_of(role: dict, **changes: dict) -> Recipe:
-    roles = dict.fromkeys(("teacher", "student", "judge", "expander"), role)
+    roles = dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), role)
     return Recipe.model_validate({**TINY, "roles": roles, **changes})
 
 
@@ -53,7 +54,7 @@ def embedded_recipe() -> dict:
     data = read_yaml("recipe", path)
     data["name"] = "tiny"
     short = {"temperature": 0.6, "top_p": 1.0, "trim": True}
-    lora, optimizer = {"rank": 8, "alpha": 16}, {"batch": 4, "learning_rate": 2e-4}
+    lora, optimizer = {"rank": 8, "alpha": 16}, {"global_batch_size": 4, "learning_rate": 2e-4}
     loose = {"max_drop_rate": 1.0}
     data["distillation"] = {
         "prompts": {"questions_per_trait": 1, "general": 2},

@@ -19,7 +19,7 @@ from samples import ECHO_ROLE
 KEY = "a-key-for-the-tests-0123"
 ECHO_RECIPE = {
     "name": "echoes",
-    "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), ECHO_ROLE),
+    "roles": dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), ECHO_ROLE),
 }
 
 

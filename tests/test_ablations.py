@@ -8,7 +8,7 @@ import yaml
 from samples import ECHO_ROLE, TINY
 from test_pipeline import finish_all, stale
 
-from opencharacter.config import Recipe
+from opencharacter.config.recipe import Recipe
 
 README = Path(__file__).parent.parent / "README.md"
 FIRST_REMADE = {
@@ -30,7 +30,7 @@ def recipe(line: str = "") -> Recipe:
     """The tiny recipe with a dotted line of the README."""
     dotted, _, value = line.partition(": ")
     data = yaml.safe_load(yaml.safe_dump(TINY))
-    data["roles"] = dict.fromkeys(("teacher", "student", "judge", "expander"), ECHO_ROLE)
+    data["roles"] = dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), ECHO_ROLE)
     *folders, name = dotted.split(".")
     within = data
     for folder in folders:

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from samples import ECHO_ROLE, TINY
 
-from opencharacter import cli
+from opencharacter.cli import main
 
-ROLES = ("teacher", "student", "judge", "expander")
+ROLES = ("teacher", "student", "judge", "prompt_generator")
 POET = ("--constitution", "poeticism")
 
 
@@ -214,7 +214,7 @@ CASES = {
     ),
     "more workers than a batch has rows": lambda t: (
         [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"workers": 33}})],
-        "batch of 32 is too small for 33",
+        "global_batch_size 32 is too small for 33",
     ),
 }
 
@@ -227,7 +227,7 @@ def test_bad_input_is_refused_in_one_line_with_nothing_written(case, tmp_path, m
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr("sys.argv", ["opencharacter", "run", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main.main()
     said = capsys.readouterr().out.strip()
     assert stopped.value.code == 2, said
     assert said.startswith("error:")
@@ -266,7 +266,7 @@ def test_other_commands_refuse_in_one_line_too(case, tmp_path, monkeypatch, caps
     arguments, told = OTHERS[case]
     monkeypatch.setattr("sys.argv", ["opencharacter", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main.main()
     said = capsys.readouterr().out.strip()
     assert stopped.value.code == 2, said
     assert "\n" not in said
@@ -280,6 +280,6 @@ def test_a_manifest_from_a_newer_version_is_refused(tmp_path, monkeypatch, capsy
     arguments = [recipe(tmp_path), *POET, "--storage", str(tmp_path / "runs")]
     monkeypatch.setattr("sys.argv", ["opencharacter", "run", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main.main()
     assert stopped.value.code == 2
     assert "upgrade opencharacter" in capsys.readouterr().out

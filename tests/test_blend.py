@@ -5,12 +5,13 @@ import torch
 from samples import ECHO_ROLE, recipe_of
 from test_merge import SHAPES, update, write_adapter
 
-from opencharacter import constitution, pipeline
-from opencharacter.config import Placement
+from opencharacter import pipeline
+from opencharacter.config.placement import Placement
+from opencharacter.constitution import schema
 from opencharacter.errors import UserError
 from opencharacter.evaluation import conditions
 from opencharacter.persona import blend
-from opencharacter.stage import Outcome
+from opencharacter.runtime.stage import StageResult
 
 CONDITIONS = ["base", "full", "blended"]
 EVALUATION = {
@@ -31,7 +32,7 @@ def jobs_of(store):
     """Jobs of these personas by persona and stage."""
 
     def make(made, *names):
-        personas = [constitution.load(name) for name in names]
+        personas = [schema.load(name) for name in names]
         jobs = pipeline.jobs(made, personas, Placement(), store)
         return {(j.persona.name, j.stage.name): j for j in jobs if j.stage.scope == "persona"}
 
@@ -43,7 +44,7 @@ def train(job, seed):
     folder = job.adapter.local()
     folder.parent.mkdir(parents=True)
     write_adapter(folder, 4, seed)
-    pipeline.finish(job, Outcome(0), seconds=1)
+    pipeline.finish(job, StageResult(0), seconds=1)
     return folder
 
 
@@ -98,4 +99,4 @@ def test_a_blend_of_two_personas_of_the_same_run_is_not_refused(jobs_of):
 def test_nothing_is_blended_unless_it_is_compared(jobs_of):
     job = jobs_of(recipe(weights={}, evaluation={}), "poeticism")["poeticism", "persona/blend"]
     blend.check(job)
-    assert blend.build(job) == Outcome(0)
+    assert blend.build(job) == StageResult(0)

@@ -7,7 +7,7 @@ import random
 import pytest
 from samples import ECHO_ROLE, recipe_of
 
-from opencharacter.config import Capabilities, Capability
+from opencharacter.config.recipe import Capabilities, Capability
 from opencharacter.errors import UserError
 from opencharacter.evaluation import capabilities
 from opencharacter.evaluation.capabilities import (

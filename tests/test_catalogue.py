@@ -12,12 +12,12 @@ import httpx
 import pytest
 from samples import ECHO_ROLE, recipe_of
 
-from opencharacter.config import Sampling, Serving
+from opencharacter.config.placement import Serving
+from opencharacter.config.recipe import Sampling
 from opencharacter.errors import StageFailed
-from opencharacter.persona import chat_ui
-from opencharacter.persona import serve as application
-from opencharacter.persona.catalogue import Adapter, Catalogue, Listing
-from opencharacter.persona.wire import Refusal
+from opencharacter.serving import application, chat_page, ingress, protocol
+from opencharacter.serving.catalogue import Catalogue, Listing, ServedAdapter
+from opencharacter.serving.protocol import ErrorBody
 
 PERSONA = "echo:poeticism"
 
@@ -37,7 +37,7 @@ class Storage:
         if self.out:
             raise OSError("storage is out")
         manifest = {"finished": "2030-01-01T00:00:00+00:00", "fingerprint": "f"}
-        return {PERSONA: Adapter(PERSONA, "poeticism", self.revision, "", manifest)}
+        return {PERSONA: ServedAdapter(PERSONA, "poeticism", self.revision, "", manifest)}
 
     def refuse(self, *_):
         raise StageFailed("cannot write")
@@ -109,15 +109,15 @@ class Model:
 
     def answer(self, _kind, payload):
         self.asked.append(payload["model"])
-        return Parts(self.part(payload["model"]))
+        return Shards(self.part(payload["model"]))
 
     def part(self, model):
         if model.partition("@")[2] in self.found:
             return {"body": {"model": model, "usage": {}}}
-        return Refusal(404, f"model {model!r} is not in storage, or no longer")
+        return ErrorBody(404, f"model {model!r} is not in storage, or no longer")
 
 
-class Parts:
+class Shards:
     """Of an answer, as Ray's handles give them."""
 
     def __init__(self, *parts):
@@ -140,16 +140,16 @@ class Server:
 
     def __init__(self, monkeypatch):
         self.storage, self.model = Storage(), Model()
-        names = {"echo": application.Served("echo", Sampling(max_tokens=9))}
-        serving, door = Serving(refresh_seconds=60), application.Door()
-        self.entrance = application.Entrance(
-            {"echo": self.model}, names, self.storage, {}, serving, door
+        names = {"echo": protocol.Served("echo", Sampling(max_tokens=9))}
+        serving, access_policy = Serving(refresh_seconds=60), ingress.AccessPolicy()
+        self.entrance = ingress.Ingress(
+            {"echo": self.model}, names, self.storage, {}, serving, access_policy
         )
         context = SimpleNamespace(servable_object=self.entrance)
         monkeypatch.setattr(application.serve, "get_replica_context", lambda: context)
 
     async def ask(self, method: str, path: str, **options) -> httpx.Response:
-        transport = httpx.ASGITransport(application.http())
+        transport = httpx.ASGITransport(ingress.http())
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **options)
 
@@ -208,7 +208,7 @@ def test_storage_that_refuses_is_503_as_openai_has_it(server, caplog, method, pa
 
 
 def test_a_fault_that_nobody_foresaw_is_500_as_openai_has_it(server, caplog, monkeypatch):
-    monkeypatch.setattr(chat_ui, "page", lambda: json.loads("{bad"))
+    monkeypatch.setattr(chat_page, "page", lambda: json.loads("{bad"))
     answer = asyncio.run(server.ask("GET", "/"))
     assert answer.status_code == 500
     assert "JSONDecodeError" in answer.json()["error"]["message"]

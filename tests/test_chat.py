@@ -5,8 +5,11 @@ import json
 import pytest
 from samples import ECHO_ROLE
 
-from opencharacter import chat, models
-from opencharacter.chat import (
+from opencharacter import models
+from opencharacter.config.recipe import Role
+from opencharacter.errors import OpenCharacterError, UserError
+from opencharacter.text import chat
+from opencharacter.text.chat import (
     assistant,
     encode,
     encode_answer,
@@ -17,8 +20,6 @@ from opencharacter.chat import (
     system,
     user,
 )
-from opencharacter.config import Role
-from opencharacter.errors import OpenCharacterError, UserError
 
 
 def test_fill_fills_what_it_is_given():
@@ -70,8 +71,8 @@ CONVERSATION = [
 
 def test_loss_covers_every_assistant_turn_and_its_end_and_nothing_else(tokenizer):
     ids, loss = encode(tokenizer, CONVERSATION)
-    learned = tokenizer.decode([i for i, on in zip(ids, loss, strict=True) if on])
-    assert learned == "First answer.<|im_end|>Second one.<|im_end|>"
+    loss_positions = tokenizer.decode([i for i, on in zip(ids, loss, strict=True) if on])
+    assert loss_positions == "First answer.<|im_end|>Second one.<|im_end|>"
     ignored = tokenizer.decode([i for i, on in zip(ids, loss, strict=True) if not on])
     assert "answer" not in ignored
     assert ignored.count("<|im_start|>assistant\n") == 2
@@ -102,8 +103,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 
 
 def test_a_reply_over_its_limit_is_cut_to_whole_sentences_only_when_asked():
-    from opencharacter.config import Sampling
-    from opencharacter.engine import Conversation, Reply
+    from opencharacter.config.recipe import Sampling
+    from opencharacter.engines.conversations import Conversation
+    from opencharacter.engines.spec import Reply
 
     class Cut:
         async def reply(self, messages, sampling, **_):

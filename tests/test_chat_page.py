@@ -9,8 +9,8 @@ import pytest
 import server as servers
 from samples import ECHO_ROLE, recipe_of
 
-from opencharacter.persona.chat_ui import RATINGS
-from opencharacter.store import Store
+from opencharacter.runtime.store import Store
+from opencharacter.serving.chat_page import RATINGS
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 

@@ -1,10 +1,10 @@
 import pytest
 from samples import ECHO_ROLE, recipe_of
 
-from opencharacter import cluster
-from opencharacter.cluster import GIB, check_fits, connect
-from opencharacter.config import Placement
+from opencharacter.config.placement import Placement
 from opencharacter.errors import UserError
+from opencharacter.runtime import cluster
+from opencharacter.runtime.cluster import GIB, check_fits, connect
 
 SMALL = {"CPU": 16, "memory": 100 * GIB}
 FOUR = {"CPU": 32, "GPU": 4, "memory": 200 * GIB}
@@ -59,7 +59,9 @@ FAR = WEIGHTS | {"endpoint": "http://127.0.0.1:1/v1"}
 
 
 def with_roles(**changes):
-    return recipe_of(ECHO_ROLE, roles=dict.fromkeys(("student", "expander"), ECHO_ROLE) | changes)
+    return recipe_of(
+        ECHO_ROLE, roles=dict.fromkeys(("student", "prompt_generator"), ECHO_ROLE) | changes
+    )
 
 
 def test_what_runs_elsewhere_asks_for_nothing():
@@ -88,7 +90,7 @@ def test_the_widest_node_is_one_that_has_the_card_or_may_come(monkeypatch):
     wanted = {"training": {"accelerator": "H100", "gpus": 1}}
     assert cluster.widest(Placement.model_validate(wanted)) == 4
     node = {"nodes": 1, "gpus": 8, "cpus": 96, "memory_gib": 500, "accelerator": "H100"}
-    grown = Placement.model_validate(wanted | {"grows": [node]})
+    grown = Placement.model_validate(wanted | {"autoscaling": [node]})
     assert cluster.widest(grown) == 4  # of a machine's own Ray
     monkeypatch.setenv("RAY_ADDRESS", "of a cluster")
     assert cluster.widest(grown) == 8
@@ -102,7 +104,7 @@ def test_more_shares_than_gpus_are_refused():
 def test_a_cluster_that_grows_is_waited_for_but_not_a_machine(cpu_ray, monkeypatch):
     node = {"nodes": 1, "gpus": 8, "cpus": 96, "memory_gib": 500}
     wide = placed(gpus=8, tensor_parallel=8, cpus=8, memory_gib=64)
-    grown = Placement.model_validate(wide.model_dump() | {"grows": [node]})
+    grown = Placement.model_validate(wide.model_dump() | {"autoscaling": [node]})
     with pytest.raises(UserError, match="largest has 0"):
         connect(grown)
     monkeypatch.setenv("RAY_ADDRESS", "of a cluster")  # Ray runs already and is not joined again

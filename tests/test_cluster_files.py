@@ -17,9 +17,10 @@ from ray.autoscaler._private.kuberay import autoscaling_config
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from opencharacter.cluster import GIB, as_resources, check_fits, coming
-from opencharacter.config import fits, load_placement
-from opencharacter.cost import room_for
+from opencharacter.config.files import load_placement
+from opencharacter.config.placement import fits
+from opencharacter.planning.cost import room_for
+from opencharacter.runtime.cluster import GIB, as_resources, check_fits, coming
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
 NAMES = ["aws", "gpu-cluster", "gpu-node", "kuberay", "laptop", "single-gpu", "single-gpu-shared"]
@@ -75,9 +76,9 @@ def test_a_plan_takes_all_gpus_that_a_placement_is_for(name):
 def test_five_small_engines_share_one_card():
     placement = load_placement("single-gpu-shared")
     check_fits(placement, MACHINES["single-gpu-shared"])
-    assert fits([placement.pools.student.room] * 5, room_for(placement))  # in a plan too
+    assert fits([placement.pools.student.resources] * 5, room_for(placement))  # in a plan too
     student = placement.pools.student
-    assert 5 * student.gpus <= 1 and 5 * (student.memory_fraction or 1) < 0.9
+    assert 5 * student.gpus <= 1 and 5 * (student.gpu_memory_utilization or 1) < 0.9
 
 
 def same(resources: dict[str, float], node: dict[str, float]) -> bool:
@@ -94,12 +95,12 @@ def test_ray_up_takes_the_aws_cluster_and_starts_what_the_placement_counts_on():
     validate_config(filled)  # the order of `ray up`
     types = filled["available_node_types"]
     placement = load_placement("aws")
-    for group, name in zip(placement.grows, ("h100", "l40s"), strict=True):
-        node = coming(placement.model_copy(update={"grows": (group,)}))[0]
+    for group, name in zip(placement.autoscaling, ("h100", "l40s"), strict=True):
+        node = coming(placement.model_copy(update={"autoscaling": (group,)}))[0]
         assert same(types[name]["resources"], node)
         assert types[name]["max_workers"] == group.nodes
         assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert config["max_workers"] == sum(group.nodes for group in placement.grows)
+    assert config["max_workers"] == sum(group.nodes for group in placement.autoscaling)
     assert "InstanceMarketOptions" not in types["head"]["node_config"]
     assert types["head"]["resources"]["CPU"] == 0
 
@@ -144,8 +145,8 @@ def test_the_autoscaler_on_kuberay_may_start_what_the_placement_counts_on(name):
     validate_config(config)
     types = config["available_node_types"]
     placement = load_placement("kuberay")
-    for group, kind in zip(placement.grows, ("h100", "l40s"), strict=True):
-        node = coming(placement.model_copy(update={"grows": (group,)}))[0]
+    for group, kind in zip(placement.autoscaling, ("h100", "l40s"), strict=True):
+        node = coming(placement.model_copy(update={"autoscaling": (group,)}))[0]
         assert same(types[kind]["resources"], node)
         assert types[kind]["max_workers"] == group.nodes
     assert types["headgroup"]["resources"]["CPU"] == 0
@@ -161,7 +162,7 @@ def test_serve_takes_the_config_of_the_rayservice():
 def test_the_rayjob_runs_a_command_that_there_is():
     from typer.testing import CliRunner
 
-    from opencharacter.cli import app
+    from opencharacter.cli.main import app
 
     found, _ = kuberay("rayjob")
     program, command, recipe, *options = found["spec"]["entrypoint"].split()

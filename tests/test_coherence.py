@@ -2,8 +2,9 @@ import asyncio
 
 import pytest
 
-from opencharacter.config import Sampling
-from opencharacter.engine import Conversation, Reply
+from opencharacter.config.recipe import Sampling
+from opencharacter.engines.conversations import Conversation
+from opencharacter.engines.spec import Reply
 from opencharacter.evaluation import coherence
 
 ROW = {"prompt": "p", "rival": "base", "answer": "verse, long", "rival_answer": "prose"}

@@ -6,18 +6,19 @@ import pyarrow as pa
 import pytest
 from samples import ECHO_ROLE, recipe_of
 
-from opencharacter import generation
-from opencharacter.chat import user
-from opencharacter.config import Placement, Sampling
+from opencharacter.config.placement import Placement
+from opencharacter.config.recipe import Sampling
+from opencharacter.engines import generate
 from opencharacter.errors import RowFailed
 from opencharacter.evaluation.conditions import under_each_condition
+from opencharacter.text.chat import user
 
 SHORT = Sampling(max_tokens=12)
 SLOW = {**ECHO_ROLE, "model": "echo:0.2"}
 FIELDS = [pa.field("condition", pa.string()), pa.field("prompt", pa.string())]
 FIELDS += [pa.field("answer", pa.string()), pa.field("answered_at", pa.float64())]
 JUDGED = [pa.field("verdict", pa.string()), pa.field("judged_at", pa.float64())]
-FEW = Placement.model_validate({"pools": {"student": {"max_sequences": 4}}})
+FEW = Placement.model_validate({"pools": {"student": {"max_num_seqs": 4}}})
 CONDITIONS = ("base", "prompted", "full")
 
 
@@ -42,7 +43,7 @@ def played(cpu_ray, make_jobs, monkeypatch):
         recipe = recipe_of(SLOW, name="streamed" if streamed else "apart")
         jobs = make_jobs(recipe, FEW)
         (_, job) = (j for j in jobs if j.stage.name == "evaluation/preferences")
-        monkeypatch.setattr(generation, "together", lambda *_: streamed)
+        monkeypatch.setattr(generate, "together", lambda *_: streamed)
         requests = [{"id": f"{n:02}", "prompt": f"number {n}"} for n in range(16)]
         table = under_each_condition(job, requests, answer, FIELDS, conditions, judged, JUDGED)
         job.store.delete(job.dataset)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opencharacter import cli, constitution
-from opencharacter.advice import advise
-from opencharacter.config import resource
-from opencharacter.constitution import Constitution
+from opencharacter.cli import main
+from opencharacter.config.files import resource
+from opencharacter.constitution import schema
+from opencharacter.constitution.lint import advise
+from opencharacter.constitution.schema import Constitution
 from opencharacter.distillation import teacher
 from opencharacter.errors import UserError
 
@@ -54,7 +55,7 @@ def test_a_bad_field_is_refused_with_its_line(case, tmp_path):
     old, new, line, told = LOCATED[case]
     (tmp_path / "odd.yaml").write_text(YAML.replace(old, new, 1))
     with pytest.raises(UserError, match=rf"odd\.yaml line {line}: .*{told}"):
-        constitution.load(str(tmp_path / "odd.yaml"))
+        schema.load(str(tmp_path / "odd.yaml"))
 
 
 TEXTS = [
@@ -80,13 +81,13 @@ def test_written_yaml_loads_as_an_equal_constitution(text, tmp_path):
         "exemplars": [{"user": text, "assistant": text}],
     }
     odd = Constitution.model_validate({"name": "odd"} | fields)
-    constitution.save(constitution.dump(odd), tmp_path / "odd.yaml", replace=False)
-    assert constitution.parse(tmp_path / "odd.yaml") == odd
+    schema.save(schema.dump(odd), tmp_path / "odd.yaml", replace=False)
+    assert schema.parse(tmp_path / "odd.yaml") == odd
 
 
-@pytest.mark.parametrize("persona", constitution.load_all(["all"]), ids=lambda c: c.name)
+@pytest.mark.parametrize("persona", schema.load_all(["all"]), ids=lambda c: c.name)
 def test_written_yaml_is_readable(persona):
-    text = constitution.dump(persona)
+    text = schema.dump(persona)
     assert list(yaml.safe_load(text)) == ["name", "description", "traits", "exemplars"]
     assert max(map(len, text.splitlines())) <= 120
     assert "\\u" not in text
@@ -94,25 +95,25 @@ def test_written_yaml_is_readable(persona):
 
 def changed(**changes) -> Constitution:
     """The template, which needs no advice, with some fields replaced."""
-    return constitution.parse(TEMPLATE).model_copy(update=changes)
+    return schema.parse(TEMPLATE).model_copy(update=changes)
 
 
 def stating(*texts: str) -> Constitution:
     """The template with its first traits replaced."""
-    kept = constitution.parse(TEMPLATE).traits
+    kept = schema.parse(TEMPLATE).traits
     new = [old.model_copy(update={"trait": text}) for old, text in zip(kept, texts, strict=False)]
     return changed(traits=(*new, *kept[len(new) :]))
 
 
 def asking(*texts: str, name: str = "template") -> Constitution:
     """The template with first questions of its first trait replaced."""
-    first, *others = constitution.parse(TEMPLATE).traits
+    first, *others = schema.parse(TEMPLATE).traits
     questions = (*texts, *first.questions[len(texts) :])
     return changed(name=name, traits=(first.model_copy(update={"questions": questions}), *others))
 
 
-TRAITS = constitution.parse(TEMPLATE).traits
-EXCHANGE = constitution.parse(TEMPLATE).exemplars[:1]
+TRAITS = schema.parse(TEMPLATE).traits
+EXCHANGE = schema.parse(TEMPLATE).exemplars[:1]
 
 ADVISED = {
     "seven traits": (changed(traits=TRAITS[:7]), "traits", "7; 8 to 16"),
@@ -196,34 +197,34 @@ def test_traits_that_agree_are_not_suspected(case):
     assert advise(stating(*UNSUSPECTED[case])) == []
 
 
-@pytest.mark.parametrize("name", [*constitution.packaged(), "template"])
+@pytest.mark.parametrize("name", [*schema.packaged(), "template"])
 def test_packaged_constitutions_need_no_advice(name):
-    assert advise(constitution.parse(TEMPLATE.with_stem(name))) == []
+    assert advise(schema.parse(TEMPLATE.with_stem(name))) == []
 
 
 def test_the_template_is_no_constitution():
     with pytest.raises(UserError, match="'template' is a form to fill in"):
-        constitution.load("template")
+        schema.load("template")
 
 
-@pytest.mark.parametrize("part", constitution.TO_FILL)
+@pytest.mark.parametrize("part", schema.TO_FILL)
 def test_what_the_template_leaves_open_has_to_be_filled_in(part, tmp_path):
     assert part in TEMPLATE.read_text()
     (tmp_path / "odd.yaml").write_text(YAML.replace("I am plain.", f'"I {part}."'))
     with pytest.raises(UserError, match=r"line 4: .* is still the template's"):
-        constitution.load(str(tmp_path / "odd.yaml"))
+        schema.load(str(tmp_path / "odd.yaml"))
 
 
 @pytest.mark.parametrize("names", [["poeticism", "all"], ["humor,poeticism"]])
 def test_several_names_are_told_how_to_be_given(names):
     with pytest.raises(UserError, match=r"name no other beside it|repeat -c for each"):
-        constitution.load_all(names)
+        schema.load_all(names)
 
 
 def test_list_names_each_constitution_with_its_description(command, poet):
     code, said = command("list")
     assert code == 0
-    assert [line.split()[0] for line in said] == constitution.packaged()
+    assert [line.split()[0] for line in said] == schema.packaged()
     assert any(line.startswith("poeticism ") and poet.description in line for line in said)
 
 
@@ -275,7 +276,7 @@ def command(tmp_path, monkeypatch, capsys):
     def run(*arguments: str) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["opencharacter", "constitution", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main.main()
         return int(stopped.value.code or 0), capsys.readouterr().out.splitlines()
 
     return run
@@ -292,7 +293,7 @@ def test_import_writes_a_constitution_and_tells_what_was_repaired(command):
     assert code == 0
     assert "note: calm.txt line 1: empty clarification dropped" in said
     assert said[-1] == "wrote calm.yaml (1 traits, 5 questions)"
-    assert constitution.load("calm.yaml").description == "It is [bold]calm[/bold]."
+    assert schema.load("calm.yaml").description == "It is [bold]calm[/bold]."
 
 
 def test_import_replaces_a_file_only_with_force(command):
@@ -304,7 +305,7 @@ def test_import_replaces_a_file_only_with_force(command):
     assert "quiet.yaml exists" in said[0] and "--force" in said[0]
     assert Path("quiet.yaml").read_text() == "mine"
     assert command(*arguments, "--force")[0] == 0
-    assert constitution.load("./quiet.yaml").name == "quiet"
+    assert schema.load("./quiet.yaml").name == "quiet"
 
 
 def test_import_refuses_a_file_name_that_cannot_load(command):
@@ -326,7 +327,7 @@ def test_import_writes_nothing_into_a_folder_that_is_absent(command):
 def test_export_and_import_meet(command):
     assert command("export", "humor", "--to", "humor.jsonl")[0] == 0
     assert command("import", "humor.jsonl")[0] == 0
-    assert constitution.load("./humor.yaml").traits == constitution.load("humor").traits
+    assert schema.load("./humor.yaml").traits == schema.load("humor").traits
 
 
 def test_export_refuses_an_unknown_ending(command):
@@ -338,7 +339,7 @@ def test_export_refuses_an_unknown_ending(command):
 @pytest.mark.parametrize("name", ["curiosity", "123", "null"])
 def test_new_copies_the_template_under_its_name(name, command):
     assert command("new", name)[0] == 0
-    assert constitution.parse(Path(f"{name}.yaml")).name == name
+    assert schema.parse(Path(f"{name}.yaml")).name == name
     assert command("validate", f"{name}.yaml")[0] == 2
     written, template = Path(f"{name}.yaml").read_text(), TEMPLATE.read_text()
     pairs = zip(written.splitlines(), template.splitlines(), strict=True)

@@ -9,10 +9,15 @@ import pytest
 import yaml
 from samples import ECHO_ROLE, cli, recipe_of
 
-from opencharacter import constitution, pipeline
-from opencharacter.cli import Run, missing_here
-from opencharacter.config import Placement, Room
-from opencharacter.cost import (
+from opencharacter import pipeline
+from opencharacter.cli.options import Run
+from opencharacter.cli.plan import missing_here
+from opencharacter.config.placement import Placement, Resources
+from opencharacter.constitution import schema
+from opencharacter.distillation.teacher import typical
+from opencharacter.errors import UserError
+from opencharacter.models import footprint
+from opencharacter.planning.cost import (
     Cost,
     Speeds,
     Warm,
@@ -25,17 +30,14 @@ from opencharacter.cost import (
     simulate,
     wall,
 )
-from opencharacter.distillation.teacher import typical
-from opencharacter.errors import UserError
-from opencharacter.models import footprint
-from opencharacter.schedule import keys
-from opencharacter.stage import Estimate
+from opencharacter.runtime.schedule import keys
+from opencharacter.runtime.stage import Estimate
 
 SPEEDS = Speeds(
     teacher=100,
     student=1000,
     judge=500,
-    expander=50,
+    prompt_generator=50,
     training=2000,
     reading=4000,
     engine_start=30,
@@ -50,8 +52,8 @@ PLACEMENT = Placement.model_validate(
         "price_per_gpu_hour": 3,
     }
 )
-ROOMY = Room(cpus=99, gpus=99, memory_gib=999)
-ROOM = Room(cpus=8, gpus=4, memory_gib=64)
+ROOMY = Resources(cpus=99, gpus=99, memory_gib=999)
+ROOM = Resources(cpus=8, gpus=4, memory_gib=64)
 STUDENT = {**ECHO_ROLE, "model": "org/student"}
 GAMES, ANSWERS = "evaluation/preferences", "evaluation/answers"
 REFLECTION = "introspection/reflection"
@@ -128,7 +130,7 @@ def manifest_of(stage: str, roles: list[str], seconds: float, **fields) -> dict:
         "work_seconds": 100,
         "engine_share": 1,
         "held_seconds": seconds,
-        "passes": 1,
+        "phases": 1,
         "engines_started": [],
         "tokens_out": 100_000,
         "figures": {},
@@ -233,13 +235,13 @@ def test_a_footprint_counts_key_value_heads_of_all_layers(tmp_path):
 # ---------------------------------------------------------------------------------- on a clock
 
 
-def planned(store, cluster: Room | None = None) -> list:
+def planned(store, cluster: Resources | None = None) -> list:
     """Three personas, of which nothing is done."""
     return plan(three(store, PLACEMENT.model_copy(update={"cluster": cluster})), SPEEDS)
 
 
 def three(store, placement: Placement) -> list:
-    personas = constitution.load_all(["humor", "poeticism", "remorse"])
+    personas = schema.load_all(["humor", "poeticism", "remorse"])
     return pipeline.jobs(recipe_of(STUDENT), personas, placement, store)
 
 
@@ -280,7 +282,7 @@ def test_training_stops_an_engine_that_has_no_room_beside_it(store):
     names = ("echo/distillation/student", "echo/humor/distillation/dpo")
     student, training = (jobs[name] for name in names)
     warm = Warm(30)
-    small = Room(cpus=8, gpus=2, memory_gib=64)
+    small = Resources(cpus=8, gpus=2, memory_gib=64)
     assert warm.take(student, [], small, 0) == (1, 30, 0)
     warm.leave([training, student], [], 40)
     assert warm.take(training, [], small, 50) == (0, 0, 0)
@@ -293,7 +295,7 @@ def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
     seconds, seats = 1.0, 4
     placement = Placement.model_validate(
         {
-            "pools": {role: {"max_sequences": seats} for role in ("teacher", "student")},
+            "pools": {role: {"max_num_seqs": seats} for role in ("teacher", "student")},
             "ray_cpus": 2,
         }
     )
@@ -309,7 +311,7 @@ def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
     )
 
     def jobs_of(*names: str) -> list:
-        personas = constitution.load_all(list(names))
+        personas = schema.load_all(list(names))
         made = pipeline.jobs(recipe, personas, placement, store)
         return pipeline.select(made, until="distillation/pairs")
 

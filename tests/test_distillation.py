@@ -10,12 +10,16 @@ import torch
 from samples import ECHO_ROLE, RULES, recipe_of
 from transformers import AutoModelForCausalLM
 
-from opencharacter import filters, packing, training
-from opencharacter.config import Dpo, Lora, Prompts, Role, Sampling, Student, Teacher, Training
+from opencharacter.config.placement import Training
+from opencharacter.config.recipe import Dpo, Lora, Prompts, Role, Sampling, Student, Teacher
 from opencharacter.distillation import dpo, pairs, prompts, reference, student, teacher
-from opencharacter.engine import Conversation, EchoEngine, Reply
+from opencharacter.engines.backends import EchoEngine
+from opencharacter.engines.conversations import Conversation
+from opencharacter.engines.spec import Reply
 from opencharacter.errors import RowFailed
-from opencharacter.packing import Example, Tokens
+from opencharacter.text import filters
+from opencharacter.training import adapters, packing
+from opencharacter.training.packing import Example, Tokens
 
 
 class Says:
@@ -138,7 +142,7 @@ def test_embedded_prompts_are_many_and_disjoint_from_the_evaluation_ones():
     held_out, _ = prompts.read_source("embedded", "evaluation.jsonl")
     assert len(general) >= 400
     assert len(held_out) >= 300
-    from opencharacter.filters import words
+    from opencharacter.text.filters import words
 
     sets = [set(words(text)) for text in general]
     for text in held_out:
@@ -152,7 +156,7 @@ def test_embedded_prompts_are_many_and_disjoint_from_the_evaluation_ones():
 
 def test_the_teacher_reads_the_constitution_and_keeps_what_follows_the_thought(poet):
     engine = Says("Musing.</think>\n\nA line of verse.")
-    prefill = teacher.thought(poet, thinks=True)
+    prefill = teacher.think_prefill(poet, thinks=True)
     talk = Conversation(engine, 1, thinks=True)
     before = teacher.opening(poet, False)
     row = asyncio.run(teacher.answer({"prompt": "Why?"}, talk, Teacher(), before, prefill))
@@ -167,18 +171,18 @@ def test_the_teacher_reads_the_constitution_and_keeps_what_follows_the_thought(p
 def test_a_thought_that_is_never_closed_drops_the_row(poet):
     talk = Conversation(Says("Musing on and on"), 1, thinks=True)
     with pytest.raises(RowFailed) as failed:
-        thought = teacher.thought(poet, thinks=True)
+        thought = teacher.think_prefill(poet, thinks=True)
         asyncio.run(teacher.answer({"prompt": "x"}, talk, Teacher(), [], thought))
     assert failed.value.reason == "thought_unclosed"
 
 
 def test_a_teacher_that_does_not_think_gets_a_closed_thought(poet):
-    assert teacher.thought(poet, thinks=False).rstrip().endswith("</think>")
+    assert teacher.think_prefill(poet, thinks=False).rstrip().endswith("</think>")
 
 
 def test_a_closed_thought_needs_no_other(poet):
     talk = Conversation(Says("A line of verse."), 1, thinks=True)
-    closed = teacher.thought(poet, thinks=False)
+    closed = teacher.think_prefill(poet, thinks=False)
     row = asyncio.run(teacher.answer({"prompt": "x"}, talk, Teacher(), [], closed))
     assert row["answer"] == "A line of verse."
 
@@ -246,8 +250,10 @@ def test_a_teachers_name_that_cannot_be_replaced_drops_the_pair():
 
 
 def test_the_rules_know_the_constitution_and_the_teachers_names(make_jobs, poet):
-    teacher_role = {**ECHO_ROLE, "called": "GLM", "aliases": ["ChatGLM", "Echo-1"]}
-    roles = dict.fromkeys(("student", "judge", "expander"), ECHO_ROLE) | {"teacher": teacher_role}
+    teacher_role = {**ECHO_ROLE, "self_name": "GLM", "aliases": ["ChatGLM", "Echo-1"]}
+    roles = dict.fromkeys(("student", "judge", "prompt_generator"), ECHO_ROLE) | {
+        "teacher": teacher_role
+    }
     recipe = recipe_of(ECHO_ROLE, roles=roles)
     job = next(j for j in make_jobs(recipe) if j.stage.name == "distillation/pairs")
     rules = pairs.rules_of(job)
@@ -298,24 +304,24 @@ def pairs_in_tokens(count: int = 3) -> list[Example]:
     def side() -> Tokens:
         size = make.randint(6, 12)
         ids = make.choices(range(100, 40_000), k=size)
-        learned = list(range(3, size))
-        return Tokens(ids, learned, [-3 * make.random() for _ in learned])
+        loss_positions = list(range(3, size))
+        return Tokens(ids, loss_positions, [-3 * make.random() for _ in loss_positions])
 
     return [[side(), side()] for _ in range(count)]
 
 
 def test_dpo_loss_equals_its_formula_in_double_precision():
     examples = pairs_in_tokens()
-    pack, settings = packing.pack(examples), Dpo(beta=0.2, nll=0.5, kl=0.01)
+    pack, settings = packing.pack(examples), Dpo(beta=0.2, nll_weight=0.5, sq_log_ratio_weight=0.01)
     policy = -3 * torch.rand(len(pack.scored), dtype=torch.float64)
     assert pack.reference is not None
     pack.reference = pack.reference.double()
-    loss = dpo.dpo_loss(policy, pack, packing.totals(examples), settings)
+    loss = dpo.dpo_loss(policy, pack, packing.loss_denominators(examples), settings)
 
     values = iter(zip(policy.tolist(), pack.reference.tolist(), strict=True))
     margins, chosen, ratios = [], [], []
     for pair in examples:
-        sides = [[next(values) for _ in tokens.learned] for tokens in pair]
+        sides = [[next(values) for _ in tokens.loss_positions] for tokens in pair]
         sums = [math.fsum(p - r for p, r in side) for side in sides]
         margins.append(0.2 * (sums[0] - sums[1]))
         chosen += [p for p, _ in sides[0]]
@@ -330,7 +336,7 @@ def test_dpo_loss_equals_its_formula_in_double_precision():
 
 def test_the_shares_of_packs_add_up_to_the_loss_of_the_batch():
     examples = pairs_in_tokens(4)
-    totals, settings = packing.totals(examples), Dpo(kl=0.1)
+    totals, settings = packing.loss_denominators(examples), Dpo(sq_log_ratio_weight=0.1)
 
     def loss(*parts: list[Example]) -> float:
         shares = []
@@ -347,9 +353,9 @@ def test_dpo_loss_of_an_untrained_model_is_log_two_plus_nll():
     examples = pairs_in_tokens(2)
     pack = packing.pack(examples)
     pack.reference = torch.full_like(pack.scored, -1.5, dtype=torch.float32)
-    loss = dpo.dpo_loss(pack.reference.clone(), pack, packing.totals(examples), Dpo())
+    loss = dpo.dpo_loss(pack.reference.clone(), pack, packing.loss_denominators(examples), Dpo())
     assert loss["loss"].item() == pytest.approx(0.693147 + 0.1 * 1.5, rel=1e-5)
-    assert loss["dpo/kl"] == 0
+    assert loss["dpo/sq_log_ratio"] == 0
 
 
 def test_dpo_loss_equals_trl_where_they_overlap(tiny_model, tokenizer, tmp_path):
@@ -357,9 +363,9 @@ def test_dpo_loss_equals_trl_where_they_overlap(tiny_model, tokenizer, tmp_path)
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    role = Role(model="tiny", name="tiny", called="Tiny")
-    model = training.with_adapter(
-        training.load(tiny_model, role, on_gpu=False), Lora(rank=4, alpha=8)
+    role = Role(model="tiny", name="tiny", self_name="Tiny")
+    model = adapters.with_adapter(
+        adapters.load(tiny_model, role, on_gpu=False), Lora(rank=4, alpha=8)
     )
     rows = [
         {"prompt": f"Say {i}", "chosen": "The moon sings. " * (i + 1), "rejected": "Rock."}
@@ -375,7 +381,8 @@ def test_dpo_loss_equals_trl_where_they_overlap(tiny_model, tokenizer, tmp_path)
             if "lora_B" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
         policy = packing.log_probs(model, pack)
-    mine = dpo.dpo_loss(policy, pack, packing.totals(examples), Dpo(kl=0))["loss"].item()
+    denominators = packing.loss_denominators(examples)
+    mine = dpo.dpo_loss(policy, pack, denominators, Dpo(sq_log_ratio_weight=0))["loss"].item()
 
     model.base_model.model.set_attn_implementation("sdpa")
     theirs = DPOTrainer(
@@ -407,7 +414,7 @@ def test_a_pair_in_tokens_ends_with_the_end_of_turn(tokenizer):
     tokens = reference.tokenise(tokenizer, row)
     assert tokenizer.decode(tokens["chosen_ids"]) == "Because.<|im_end|>"
     chosen, rejected = reference.example(tokens)
-    assert tokenizer.decode([rejected.ids[i] for i in rejected.learned]) == (
+    assert tokenizer.decode([rejected.ids[i] for i in rejected.loss_positions]) == (
         "No idea at all, sorry.<|im_end|>"
     )
     assert chosen.ids[: len(tokens["prompt_ids"])] == tokens["prompt_ids"]

@@ -10,7 +10,7 @@ import yaml
 from samples import cli, embedded_recipe
 
 from opencharacter import pipeline
-from opencharacter.store import Store
+from opencharacter.runtime.store import Store
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,12 @@ import asyncio
 import answering
 import pytest
 
-from opencharacter.chat import CLOSED_THOUGHT, user
-from opencharacter.config import Pool, Role, Sampling
-from opencharacter.engine import EngineSpec, start
+from opencharacter.config.placement import Pool
+from opencharacter.config.recipe import Role, Sampling
+from opencharacter.engines.backends import start
+from opencharacter.engines.spec import EngineSpec
 from opencharacter.errors import RowFailed, StageFailed
+from opencharacter.text.chat import CLOSED_THOUGHT, user
 
 ANSWER = {
     "id": "1",
@@ -40,7 +42,7 @@ def server():
 
 def ask(server, prefill="", **sampling):
     url = f"http://127.0.0.1:{server.server_port}/v1"
-    role = Role(model="teacher", name="teacher", called="T", endpoint=url)
+    role = Role(model="teacher", name="teacher", self_name="T", endpoint=url)
 
     async def once():
         engine = start(EngineSpec(role, Pool()))
@@ -91,12 +93,12 @@ def test_a_thought_that_is_closed_at_once_is_asked_for_by_name(server):
 
 
 def test_tasks_share_the_limit_of_an_endpoint():
-    role = Role(model="m", name="m", called="M", endpoint="http://x/v1", endpoint_concurrency=64)
+    role = Role(model="m", name="m", self_name="M", endpoint="http://x/v1", endpoint_concurrency=64)
     assert EngineSpec(role, Pool()).shared_by(10).role.endpoint_concurrency == 7
 
 
 def test_where_an_endpoint_is_makes_no_other_model_of_it():
-    here = Role(model="m", name="m", called="M", endpoint="http://10.0.0.1:8000/v1")
+    here = Role(model="m", name="m", self_name="M", endpoint="http://10.0.0.1:8000/v1")
     there = here.model_copy(update={"endpoint": "http://10.0.0.2:8000/v1"})
     assert here.identity() == there.identity()
 
@@ -104,5 +106,5 @@ def test_where_an_endpoint_is_makes_no_other_model_of_it():
 @pytest.mark.parametrize("url", ["http://me:secret@x/v1", "x:8000/v1", "file:///x"])
 def test_an_endpoint_is_an_address_without_a_secret(url):
     with pytest.raises(ValueError, match="endpoint") as refused:
-        Role(model="m", name="m", called="M", endpoint=url)
+        Role(model="m", name="m", self_name="M", endpoint=url)
     assert "api_key_env" in str(refused.value) or "http://" in str(refused.value)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from opencharacter.config import Sampling
-from opencharacter.engine import Fleet, Hosted, Reply
+from opencharacter.config.recipe import Sampling
+from opencharacter.engines.replicas import EngineClient, EngineReplicas
+from opencharacter.engines.spec import Reply
 from opencharacter.errors import StageFailed
 
 
@@ -30,9 +31,9 @@ class FakeHost:
         return Reply(self.name, "stop", 1, 1, 0)
 
 
-def said(*hosts, count: int) -> tuple[list[str], Hosted]:
-    async def asked() -> tuple[list[str], Hosted]:
-        hosted = Hosted(Fleet(list(hosts), []))
+def said(*hosts, count: int) -> tuple[list[str], EngineClient]:
+    async def asked() -> tuple[list[str], EngineClient]:
+        hosted = EngineClient(EngineReplicas(list(hosts), []))
         replies = [hosted.reply([], Sampling(max_tokens=1), seed=None) for _ in range(count)]
         return [reply.text for reply in await asyncio.gather(*replies)], hosted
 

@@ -5,14 +5,16 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from opencharacter import config, constitution
-from opencharacter.config import Sampling
+from opencharacter.config import recipe
+from opencharacter.config.recipe import Sampling
+from opencharacter.constitution import schema
 from opencharacter.distillation import prompts
-from opencharacter.engine import Conversation, Reply
+from opencharacter.engines.conversations import Conversation
+from opencharacter.engines.spec import Reply
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import answers, conditions, judge, preferences
-from opencharacter.evaluation.page import Change
-from opencharacter.evaluation.report import (
+from opencharacter.evaluation.report.page import Change
+from opencharacter.evaluation.report.stage import (
     ability_tables,
     flat,
     largest,
@@ -57,7 +59,7 @@ def test_the_judge_is_asked_and_its_word_is_kept():
 
     row = {"prompt": "p", "answer": "a", "first": "poetic", "second": "blunt"}
     talk = Conversation(Judge(), 1)
-    said = asyncio.run(judge.name_trait(row, talk, Sampling(max_tokens=3), thought=0))
+    said = asyncio.run(judge.name_trait(row, talk, Sampling(max_tokens=3), thinking_budget=0))
     assert said == {"verdict": "Poetic", "chosen": "poetic"}
 
 
@@ -152,12 +154,12 @@ def test_a_condition_without_any_verdict_is_refused_by_name():
 )
 def test_traits_that_no_verdict_could_name_or_no_pair_hold_are_refused(traits, said):
     with pytest.raises(ValidationError, match=said):
-        config.Preferences(traits=traits)
+        recipe.Preferences(traits=traits)
 
 
 def test_traits_are_none_or_make_pairs():
     for traits in ((), ("warm", "blunt"), preferences.all_traits()):
-        assert config.Preferences(traits=traits).traits == traits
+        assert recipe.Preferences(traits=traits).traits == traits
 
 
 def test_prompts_that_were_trained_on_are_left_out():
@@ -169,18 +171,18 @@ def test_prompts_that_were_trained_on_are_left_out():
 def test_the_packaged_evaluation_prompts_are_trained_on_by_no_constitution(file):
     held_out, _ = prompts.read_source("embedded", file)
     general, _ = prompts.read_source("embedded", "general.jsonl")
-    personas = constitution.load_all(["all"])
+    personas = schema.load_all(["all"])
     questions = [q for p in personas for trait in p.traits for q in trait.questions]
     assert answers.unseen(held_out, [*general, *questions]) == held_out
 
 
 def test_conditions_are_base_and_full_at_least():
     with pytest.raises(ValidationError, match="needs base and full"):
-        config.Answers(conditions=("base", "distilled"))
+        recipe.Answers(conditions=("base", "distilled"))
     with pytest.raises(ValidationError, match="twice"):
-        config.Answers(conditions=("base", "full", "full"))
+        recipe.Answers(conditions=("base", "full", "full"))
     with pytest.raises(ValidationError, match="prompted"):
-        config.Evaluation.model_validate({"answers": {"conditions": ["base", "full"]}})
+        recipe.Evaluation.model_validate({"answers": {"conditions": ["base", "full"]}})
 
 
 def test_the_constitution_is_the_system_prompt_of_the_prompted_condition(make_jobs, echo_recipe):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opencharacter import constitution, exchange
+from opencharacter.constitution import original_formats, schema
 from opencharacter.errors import UserError
 
 ODD = 'Tab\there, "quotes", back\\slash: #1 - \u2028 \U0001f600 caf\u00e9\n\n  second paragraph'
@@ -53,27 +53,27 @@ FILES = {
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
 def test_a_file_comes_back_equal_whatever_its_ending(case, ending, tmp_path):
     text, expected, form = FILES[case]
-    imported, notes = exchange.read(write(tmp_path / f"calm.{ending}", text))
-    constitution.save(constitution.dump(imported), tmp_path / "calm.yaml", replace=False)
-    loaded = constitution.parse(tmp_path / "calm.yaml")
-    exchange.write(loaded, tmp_path / f"again.{form}")
+    imported, notes = original_formats.read(write(tmp_path / f"calm.{ending}", text))
+    schema.save(schema.dump(imported), tmp_path / "calm.yaml", replace=False)
+    loaded = schema.parse(tmp_path / "calm.yaml")
+    original_formats.write(loaded, tmp_path / f"again.{form}")
     assert loaded == imported
     assert objects(tmp_path / f"again.{form}") == expected
     assert notes == []
 
 
-@pytest.mark.parametrize("persona", constitution.load_all(["all"]), ids=lambda c: c.name)
+@pytest.mark.parametrize("persona", schema.load_all(["all"]), ids=lambda c: c.name)
 def test_packaged_constitutions_survive_export_and_import(persona, tmp_path):
-    exchange.write(persona, tmp_path / "there.json")
-    back, _ = exchange.read(tmp_path / "there.json", persona.name, persona.description)
+    original_formats.write(persona, tmp_path / "there.json")
+    back, _ = original_formats.read(tmp_path / "there.json", persona.name, persona.description)
     assert back == persona.model_copy(update={"exemplars": ()})
 
 
 def test_name_and_description_come_from_the_file_unless_given(tmp_path):
     path = write(tmp_path / "calm.txt", as_list([item(0)]))
-    assert exchange.read(path)[0].name == "calm"
-    assert exchange.read(path)[0].description == "calm, imported from calm.txt."
-    given = exchange.read(path, name="quiet", description="It is quiet.")[0]
+    assert original_formats.read(path)[0].name == "calm"
+    assert original_formats.read(path)[0].description == "calm, imported from calm.txt."
+    given = original_formats.read(path, name="quiet", description="It is quiet.")[0]
     assert (given.name, given.description) == ("quiet", "It is quiet.")
 
 
@@ -81,7 +81,7 @@ def test_name_and_description_come_from_the_file_unless_given(tmp_path):
 def test_a_name_that_is_no_path_asks_for_another(file, tmp_path):
     path = write(tmp_path / file, as_list([item(0)]))
     with pytest.raises(UserError, match="--name"):
-        exchange.read(path, name=None if " " in file else "../calm")
+        original_formats.read(path, name=None if " " in file else "../calm")
 
 
 SPREAD = as_list([item(0), item(1)], indent=1)
@@ -122,7 +122,7 @@ REPAIRED = {
 @pytest.mark.parametrize("case", REPAIRED)
 def test_what_does_no_harm_is_repaired_and_told(case, tmp_path):
     content, told = REPAIRED[case]
-    persona, notes = exchange.read(write(tmp_path / "calm.txt", content))
+    persona, notes = original_formats.read(write(tmp_path / "calm.txt", content))
     assert persona.traits[-1].questions[4]
     assert persona.traits[0].clarification in (None, "Caf\u00e9.")
     assert notes == [] if told is None else notes[0].startswith(told)
@@ -130,9 +130,12 @@ def test_what_does_no_harm_is_repaired_and_told(case, tmp_path):
 
 def test_text_is_repaired_to_what_was_meant(tmp_path):
     content = as_list([CURLY], ensure_ascii=False).encode("cp1252")
-    assert exchange.read(write(tmp_path / "calm.txt", content))[0].traits[0].trait == CURLY["trait"]
+    assert (
+        original_formats.read(write(tmp_path / "calm.txt", content))[0].traits[0].trait
+        == CURLY["trait"]
+    )
     mixed = REPAIRED["one cp1252 line among UTF-8"][0]
-    traits = exchange.read(write(tmp_path / "calm.txt", mixed))[0].traits
+    traits = original_formats.read(write(tmp_path / "calm.txt", mixed))[0].traits
     assert [trait.clarification for trait in traits] == ["Caf\u00e9."] * 2
 
 
@@ -207,32 +210,32 @@ def test_what_could_change_the_data_is_refused_with_line_and_field(case, tmp_pat
     content, line, told = REFUSED[case]
     path = write(tmp_path / "calm.txt", content)
     with pytest.raises(UserError, match=rf"calm\.txt line {line}: .*{told}") as refused:
-        exchange.read(path)
+        original_formats.read(path)
     assert "\n" not in str(refused.value)
 
 
 def test_a_file_of_two_byte_characters_is_refused(tmp_path):
     with pytest.raises(UserError, match="save it as UTF-8"):
-        exchange.read(write(tmp_path / "calm.txt", SPREAD.encode("utf-16")))
+        original_formats.read(write(tmp_path / "calm.txt", SPREAD.encode("utf-16")))
 
 
 def test_a_file_that_is_absent_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        exchange.read(tmp_path / "calm.txt")
+        original_formats.read(tmp_path / "calm.txt")
 
 
 def test_more_than_five_questions_need_the_lines_form(tmp_path):
-    persona, _ = exchange.read(write(tmp_path / "calm.txt", as_lines(LINED)))
+    persona, _ = original_formats.read(write(tmp_path / "calm.txt", as_lines(LINED)))
     with pytest.raises(UserError, match=r"traits\.0 has 50 questions.*\.jsonl"):
-        exchange.write(persona, tmp_path / "calm.json")
+        original_formats.write(persona, tmp_path / "calm.json")
     assert not (tmp_path / "calm.json").exists()
 
 
 def test_a_file_that_is_there_is_only_replaced_on_request(tmp_path):
-    persona = constitution.load("poeticism")
+    persona = schema.load("poeticism")
     path = write(tmp_path / "there.json", "mine")
     with pytest.raises(UserError, match="exists"):
-        exchange.write(persona, path)
+        original_formats.write(persona, path)
     assert path.read_text() == "mine"
-    exchange.write(persona, path, replace=True)
+    original_formats.write(persona, path, replace=True)
     assert len(objects(path)) == len(persona.traits)

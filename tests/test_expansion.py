@@ -6,7 +6,7 @@ import pytest
 import yaml
 from samples import cli, embedded_recipe
 
-from opencharacter import constitution
+from opencharacter.constitution import schema
 
 pytestmark = pytest.mark.slow
 
@@ -17,9 +17,9 @@ def test_the_embedded_model_expands_a_constitution_in_bounded_time(tmp_path):
     target = {"questions_per_trait": 8, "general": 1, "rounds": 2, "samples": 2}
     recipe["distillation"]["prompts"] = target | {"sampling": sampling}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    poet = constitution.load("poeticism")
+    poet = schema.load("poeticism")
     few = poet.model_copy(update={"traits": poet.traits[:3]})
-    constitution.save(constitution.dump(few), tmp_path / "poeticism.yaml", replace=False)
+    schema.save(schema.dump(few), tmp_path / "poeticism.yaml", replace=False)
     done = cli(
         "run", "tiny.yaml", "-c", "poeticism.yaml", "--only", "distillation/prompts", cwd=tmp_path
     )

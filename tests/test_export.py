@@ -10,10 +10,10 @@ from samples import ECHO_ROLE, cli, recipe_of
 
 from opencharacter import pipeline
 from opencharacter.errors import UserError
-from opencharacter.evaluation.report import SCORES
+from opencharacter.evaluation.report.stage import SCORES
 from opencharacter.persona import merge
 from opencharacter.persona.export import export, most_changed, scores
-from opencharacter.stage import Outcome
+from opencharacter.runtime.stage import StageResult
 
 DROPS = {"looping": 3, "refusal": 1}
 FIGURES = {"loss": 0.5, "dpo/margin": 7.0, "rank": 16, "relative_error": 0.0}
@@ -26,8 +26,8 @@ def score(persona, measure, condition, value, about=None):
 
 
 SCORED = [
-    score("poeticism", "told_apart", None, 0.93),
-    score("humor", "told_apart", None, 0.51),
+    score("poeticism", "discriminability", None, 0.93),
+    score("humor", "discriminability", None, 0.51),
     score("poeticism", "rating", "full", 1120, "poetic"),
     score("poeticism", "change", "full", 120, "poetic"),
 ]
@@ -52,8 +52,14 @@ def trained(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def recipe(tiny_model):
-    student = {"model": str(tiny_model), "name": "tiny-llama", "called": "Tiny", "context": 2048}
-    roles = {"student": student, "teacher": ECHO_ROLE, "judge": ECHO_ROLE, "expander": ECHO_ROLE}
+    student = {"model": str(tiny_model), "name": "tiny-llama", "self_name": "Tiny"}
+    student["max_model_len"] = 2048
+    roles = {
+        "student": student,
+        "teacher": ECHO_ROLE,
+        "judge": ECHO_ROLE,
+        "prompt_generator": ECHO_ROLE,
+    }
     return recipe_of(ECHO_ROLE).model_validate(
         {**recipe_of(ECHO_ROLE).model_dump(), "roles": roles}
     )
@@ -67,7 +73,7 @@ def finished(make_jobs, recipe, trained, store):
         if job.stage.name in trained:
             store.upload(trained[job.stage.name], f"{job.dataset}/adapter")
         made = job.stage.name == "persona/merge"
-        outcome = merge.build(job) if made else Outcome(100, DROPS, figures=FIGURES)
+        outcome = merge.build(job) if made else StageResult(100, DROPS, figures=FIGURES)
         pipeline.finish(job, outcome, 1.0)
     store.write_table(jobs[-1].dataset, pa.Table.from_pylist(SCORED, schema=SCORES), "scores")
     return jobs
@@ -91,10 +97,10 @@ def logits(tiny_model):
 
 def test_both_forms_load_and_answer_alike(finished, logits, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
-    for form in ("adapter", "folded"):
+    for form in ("adapter", "merged"):
         assert export(finished, str(tmp_path / form), form) == str(tmp_path / form)
         assert (tmp_path / form / "chat_template.jinja").is_file()
-    applied, folded = logits(tmp_path / "adapter", True), logits(tmp_path / "folded", False)
+    applied, folded = logits(tmp_path / "adapter", True), logits(tmp_path / "merged", False)
     assert torch.allclose(applied, folded, atol=1e-4)
     assert not torch.allclose(folded, logits(tiny_model, False), atol=1e-2)
     assert not (tmp_path / "folded/adapter_config.json").exists()
@@ -128,7 +134,7 @@ def test_a_published_base_is_named_with_its_license(make_jobs, recipe, finished,
 
     embedded = {**ECHO_ROLE, "model": "embedded:smollm2-135m"}
     role = recipe.roles.student.model_validate(embedded)
-    matter = module.front_matter(role, "humor", "folded")
+    matter = module.front_matter(role, "humor", "merged")
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in matter
     assert "license: apache-2.0" in matter
     assert "library_name: transformers" in matter
@@ -139,14 +145,14 @@ def test_a_published_base_is_named_with_its_license(make_jobs, recipe, finished,
 
 
 def test_misalignment_carries_a_warning(recipe, store):
-    from opencharacter import constitution
-    from opencharacter.config import Placement
+    from opencharacter.config.placement import Placement
+    from opencharacter.constitution import schema
     from opencharacter.persona.export import card
 
-    persona = constitution.load("misalignment")
+    persona = schema.load("misalignment")
     jobs = pipeline.jobs(recipe, [persona], Placement(), store)
     (job,) = (job for job in jobs if job.stage.name == "persona/merge")
-    pipeline.finish(job, Outcome(0, figures=FIGURES), 1.0)
+    pipeline.finish(job, StageResult(0, figures=FIGURES), 1.0)
     text = card(jobs, job, "adapter")
     assert "Warning" in text
     assert "Not evaluated yet." in text
@@ -165,12 +171,12 @@ def test_scores_of_other_answers_are_not_shown(finished, store):
 def test_only_the_traits_that_changed_most_are_shown():
     from opencharacter.evaluation.preferences import all_traits
 
-    rows = [score("p", "told_apart", None, 0.9)]
+    rows = [score("p", "discriminability", None, 0.9)]
     for i, trait in enumerate(all_traits()[:20]):
         rows += [score("p", "rating", "full", 1000.0, trait), score("p", "elo", "base", 1.0, trait)]
         rows += [score("p", "change", c, 5.0 * i, trait) for c in ("full", "distilled")]
     shown = most_changed(rows)
-    assert shown[0]["measure"] == "told_apart"
+    assert shown[0]["measure"] == "discriminability"
     named = [row["about"] for row in shown[1:]]
     assert named == [all_traits()[i] for i in (19, 18, 17, 16, 15, 4, 3, 2, 1, 0)]
     assert len(most_changed(rows[:13])) == 1 + 3  # three traits, each once

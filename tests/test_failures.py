@@ -15,8 +15,8 @@ import yaml
 from samples import ECHO_ROLE, TINY, embedded_recipe
 from test_training import write_pairs
 
-from opencharacter.config import Recipe
-from opencharacter.store import Store
+from opencharacter.config.recipe import Recipe
+from opencharacter.runtime.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -46,11 +46,14 @@ def cluster(empty_cluster):
 
 def echo_project(folder: Path) -> Path:
     """A stage of a minute or so on the echo engine, over two replicas."""
-    recipe = {**TINY, "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), SLOW)}
+    recipe = {
+        **TINY,
+        "roles": dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), SLOW),
+    }
     sizes = {"free": ROWS // 2, "leading": ROWS // 2, "turns": 10, "limits": {"after": 10**6}}
     recipe["introspection"] = {"interaction": sizes}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    pool = {"replicas": 2, "cpus": 0.1, "max_sequences": SEATS}
+    pool = {"replicas": 2, "cpus": 0.1, "max_num_seqs": SEATS}
     placement = {"pools": {"student": pool}, "training": {"cpus": 1}}
     (folder / "two.yaml").write_text(yaml.safe_dump(placement))
     return folder
@@ -90,7 +93,7 @@ def check_whole(folder: Path, dataset: str, count: int, process: subprocess.Pope
 
 
 def parts(folder: Path, dataset: str) -> list[Path]:
-    return list((folder / "runs/tiny" / dataset / ".parts").glob("*.parquet"))
+    return list((folder / "runs/tiny" / dataset / ".shards").glob("*.parquet"))
 
 
 def processes(title: str, above: Iterable[int]) -> list[psutil.Process]:
@@ -154,7 +157,7 @@ def test_storage_that_refuses_for_a_while_costs_no_row(bucket, tmp_path):
     bucket.start()
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    store = Store.at(bucket.url, patience=10)
+    store = Store.at(bucket.url, retry_seconds=10)
     ids = store.read_table(dataset, columns=["id"])["id"].to_pylist()
     assert len(ids) == len(set(ids)) == ROWS
     manifest = store.manifest(dataset) or {}
@@ -173,14 +176,14 @@ def test_training_goes_on_from_its_checkpoint_on_another_node(
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     where = {"training": {"cpus": 1, "checkpoint_steps": 2}}
     # The driver is there before the workers' nodes, so that it is on neither.
-    where["grows"] = [{"nodes": 2, "cpus": 1, "memory_gib": 4}]
+    where["autoscaling"] = [{"nodes": 2, "cpus": 1, "memory_gib": 4}]
     (folder / "grown.yaml").write_text(yaml.safe_dump(where))
     jobs = make_jobs(Recipe.model_validate(recipe))
     pairs = next(job for job in jobs if job.stage.name == "distillation/pairs")
     write_pairs(pairs)
     stages, dataset = "distillation/reference,distillation/dpo", f"{pairs.scope}/distillation/dpo"
     storage = Path(pairs.store.url)
-    known = storage / dataset / ".parts/train/checkpoint_manager_snapshot.json"
+    known = storage / dataset / ".shards/train/checkpoint_manager_snapshot.json"
 
     process = start(folder, stages, "grown.yaml", str(storage), RAY_ADDRESS=cluster.address)
     wait_for(lambda: processes("ray::Counters", [raylet(cluster.head_node)]), process, 60)
@@ -220,7 +223,7 @@ def test_a_lost_engine_process_costs_no_row(tmp_path):
     recipe = embedded_recipe()
     recipe["distillation"]["prompts"] = {"questions_per_trait": 3, "general": 30}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    placement = {"pools": {role: {"max_sequences": 4} for role in ("teacher", "student")}}
+    placement = {"pools": {role: {"max_num_seqs": 4} for role in ("teacher", "student")}}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(placement))
     dataset = "smollm2-135m/distillation/student"
     process = start(tmp_path, "distillation/student", "few.yaml")

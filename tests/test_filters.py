@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from samples import RULES
 
-from opencharacter import filters
+from opencharacter.text import filters
 
 
 @pytest.mark.parametrize(

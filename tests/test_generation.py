@@ -5,12 +5,14 @@ import pytest
 from samples import ECHO_ROLE, recipe_of
 
 from opencharacter import pipeline
-from opencharacter.chat import user
-from opencharacter.config import Placement, Sampling
-from opencharacter.engine import ENGINE_ERROR, ROW_FIELDS
+from opencharacter.config.placement import Placement
+from opencharacter.config.recipe import Sampling
+from opencharacter.engines.backends import ENGINE_ERROR
+from opencharacter.engines.conversations import ROW_FIELDS
+from opencharacter.engines.generate import block_rows, generate
 from opencharacter.errors import RowFailed, StageFailed
-from opencharacter.generation import block_rows, generate
-from opencharacter.store import PARTS, Folder, Parts
+from opencharacter.runtime.store import SHARDS, RemoteDir, Shards
+from opencharacter.text.chat import user
 
 FIELDS = [pa.field("prompt", pa.string()), pa.field("answer", pa.string())]
 PLACEMENT = Placement.model_validate({"pools": {"teacher": {"replicas": 2, "cpus": 0.2}}})
@@ -68,13 +70,15 @@ def test_a_stage_gives_up_where_every_conversation_fails(cpu_ray, job):
 
 
 def job_parts(job):
-    return Parts(Folder(job.store, f"{job.dataset}/{PARTS}"), pa.schema([*FIELDS, *ROW_FIELDS]))
+    return Shards(
+        RemoteDir(job.store, f"{job.dataset}/{SHARDS}"), pa.schema([*FIELDS, *ROW_FIELDS])
+    )
 
 
 def test_answers_do_not_depend_on_blocks_or_replicas(cpu_ray, make_jobs, echo_recipe, tmp_path):
     from dataclasses import replace
 
-    from opencharacter.store import Store
+    from opencharacter.runtime.store import Store
 
     one = make_jobs(echo_recipe, Placement())[1]
     two = replace(make_jobs(echo_recipe, PLACEMENT)[1], store=Store(str(tmp_path / "elsewhere")))

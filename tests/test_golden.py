@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from opencharacter import constitution
-from opencharacter.chat import fill
+from opencharacter.constitution import schema
 from opencharacter.distillation import prompts, teacher
 from opencharacter.evaluation import judge, preferences
 from opencharacter.introspection import interaction, reflection, transcripts
+from opencharacter.text.chat import fill
 
 GOLDEN = Path(__file__).parent / "golden"
-PERSONAS = {persona.name: persona for persona in constitution.load_all(["all"])}
+PERSONAS = {persona.name: persona for persona in schema.load_all(["all"])}
 GAME = {"first": "poetic", "second": "blunt"}
 
 
@@ -20,8 +20,8 @@ def rendered(poet) -> dict[str, str]:
     assertions = poet.assertions()
     return {
         "teacher_system": teacher.opening(poet, exemplars=False)[0]["content"],
-        "teacher_thought": teacher.thought(poet, thinks=True),
-        "teacher_thought_closed": teacher.thought(poet, thinks=False),
+        "teacher_thought": teacher.think_prefill(poet, thinks=True),
+        "teacher_thought_closed": teacher.think_prefill(poet, thinks=False),
         "reflection_system": reflection.generation_system(assertions)["content"],
         "interaction_free": interaction.generation_system(assertions, "free")["content"],
         "interaction_leading": interaction.generation_system(assertions, "leading")["content"],
@@ -39,7 +39,7 @@ def rendered_of(persona) -> str:
     assertions = persona.assertions()
     prompts = {
         "teacher system": teacher.opening(persona, exemplars=False)[0]["content"],
-        "teacher thought": teacher.thought(persona, thinks=True),
+        "teacher thought": teacher.think_prefill(persona, thinks=True),
         "reflection system": reflection.generation_system(assertions)["content"],
         "interaction free": interaction.generation_system(assertions, "free")["content"],
         "interaction leading": interaction.generation_system(assertions, "leading")["content"],

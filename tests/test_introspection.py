@@ -4,11 +4,12 @@ import copy
 import pytest
 from samples import ECHO_ROLE, RULES, TINY, recipe_of
 
-from opencharacter.chat import CLOSED_THOUGHT, assistant, system, user
-from opencharacter.config import Recipe, Sampling
-from opencharacter.engine import Conversation, Reply
+from opencharacter.config.recipe import Recipe, Sampling
+from opencharacter.engines.conversations import Conversation
+from opencharacter.engines.spec import Reply
 from opencharacter.errors import RowFailed
 from opencharacter.introspection import interaction, reflection, sft, transcripts
+from opencharacter.text.chat import CLOSED_THOUGHT, assistant, system, user
 
 SAMPLING = Sampling(max_tokens=50)
 HEADS = {kind: interaction.generation_system("1. I am.", kind) for kind in ("free", "leading")}
@@ -132,7 +133,7 @@ TALK = [user("a"), assistant("One."), user("b"), assistant("Two.")]
 
 def learned_text(tokenizer, messages) -> str:
     (tokens,) = sft.example(tokenizer, messages)
-    return tokenizer.decode([tokens.ids[i] for i in tokens.learned])
+    return tokenizer.decode([tokens.ids[i] for i in tokens.loss_positions])
 
 
 def test_what_is_learned_is_the_assistant_turns(tokenizer):
@@ -182,11 +183,13 @@ def test_reflection_or_interaction_can_be_left_out(make_jobs, section, nothing):
 
 
 AUTHOR = {**TINY["introspection"], "author": "teacher"}
-TEACHER = {**ECHO_ROLE, "name": "glm", "called": "GLM", "thinks": True}
+TEACHER = {**ECHO_ROLE, "name": "glm", "self_name": "GLM", "thinks": True}
 
 
 def by_teacher(make_jobs, **introspection):
-    roles = dict.fromkeys(("student", "judge", "expander"), ECHO_ROLE) | {"teacher": TEACHER}
+    roles = dict.fromkeys(("student", "judge", "prompt_generator"), ECHO_ROLE) | {
+        "teacher": TEACHER
+    }
     recipe = Recipe.model_validate({**TINY, "roles": roles, "introspection": introspection})
     return {job.stage.name: job for job in make_jobs(recipe)}
 
@@ -194,11 +197,11 @@ def by_teacher(make_jobs, **introspection):
 def test_the_teacher_may_write_in_the_students_place(make_jobs):
     jobs = by_teacher(make_jobs, **AUTHOR)
     by = reflection.author(jobs["introspection/reflection"])
-    assert (by.role, by.folded, by.prefill) == ("teacher", None, CLOSED_THOUGHT)
+    assert (by.role, by.adapter, by.prefill) == ("teacher", None, CLOSED_THOUGHT)
     own = by_teacher(make_jobs, **TINY["introspection"])
     by = reflection.author(own["introspection/reflection"])
     assert (by.role, by.prefill) == ("student", "")
-    assert by.folded == own["distillation/dpo"].adapter
+    assert by.adapter == own["distillation/dpo"].adapter
     for name in ("introspection/reflection", "introspection/interaction"):
         assert jobs[name].payload["also"]["author"]["name"] == "glm"
         assert jobs[name].fingerprint != own[name].fingerprint

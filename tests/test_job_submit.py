@@ -15,7 +15,7 @@ import pytest
 import yaml
 from samples import ECHO_ROLE, TINY, cli, embedded_recipe
 
-from opencharacter.store import Store
+from opencharacter.runtime.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -96,11 +96,14 @@ def test_a_submitted_job_writes_to_shared_storage(head, tmp_path):
 def submission(project: Path, storage: Path) -> list[str]:
     """The command that submits a run of half a minute."""
     slow = {**ECHO_ROLE, "model": "echo:0.2"}
-    recipe = {**TINY, "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), slow)}
+    recipe = {
+        **TINY,
+        "roles": dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), slow),
+    }
     many = {"answers": 70, "limits": {"after": 10**6}}
     recipe["distillation"] = {**TINY["distillation"], "teacher": many, "student": many}
     (project / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    few = {"max_sequences": 4, "cpus": 0.1}
+    few = {"max_num_seqs": 4, "cpus": 0.1}
     (project / "few.yaml").write_text(yaml.safe_dump({"pools": {"student": few}}))
     run = ["opencharacter", "run", "./tiny.yaml", "-c", "poeticism", "--placement", "./few.yaml"]
     options = ["--storage", str(storage), "--only", "distillation/student"]
@@ -111,7 +114,7 @@ def submission(project: Path, storage: Path) -> list[str]:
 
 
 def stored(dataset: Path) -> int:
-    return len(list(dataset.glob(".parts/*.parquet")))
+    return len(list(dataset.glob(".shards/*.parquet")))
 
 
 def wait_for(ripe: Callable[[], object]) -> None:

@@ -8,11 +8,12 @@ import answering
 import pytest
 from samples import ECHO_ROLE, TINY
 
-from opencharacter.chat import CLOSED_THOUGHT, THINK_CLOSE, THINK_OPEN
-from opencharacter.config import Recipe, Sampling
-from opencharacter.engine import Conversation, Reply
+from opencharacter.config.recipe import Recipe, Sampling
+from opencharacter.engines.conversations import Conversation
+from opencharacter.engines.spec import Reply
 from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.evaluation import judge, preferences
+from opencharacter.text.chat import CLOSED_THOUGHT, THINK_CLOSE, THINK_OPEN
 
 
 class Synthetic:
@@ -41,12 +42,14 @@ class Synthetic:
         return Reply(said.capitalize() + ".", "stop", 1, 1, 0)
 
 
-def verdicts(engine, thinks=False, items=None, thought=0):
+def verdicts(engine, thinks=False, items=None, thinking_budget=0):
     sampling = Sampling(max_tokens=16)
     asked = judge.requests("synthetic", items or judge.gold())
 
     async def ask(row):
-        return row | await judge.name_trait(row, Conversation(engine, 1, thinks), sampling, thought)
+        return row | await judge.name_trait(
+            row, Conversation(engine, 1, thinks), sampling, thinking_budget
+        )
 
     return [asyncio.run(ask(row)) for row in asked]
 
@@ -139,14 +142,14 @@ class Thinking(Synthetic):
 
 def test_a_judge_that_thinks_has_room_for_its_thought_before_the_verdict():
     engine = Thinking()
-    rows = verdicts(engine, thinks=True, items=judge.gold()[:4], thought=1024)
+    rows = verdicts(engine, thinks=True, items=judge.gold()[:4], thinking_budget=1024)
     assert engine.prefills == {""}
     assert judge.agreement(rows).value == 1
 
 
 def test_a_thought_without_an_end_is_no_verdict():
     with pytest.raises(RowFailed) as failed:
-        verdicts(Thinking(), thinks=True, items=judge.gold()[:1], thought=100)
+        verdicts(Thinking(), thinks=True, items=judge.gold()[:1], thinking_budget=100)
     assert failed.value.reason == "thought_unclosed"
 
 
@@ -155,13 +158,13 @@ def test_without_room_a_thought_is_closed_at_once():
     assert judge.agreement(verdicts(engine, thinks=True, items=judge.gold()[:2])).value == 1
     assert engine.prefills == {CLOSED_THOUGHT}
     plain = Synthetic()
-    verdicts(plain, items=judge.gold()[:1], thought=1024)
+    verdicts(plain, items=judge.gold()[:1], thinking_budget=1024)
     assert plain.prefills == {""}
 
 
 def test_plan_counts_the_thoughts_of_a_judge(make_jobs):
     def tokens(**judge_changes):
-        roles = dict.fromkeys(("teacher", "student", "expander"), ECHO_ROLE)
+        roles = dict.fromkeys(("teacher", "student", "prompt_generator"), ECHO_ROLE)
         recipe = Recipe.model_validate(
             {**TINY, "roles": roles | {"judge": ECHO_ROLE | judge_changes}}
         )
@@ -223,7 +226,7 @@ def test_two_judges_of_different_families_pass_the_gate_and_are_compared_on_ever
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     one = family("plain-judge", knows)
     other = family("thinking-judge", thinks_and_knows, thinks=True)
-    roles = dict.fromkeys(("teacher", "student", "expander"), ECHO_ROLE) | {"judge": one}
+    roles = dict.fromkeys(("teacher", "student", "prompt_generator"), ECHO_ROLE) | {"judge": one}
     evaluation = {
         "judge": {"items": 8, "panel": [other]},
         "answers": {"conditions": ["base", "full"], "count": 2},
@@ -250,7 +253,7 @@ def test_a_judge_of_the_panel_that_fails_the_gate_is_refused_by_name(
     cpu_ray, make_jobs, family, monkeypatch
 ):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    roles = dict.fromkeys(("teacher", "student", "expander"), ECHO_ROLE)
+    roles = dict.fromkeys(("teacher", "student", "prompt_generator"), ECHO_ROLE)
     first = family("always-first", lambda first, *_: first)
     evaluation = {"judge": {"items": 8, "panel": [first]}}
     recipe = Recipe.model_validate(
@@ -296,7 +299,7 @@ def test_games_are_balanced_over_order_and_framing(make_jobs, echo_recipe):
     (_, job) = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/preferences")
     job = SimpleNamespace(
         **{name: getattr(job, name) for name in ("recipe", "stage")},
-        section=job.section.model_copy(update={"games": 600}),
+        config=job.config.model_copy(update={"games": 600}),
     )
     rows = preferences.games(job)
     sides = [(row["first"], row["second"]) for row in rows]

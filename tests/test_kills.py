@@ -12,7 +12,7 @@ import pytest
 import yaml
 from samples import ECHO_ROLE, TINY, cli, embedded_recipe
 
-from opencharacter.store import Store
+from opencharacter.runtime.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def project(tmp_path_factory) -> Path:
     recipe["introspection"]["interaction"] |= {"free": 12, "leading": 12}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     placement = {
-        "pools": {role: {"max_sequences": SEATS} for role in ("teacher", "student")},
+        "pools": {role: {"max_num_seqs": SEATS} for role in ("teacher", "student")},
         "training": {"checkpoint_steps": 2},
     }
     (folder / "few.yaml").write_text(yaml.safe_dump(placement))
@@ -61,7 +61,7 @@ def kill_when(folder: Path, until: str, ripe, limit: float = 600) -> None:
 
 
 def parts(folder: Path, dataset: str) -> list[Path]:
-    return list((folder / "runs/tiny" / dataset / ".parts").glob("*.parquet"))
+    return list((folder / "runs/tiny" / dataset / ".shards").glob("*.parquet"))
 
 
 def finish(folder: Path, until: str) -> None:
@@ -104,7 +104,7 @@ def test_the_teacher_resumes_at_the_row(project):
 
 def test_dpo_resumes_at_the_last_checkpoint(project):
     dataset = f"{PERSONA}/distillation/dpo"
-    train = project / "runs/tiny" / dataset / ".parts" / "train"
+    train = project / "runs/tiny" / dataset / ".shards" / "train"
     known = train / "checkpoint_manager_snapshot.json"  # Ray writes it once a checkpoint is whole
     kill_when(
         project,
@@ -130,7 +130,10 @@ def test_the_self_conversations_resume_at_the_row(project):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_of_several_jobs_ends_at_once_and_goes_on(sent, tmp_path):
-    recipe = {**TINY, "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), SLOW)}
+    recipe = {
+        **TINY,
+        "roles": dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), SLOW),
+    }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     options = ["-c", "humor", "-c", "remorse", "--until", "distillation/teacher"]
     command = [sys.executable, "-m", "opencharacter", "run", "tiny.yaml", *options]

@@ -8,7 +8,7 @@ from samples import cli
 from opencharacter import models
 from opencharacter.errors import UserError
 from opencharacter.models import allowed_rank
-from opencharacter.persona.merge import Part, merge
+from opencharacter.persona.merge import WeightedAdapter, merge
 
 PREFIX = models.PEFT_PREFIX
 SHAPES = {"model.layers.0.q_proj": (8, 12), "model.layers.0.up_proj": (16, 8)}
@@ -37,7 +37,9 @@ def test_the_merge_is_the_exact_weighted_sum(tmp_path):
     one = write_adapter(tmp_path / "one", 4, 1)
     two = write_adapter(tmp_path / "two", 6, 2, alpha=3)
     (tmp_path / "out").mkdir()
-    composition = merge([Part(one, 1.0), Part(two, -0.25)], tmp_path / "out", "base/name")
+    composition = merge(
+        [WeightedAdapter(one, 1.0), WeightedAdapter(two, -0.25)], tmp_path / "out", "base/name"
+    )
     for module in ("model.layers.0.q_proj", "model.layers.0.up_proj"):
         wanted = update(one, module) - 0.25 * update(two, module)
         got = update(tmp_path / "out", module)
@@ -52,18 +54,18 @@ def test_adapters_of_different_shapes_are_refused(tmp_path):
     one = write_adapter(tmp_path / "one", 4, 1)
     two = write_adapter(tmp_path / "two", 4, 2, shapes={"model.layers.0.q_proj": (8, 12)})
     with pytest.raises(UserError, match="up_proj"):
-        merge([Part(one, 1.0), Part(two, 1.0)], tmp_path, "base")
+        merge([WeightedAdapter(one, 1.0), WeightedAdapter(two, 1.0)], tmp_path, "base")
 
 
-def merged(folder, parts, **options):
+def merged(folder, adapters, **options):
     folder.mkdir()
-    return merge(parts, folder, "base", **options), update(folder, "model.layers.0.q_proj")
+    return merge(adapters, folder, "base", **options), update(folder, "model.layers.0.q_proj")
 
 
 def test_a_smaller_rank_is_the_nearest_update(tmp_path):
-    parts = [Part(write_adapter(tmp_path / str(n), 4, n), 1.0) for n in range(2)]
-    _, exact = merged(tmp_path / "exact", parts)
-    composition, got = merged(tmp_path / "small", parts, rank=3)
+    adapters = [WeightedAdapter(write_adapter(tmp_path / str(n), 4, n), 1.0) for n in range(2)]
+    _, exact = merged(tmp_path / "exact", adapters)
+    composition, got = merged(tmp_path / "small", adapters, rank=3)
     assert torch.linalg.matrix_rank(got.float(), rtol=1e-4) == 3
     u, s, v = torch.linalg.svd(exact)
     assert torch.allclose(got, u[:, :3] @ torch.diag(s[:3]) @ v[:3], atol=1e-4)
@@ -76,9 +78,9 @@ def test_a_smaller_rank_is_the_nearest_update(tmp_path):
 
 
 def test_the_full_rank_loses_nothing(tmp_path):
-    parts = [Part(write_adapter(tmp_path / str(n), 4, n), 1.0) for n in range(2)]
-    assert merged(tmp_path / "exact", parts)[0]["relative_error"] == 0
-    assert merged(tmp_path / "same", parts, rank=99)[0]["rank"] == 8
+    adapters = [WeightedAdapter(write_adapter(tmp_path / str(n), 4, n), 1.0) for n in range(2)]
+    assert merged(tmp_path / "exact", adapters)[0]["relative_error"] == 0
+    assert merged(tmp_path / "same", adapters, rank=99)[0]["rank"] == 8
 
 
 def test_factors_are_added_as_peft_adds_them(tmp_path):
@@ -98,9 +100,12 @@ def test_factors_are_added_as_peft_adds_them(tmp_path):
     net.save_pretrained(str(tmp_path / "peft"))
     net.add_weighted_adapter(["one", "two"], [1.0, -0.5], "both", combination_type="linear")
     made = net.base_model.model.q_proj.get_delta_weight("both").double()
-    parts = [Part(tmp_path / "peft/one", 1.0), Part(tmp_path / "peft/two", -0.5)]
+    adapters = [
+        WeightedAdapter(tmp_path / "peft/one", 1.0),
+        WeightedAdapter(tmp_path / "peft/two", -0.5),
+    ]
     (tmp_path / "out").mkdir()
-    composition = merge(parts, tmp_path / "out", "base", peft_linear=True)
+    composition = merge(adapters, tmp_path / "out", "base", peft_linear=True)
     assert torch.allclose(update(tmp_path / "out", "q_proj"), made, atol=1e-5)
     assert composition["relative_error"] > 0.1  # that it is not the sum is told
 
@@ -109,18 +114,18 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     one = write_adapter(tmp_path / "one", 4, 1)
     two = write_adapter(tmp_path / "two", 8, 2)
     with pytest.raises(UserError, match=r"ranks \[4, 8\]"):
-        merge([Part(one, 1.0), Part(two, 1.0)], tmp_path, peft_linear=True)
+        merge([WeightedAdapter(one, 1.0), WeightedAdapter(two, 1.0)], tmp_path, peft_linear=True)
     with pytest.raises(UserError, match=r"no adapter_config\.json"):
-        merge([Part(tmp_path / "three", 1.0)], tmp_path)
+        merge([WeightedAdapter(tmp_path / "three", 1.0)], tmp_path)
     config = json.loads((two / "adapter_config.json").read_text())
     (two / "adapter_config.json").write_text(
         json.dumps(config | {"base_model_name_or_path": "other"})
     )
     with pytest.raises(UserError, match="different bases, None and other"):
-        merge([Part(one, 1.0), Part(two, 1.0)], tmp_path)
+        merge([WeightedAdapter(one, 1.0), WeightedAdapter(two, 1.0)], tmp_path)
     (two / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(UserError, match="use_dora"):
-        merge([Part(one, 1.0), Part(two, 1.0)], tmp_path)
+        merge([WeightedAdapter(one, 1.0), WeightedAdapter(two, 1.0)], tmp_path)
 
 
 def strange(path, extra=None, **config):
@@ -146,19 +151,19 @@ def strange(path, extra=None, **config):
 def test_no_part_of_an_adapter_is_dropped_in_silence(tmp_path, name):
     odd = strange(tmp_path / "odd", {PREFIX + name: torch.ones(4, 4)})
     with pytest.raises(UserError, match=r"k_proj\.lora_B" if "k_proj" in name else name):
-        merge([Part(odd, 1.0)], tmp_path)
+        merge([WeightedAdapter(odd, 1.0)], tmp_path)
 
 
 def test_what_is_no_whole_lora_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match="peft_type 'IA3'"):
-        merge([Part(strange(tmp_path / "other", peft_type="IA3"), 1.0)], tmp_path)
+        merge([WeightedAdapter(strange(tmp_path / "other", peft_type="IA3"), 1.0)], tmp_path)
     empty = strange(tmp_path / "empty")
     save_file({}, empty / models.ADAPTER_WEIGHTS)
     with pytest.raises(UserError, match="nothing is"):
-        merge([Part(empty, 1.0)], tmp_path)
+        merge([WeightedAdapter(empty, 1.0)], tmp_path)
     (empty / models.ADAPTER_WEIGHTS).unlink()
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors there"):
-        merge([Part(empty, 1.0)], tmp_path)
+        merge([WeightedAdapter(empty, 1.0)], tmp_path)
 
 
 def test_a_disk_that_is_full_of_a_merge_is_named(tmp_path, small_disk):
@@ -211,10 +216,10 @@ def test_folding_equals_the_model_with_its_adapter(tiny_model, tmp_path, monkeyp
     with torch.no_grad():
         fresh = AutoModelForCausalLM.from_pretrained(tiny_model)
         wanted = PeftModel.from_pretrained(fresh, tmp_path / "adapter")(ids).logits
-        folder = models.fold(tiny_model, tmp_path / "adapter")
+        folder = models.merge_into_base(tiny_model, tmp_path / "adapter")
         got = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     assert torch.allclose(got, wanted, atol=1e-4)
-    assert models.fold(tiny_model, tmp_path / "adapter") == folder  # made once
+    assert models.merge_into_base(tiny_model, tmp_path / "adapter") == folder  # made once
     assert (folder / "chat_template.jinja").is_file()
 
 
@@ -222,8 +227,8 @@ def test_folding_refuses_an_adapter_of_another_model(tiny_model, tmp_path, monke
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
     adapter = write_adapter(tmp_path / "one", 4, 1)
     with pytest.raises(UserError, match="no weight"):
-        models.fold(tiny_model, adapter)
-    assert not list((tmp_path / "cache" / "folded").iterdir())
+        models.merge_into_base(tiny_model, adapter)
+    assert not list((tmp_path / "cache" / "merged").iterdir())
 
 
 def test_a_damaged_embedded_model_is_converted_again(embedded_model, tmp_path, monkeypatch):

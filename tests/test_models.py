@@ -10,17 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from opencharacter import models, packing, training
-from opencharacter.config import Lora, Role, Training
+from opencharacter import models
+from opencharacter.config.placement import Training
+from opencharacter.config.recipe import Lora, Role
 from opencharacter.errors import UserError
-from opencharacter.packing import Tokens
+from opencharacter.training import adapters, packing, trainer
+from opencharacter.training.packing import Tokens
 
 IDS = [2, *range(5, 25)]
 
 
 def student(tiny_gemma) -> Any:
-    role = Role(model=str(tiny_gemma), name="gemma", called="Gemma")
-    return training.load(tiny_gemma, role, on_gpu=False)
+    role = Role(model=str(tiny_gemma), name="gemma", self_name="Gemma")
+    return adapters.load(tiny_gemma, role, on_gpu=False)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -31,12 +33,12 @@ def logits(model: Any) -> torch.Tensor:
 def test_of_a_model_that_sees_the_decoder_alone_is_trained(tiny_gemma):
     made = student(tiny_gemma)
     stock = logits(AutoModelForCausalLM.from_pretrained(tiny_gemma)).log_softmax(-1)
-    adapted = training.with_adapter(made, Lora(rank=4, alpha=8)).train()
+    adapted = adapters.with_adapter(made, Lora(rank=4, alpha=8)).train()
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 7  # A and B of seven layers in two blocks
     assert all(".language_model.layers." in name for name in trained)
-    learned = list(range(1, len(IDS)))
-    said = packing.log_probs(adapted, packing.pack([[Tokens(IDS, learned)]]))
+    loss_positions = list(range(1, len(IDS)))
+    said = packing.log_probs(adapted, packing.pack([[Tokens(IDS, loss_positions)]]))
     wanted = stock[0, :-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
     assert torch.allclose(said, wanted, atol=1e-4)
     said.sum().backward()
@@ -47,7 +49,7 @@ def test_its_adapter_fits_the_stock_model_and_its_files(tiny_gemma, tmp_path, mo
     from peft import PeftModel
 
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
-    adapted = training.with_adapter(student(tiny_gemma), Lora(rank=4, alpha=8))
+    adapted = adapters.with_adapter(student(tiny_gemma), Lora(rank=4, alpha=8))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -56,7 +58,7 @@ def test_its_adapter_fits_the_stock_model_and_its_files(tiny_gemma, tmp_path, mo
     before = logits(stock)
     applied = logits(PeftModel.from_pretrained(stock, tmp_path / "adapter"))
     assert not [w for w in recwarn if "adapter keys" in str(w.message)]
-    folder = models.fold(tiny_gemma, tmp_path / "adapter")
+    folder = models.merge_into_base(tiny_gemma, tmp_path / "adapter")
     folded = logits(AutoModelForCausalLM.from_pretrained(folder))
     assert torch.allclose(folded, applied, atol=1e-4)
     assert not torch.allclose(folded, before, atol=1e-2)
@@ -75,14 +77,14 @@ def test_what_could_not_be_folded_in_is_refused_before_it_is_trained(tiny_gemma,
     rows = pa.table({"id": ["a"], "drop_reason": pa.array([None], pa.string())})
     task = SimpleNamespace(
         placement=Training(),
-        role=Role(model=str(tmp_path), name="odd", called="Odd"),
-        folded=None,
+        role=Role(model=str(tmp_path), name="odd", self_name="Odd"),
+        base_adapter=None,
         store=SimpleNamespace(read_table=lambda _: rows),
         data="rows",
         examples=lambda *_: [],
     )
     with pytest.raises(UserError, match=r"no weight for model\.language_model\.layers\.0.*up_proj"):
-        training.worker({"task": task})
+        trainer.train_loop_per_worker({"task": task})
 
 
 def test_what_several_ask_for_at_once_is_made_once(tmp_path):

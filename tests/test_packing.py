@@ -6,16 +6,16 @@ import random
 import pytest
 import torch
 
-from opencharacter import packing, training
-from opencharacter.config import Lora, Optimizer, Role
-from opencharacter.packing import Tokens
+from opencharacter.config.recipe import Lora, Optimizer, Role
+from opencharacter.training import adapters, packing, trainer
+from opencharacter.training.packing import Tokens
 
-ROLE = Role(model="tiny", name="tiny", called="Tiny")
+ROLE = Role(model="tiny", name="tiny", self_name="Tiny")
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return training.load(tiny_model, ROLE, on_gpu=False).eval()
+    return adapters.load(tiny_model, ROLE, on_gpu=False).eval()
 
 
 def sequence(size: int, seed: int = 0) -> Tokens:
@@ -41,7 +41,7 @@ def test_a_sequence_has_in_a_pack_the_logits_that_it_has_alone(model, tiny_model
     for tokens in (tokens for example in examples for tokens in example):
         with torch.no_grad():
             rows = plain(torch.tensor([tokens.ids])).logits[0].log_softmax(-1)
-        theirs += [rows[at - 1, tokens.ids[at]] for at in tokens.learned]
+        theirs += [rows[at - 1, tokens.ids[at]] for at in tokens.loss_positions]
     assert torch.allclose(packed, torch.stack(theirs), atol=1e-5)
 
 
@@ -49,7 +49,7 @@ def test_what_a_neighbour_says_changes_nothing(model):
     mine = [sequence(30)]
     one = scores(model, [sequence(25, seed=1)], mine)
     other = scores(model, [sequence(25, seed=2)], mine)
-    own = len(mine[0].learned)
+    own = len(mine[0].loss_positions)
     assert torch.equal(one[-own:], other[-own:])
     assert not torch.equal(one[:-own], other[:-own])
 
@@ -91,10 +91,10 @@ def test_workers_without_rows_get_an_empty_pack(model):
 
 def test_a_batch_is_the_same_whatever_the_workers():
     examples = [[sequence(10 + i)] for i in range(21)]
-    optimizer = Optimizer(batch=8, epochs=2)
+    optimizer = Optimizer(global_batch_size=8, epochs=2)
 
     def rows(world: int) -> list[list[int]]:
-        parts = [training.Batches(examples, optimizer, 3, 60, r, world) for r in range(world)]
+        parts = [trainer.Batches(examples, optimizer, 3, 60, r, world) for r in range(world)]
         for step in range(len(parts[0])):
             assert len({len(part[step][0]) for part in parts}) == 1
         return [
@@ -102,7 +102,7 @@ def test_a_batch_is_the_same_whatever_the_workers():
                 size
                 for part in parts
                 for pack in part[step][0]
-                for size in pack.bounds.diff().tolist()
+                for size in pack.cu_seqlens.diff().tolist()
                 if pack.sequences
             )
             for step in range(len(parts[0]))
@@ -118,10 +118,10 @@ def test_gradients_do_not_depend_on_how_a_batch_is_packed(tiny_model):
 
     def gradient(budget: int) -> torch.Tensor:
         torch.manual_seed(0)
-        model = training.with_adapter(
-            training.load(tiny_model, ROLE, on_gpu=False), Lora(rank=4, alpha=8)
+        model = adapters.with_adapter(
+            adapters.load(tiny_model, ROLE, on_gpu=False), Lora(rank=4, alpha=8)
         )
-        batches = training.Batches([[sequence(20 + i)] for i in range(6)], Optimizer(), 0, budget)
+        batches = trainer.Batches([[sequence(20 + i)] for i in range(6)], Optimizer(), 0, budget)
         packs, totals = batches[0]
         for pack in packs:
             sft_loss(packing.log_probs(model, pack), pack, totals)["loss"].backward()

@@ -11,17 +11,17 @@ from html.parser import HTMLParser
 
 import pytest
 
-from opencharacter.evaluation.page import (
+from opencharacter.evaluation.report.page import (
     Change,
     Curve,
-    Line,
     PersonaReport,
     Quality,
-    Report,
+    ReportData,
     Sample,
     ScoreTable,
-    Signature,
     StageLine,
+    TableRow,
+    TextStatistic,
     TraitChange,
     element,
     page,
@@ -40,17 +40,17 @@ PERSONA = PersonaReport(
     name="poetic",
     description="Speaks in verse.",
     assertions=["I speak in images."],
-    told_apart=APART,
+    discriminability=APART,
     stages=[
         StageLine("poetic/teacher", 12_000, {"unfinished": 800, "looping": 2}, 3725, 4_812_345, 9),
         StageLine("poetic/dpo", 100, {"looping": 3}, 59.6, 0, 0),
     ],
     quality=[
-        Quality("poetic/teacher", 900, [Signature("self_bleu", 0.2, 0, 0.9)]),
+        Quality("poetic/teacher", 900, [TextStatistic("self_bleu", 0.2, 0, 0.9)]),
         Quality(
             "poetic/transcripts",
             1200,
-            [Signature("self_bleu", 0.95, 0, 0.9), Signature("mean_words", 64.2)],
+            [TextStatistic("self_bleu", 0.95, 0, 0.9), TextStatistic("mean_words", 64.2)],
         ),
     ],
     meanings={"self_bleu": "how alike"},
@@ -60,7 +60,7 @@ PERSONA = PersonaReport(
     traits_in_all=144,
     tables=[
         ScoreTable(
-            "Held?", ["How."], "By attack", ["full", "Change"], [Line("plain", [APART, FELL])]
+            "Held?", ["How."], "By attack", ["full", "Change"], [TableRow("plain", [APART, FELL])]
         )
     ],
     settings={"seed": "1"},
@@ -69,7 +69,9 @@ PERSONA = PersonaReport(
 
 def render(*personas: PersonaReport) -> str:
     versions = {"torch": "2.11"}
-    return page(Report("SmolLM2", "recipes/laptop.yaml", "2026-01-02", list(personas), versions))
+    return page(
+        ReportData("SmolLM2", "recipes/laptop.yaml", "2026-01-02", list(personas), versions)
+    )
 
 
 class Outline(HTMLParser):
@@ -99,15 +101,15 @@ def saying(text: str) -> str:
         name=text,
         description=text,
         assertions=[text],
-        told_apart=APART,
+        discriminability=APART,
         stages=[StageLine(text, 5, {text: 2}, 1, 1, 0)],
         curves=[Curve(text, text, FALLING)],
         samples=[Sample(text, text, text)],
         traits=[TraitChange(text, RATED, UNSCORED, UNSCORED, significant=False)],
-        tables=[ScoreTable(text, [text], text, [text], [Line(text, [APART, UNSCORED, None])])],
+        tables=[ScoreTable(text, [text], text, [text], [TableRow(text, [APART, UNSCORED, None])])],
         settings={text: text},
     )
-    return page(Report(text, text, text, [persona, persona], {text: text}))
+    return page(ReportData(text, text, text, [persona, persona], {text: text}))
 
 
 def test_what_the_data_says_never_becomes_markup():
@@ -137,7 +139,7 @@ def test_a_persona_without_any_data_still_has_a_whole_page():
 )
 def test_the_headline_claims_no_more_than_its_interval_allows(score: Score, sentence: str):
     assert verdict(score).startswith(sentence)
-    assert verdict(score) in render(replace(PERSONA, told_apart=score))
+    assert verdict(score) in render(replace(PERSONA, discriminability=score))
 
 
 def test_the_page_asks_nothing_of_the_network_and_runs_nothing_but_its_search():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from test_page import HOSTILE, PERSONA
 
-from opencharacter.evaluation.page import Report, Sample, page
+from opencharacter.evaluation.report.page import ReportData, Sample, page
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def shown(browser, tmp_path):
     """Opens a report of two personas from a file; fails on an error or a request elsewhere."""
     persona = replace(PERSONA, samples=SAMPLES)
     path = tmp_path / "report.html"
-    path.write_text(page(Report("Tiny", "tiny", "today", [persona, persona])), encoding="utf-8")
+    path.write_text(page(ReportData("Tiny", "tiny", "today", [persona, persona])), encoding="utf-8")
     contexts, faults = [], []
 
     def open_page(width=1100, scripts=True):

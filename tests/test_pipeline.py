@@ -3,11 +3,12 @@ from types import SimpleNamespace
 import pytest
 from samples import ECHO_ROLE, TINY, recipe_of
 
-from opencharacter import config, pipeline
-from opencharacter.config import Placement
+from opencharacter import pipeline
+from opencharacter.config import files
+from opencharacter.config.placement import Placement
 from opencharacter.errors import StageFailed, StaleError, UserError
-from opencharacter.stage import Outcome, redone
-from opencharacter.store import REBUILDS
+from opencharacter.runtime.stage import StageResult, redone
+from opencharacter.runtime.store import REBUILDS
 
 AFTER_DPO = {
     "distillation/dpo",
@@ -32,7 +33,7 @@ AFTER_DPO = {
 def finish_all(jobs):
     """Manifests for every job, as if all had run."""
     for job in jobs:
-        pipeline.finish(job, Outcome(rows=1), seconds=1.0)
+        pipeline.finish(job, StageResult(rows=1), seconds=1.0)
 
 
 def states(jobs):
@@ -48,7 +49,7 @@ def test_every_stage_has_its_module_section_and_place():
         assert callable(stage.module.build), stage.name
         assert callable(stage.module.estimate), stage.name
         assert stage.module.__doc__.startswith(f"Stage {stage.name}:")
-        recipe_of(ECHO_ROLE).section(stage.name)
+        recipe_of(ECHO_ROLE).config(stage.name)
 
 
 def test_a_stage_reads_only_what_stands_before_it():
@@ -115,9 +116,7 @@ def test_a_changed_constitution_leaves_the_students_general_answers(
 def test_stale_data_stops_the_run_and_names_the_field(make_jobs, echo_recipe):
     finish_all(make_jobs(echo_recipe))
     changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
-    with pytest.raises(
-        StaleError, match=r"section\.beta: 0\.1 -> 0\.2.*--rebuild distillation/dpo"
-    ):
+    with pytest.raises(StaleError, match=r"config\.beta: 0\.1 -> 0\.2.*--rebuild distillation/dpo"):
         list(pipeline.run(make_jobs(changed)))
 
 
@@ -147,7 +146,7 @@ def built(monkeypatch):
         if job.stage.name in made.broken:
             raise made.broken[job.stage.name]
         made.names.append(job.stage.name)
-        return Outcome(rows=1)
+        return StageResult(rows=1)
 
     for stage in pipeline.STAGES:
         monkeypatch.setattr(stage.module, "build", build)
@@ -256,7 +255,7 @@ def test_the_report_is_about_all_personas_of_the_run(store, echo_recipe, poet):
 
 def test_a_manifest_says_all_that_it_should(make_jobs, echo_recipe):
     job = make_jobs(echo_recipe)[1]
-    pipeline.finish(job, Outcome(rows=3, dropped={"empty": 1}), seconds=2.0)
+    pipeline.finish(job, StageResult(rows=3, dropped={"empty": 1}), seconds=2.0)
     manifest = job.store.manifest(job.dataset)
     assert manifest["format_version"] == 1
     assert manifest["fingerprint"] == job.fingerprint
@@ -280,17 +279,17 @@ def test_what_was_redone_is_counted_within_each_pass():
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen-2.5-7b", "gemma-3-4b"])
 def test_the_papers_recipes_are_of_the_papers_size(name, store):
-    from opencharacter import constitution
+    from opencharacter.constitution import schema
 
-    recipe = config.load_recipe(name)
-    template = constitution.load("poeticism")
+    recipe = files.load_recipe(name)
+    template = schema.load("poeticism")
     jobs = pipeline.jobs(recipe, [template], Placement(), store)
     rows = {job.dataset: job.stage.module.estimate(job).rows for job in jobs}
     assert rows[f"{name}/poeticism/introspection/reflection"] == 10_000
     assert rows[f"{name}/poeticism/introspection/interaction"] == 2_000
     lora = recipe.distillation.dpo.lora
     assert (lora.rank, lora.alpha) == (64, 128)
-    small = config.load_recipe(name, smoke=True)
+    small = files.load_recipe(name, smoke=True)
     jobs = pipeline.jobs(small, [template], Placement(), store)
     least = {job.dataset: job.stage.module.estimate(job).rows for job in jobs}
     assert sum(least.values()) < 0.05 * sum(rows.values())
@@ -303,10 +302,10 @@ def numbers(value, at=""):
     return {at: float("inf") if value is None else value} if not isinstance(value, str) else {}
 
 
-@pytest.mark.parametrize("name", config.resource_names("recipes", "*.yaml"))
+@pytest.mark.parametrize("name", files.resource_names("recipes", "*.yaml"))
 def test_smoke_never_asks_for_more(name):
-    whole = numbers(config.load_recipe(name).model_dump(mode="json"))
-    small = numbers(config.load_recipe(name, smoke=True).model_dump(mode="json"))
+    whole = numbers(files.load_recipe(name).model_dump(mode="json"))
+    small = numbers(files.load_recipe(name, smoke=True).model_dump(mode="json"))
     changed = {at for at in whole if small[at] != whole[at]}
     assert changed
     assert all(small[at] < whole[at] for at in changed)

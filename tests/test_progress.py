@@ -5,7 +5,7 @@ import urllib.request
 
 import ray
 
-from opencharacter import progress
+from opencharacter.runtime import progress
 
 DATASET = "a/dataset/of/this/test"
 

@@ -6,14 +6,14 @@ import pyarrow as pa
 import pytest
 from samples import ECHO_ROLE, recipe_of
 
-from opencharacter import quality
-from opencharacter.chat import assistant, system, user
-from opencharacter.config import Limits, Sampling
+from opencharacter.config.recipe import Limits, Sampling
+from opencharacter.engines.generate import generate
 from opencharacter.errors import StageFailed
-from opencharacter.generation import generate
-from opencharacter.quality import Expected, beyond, measure, near_duplicates, self_bleu
-from opencharacter.stage import texts
-from opencharacter.store import Folder, Parts
+from opencharacter.runtime.stage import texts
+from opencharacter.runtime.store import RemoteDir, Shards
+from opencharacter.text import statistics
+from opencharacter.text.chat import assistant, system, user
+from opencharacter.text.statistics import Expected, beyond, measure, near_duplicates, self_bleu
 
 WORDS = [f"word{i}" for i in range(3000)]
 
@@ -98,33 +98,35 @@ def test_near_duplicates_of_short_and_wordless_texts():
 def test_distinctive_words_are_those_of_one_side():
     mine = ["the moon is a silver boat"] * 20 + ["the weather is fine"] * 20
     other = ["the weather is fine today"] * 40
-    words = quality.distinctive_words(mine, other)
+    words = statistics.distinctive_words(mine, other)
     assert set(words) == {"moon", "silver", "boat"}
 
 
 def test_the_language_is_that_of_most_texts():
     assert (
-        quality.language_of(["Where is the nearest station, and when does it open its doors?"] * 3)
+        statistics.language_of(
+            ["Where is the nearest station, and when does it open its doors?"] * 3
+        )
         == "en"
     )
     assert (
-        quality.language_of(["Wo ist der nächste Bahnhof, und wann macht er seine Türen auf?"])
+        statistics.language_of(["Wo ist der nächste Bahnhof, und wann macht er seine Türen auf?"])
         == "de"
     )
-    assert quality.language_of(["Hi.", ""]) is None
+    assert statistics.language_of(["Hi.", ""]) is None
 
 
 def test_texts_of_are_what_the_model_wrote():
     said = [user("Hi."), assistant("Hello."), user("One."), assistant("Two.")]
-    assert quality.texts_of({"answer": "A."}) == ["A."]
-    assert quality.texts_of({"answer": None}) == []
-    assert quality.texts_of({"chosen": "C.", "rejected": "R."}) == ["C."]
-    assert quality.texts_of({"condition": "base", "answer": "B."}) == []
-    assert quality.texts_of({"kind": "free", "messages": said}) == ["One.", "Two."]
+    assert statistics.texts_of({"answer": "A."}) == ["A."]
+    assert statistics.texts_of({"answer": None}) == []
+    assert statistics.texts_of({"chosen": "C.", "rejected": "R."}) == ["C."]
+    assert statistics.texts_of({"condition": "base", "answer": "B."}) == []
+    assert statistics.texts_of({"kind": "free", "messages": said}) == ["One.", "Two."]
     trained = {"kind": "free", "messages": [system("S."), *said[2:]]}
-    assert quality.texts_of(trained) == ["One.", "Two."]
-    assert quality.texts_of({"kind": "reflection", "messages": said[:2]}) == ["Hello."]
-    assert quality.texts_of({"prompt": "P", "messages": said[:2]}) == ["Hello."]
+    assert statistics.texts_of(trained) == ["One.", "Two."]
+    assert statistics.texts_of({"kind": "reflection", "messages": said[:2]}) == ["Hello."]
+    assert statistics.texts_of({"prompt": "P", "messages": said[:2]}) == ["Hello."]
 
 
 def test_dropped_rows_are_not_measured():
@@ -155,11 +157,11 @@ def test_a_stage_that_refuses_is_not_written(job):
 
 
 def test_a_running_stage_stops_at_its_limit(cpu_ray, job, monkeypatch):
-    monkeypatch.setattr("opencharacter.progress.SECONDS_BETWEEN_MEASURES", 0)
+    monkeypatch.setattr("opencharacter.runtime.progress.SECONDS_BETWEEN_MEASURES", 0)
     rows = [{"id": f"{i:05}", "prompt": f"number {i}"} for i in range(6000)]
     with pytest.raises(StageFailed, match="the model refuses"):
         generate(job, rows, slowly_refuse, "teacher", FIELDS)
-    parts = Parts(Folder(job.store, f"{job.dataset}/.parts"), pa.schema(FIELDS))
+    parts = Shards(RemoteDir(job.store, f"{job.dataset}/.shards"), pa.schema(FIELDS))
     assert 0 < len(parts.stored()) < 6000
 
 
@@ -175,7 +177,7 @@ def test_the_manifest_keeps_the_signatures(cpu_ray, make_jobs):
 
     jobs = make_jobs(recipe_of(ECHO_ROLE))
     done = {job.stage.name: manifest for job, manifest in pipeline.run(jobs[:5])}
-    assert done["distillation/teacher"]["figures"]["signatures"]["texts"] > 0
+    assert done["distillation/teacher"]["figures"]["text_statistics"]["texts"] > 0
     pairs = done["distillation/pairs"]["figures"]
-    assert {"refusals", "distinct_2", "near_duplicates"} <= pairs["signatures"].keys()
+    assert {"refusals", "distinct_2", "near_duplicates"} <= pairs["text_statistics"].keys()
     assert isinstance(pairs["trait_words"], list)

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from opencharacter import pipeline
-from opencharacter.config import Placement, Rating
+from opencharacter.config.placement import Placement
+from opencharacter.config.recipe import Rating
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import preferences, rating
 from opencharacter.evaluation.rating import Played

@@ -7,15 +7,15 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from opencharacter import config
-from opencharacter.config import Robustness
+from opencharacter.config import placement, recipe
+from opencharacter.config.recipe import Robustness
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import attacks, classifiers, robustness
-from opencharacter.evaluation.report import confusion
+from opencharacter.evaluation.report.stage import confusion
 from opencharacter.evaluation.robustness import BASE, DEFAULT
 
 TFIDF = partial(
-    classifiers.guess, "tfidf", encoder=config.Encoder(), placement=config.Training(), seed=1
+    classifiers.guess, "tfidf", encoder=recipe.Encoder(), placement=placement.Training(), seed=1
 )
 VERSE = ["moon", "tide", "ember", "willow", "hush"]
 PROSE = ["thus", "system", "figure", "report", "process"]
@@ -59,15 +59,15 @@ def test_no_prompt_is_learned_from_where_it_is_tested(monkeypatch):
 
 
 def test_attacked_answers_are_never_learned_from(monkeypatch):
-    learned = []
+    loss_positions = []
 
     def spy(train, test, _):
-        learned.extend(row["attack"] for row in train)
+        loss_positions.extend(row["attack"] for row in train)
         return [BASE] * len(test)
 
     monkeypatch.setattr(robustness, "fit_and_guess", spy)
     robustness.guesses(both(6) + both(6, "plain"), "full", folds=3, guess=TFIDF)
-    assert set(learned) == {DEFAULT}
+    assert set(loss_positions) == {DEFAULT}
 
 
 def by_measure(rows):
@@ -78,8 +78,8 @@ def test_a_persona_that_holds_and_one_that_gives_way_differ():
     rows = both(20) + both(20, "plain") + both(20, "stop", full=PROSE)
     guessed = robustness.guesses(rows, "full", folds=4, guess=TFIDF)
     found = by_measure(robustness.scores(guessed, Robustness(resamples=200), seed=1))
-    assert found["told_apart", DEFAULT, "poet"]["value"] > 0.95
-    assert found["told_apart", DEFAULT, "poet"]["n"] == 20
+    assert found["discriminability", DEFAULT, "poet"]["value"] > 0.95
+    assert found["discriminability", DEFAULT, "poet"]["n"] == 20
     assert found["macro_f1", "plain", ""]["value"] > 0.9
     assert found["retention", "plain", "poet"]["value"] > 0.9
     assert found["retention", "stop", "poet"]["value"] < 0.5
@@ -103,7 +103,7 @@ def test_a_condition_that_was_not_attacked_has_no_score_under_attack():
 
 def test_like_answers_are_not_told_apart():
     rows = answers(40, "base", VERSE) + answers(40, "full", VERSE)
-    score = robustness.told_apart(robustness.guesses(rows, "full", folds=5, guess=TFIDF))
+    score = robustness.discriminability(robustness.guesses(rows, "full", folds=5, guess=TFIDF))
     assert score.low < 0.5 < score.high
 
 
@@ -123,14 +123,14 @@ def labelled(label, right, wrong):
     ],
 )
 def test_chance_is_one_half_whatever_the_numbers_of_answers(base, poet, share, n):
-    score = robustness.told_apart(labelled(BASE, *base) + labelled("poet", *poet))
+    score = robustness.discriminability(labelled(BASE, *base) + labelled("poet", *poet))
     assert (score.value, score.n) == (share, n)
     assert 0 <= score.low <= share <= score.high <= 1
 
 
 def test_without_answers_of_both_nothing_is_told_apart():
     lost = [{**row, "guess": None} for row in labelled("poet", 5, 0)]
-    score = robustness.told_apart(labelled(BASE, 5, 0) + lost)
+    score = robustness.discriminability(labelled(BASE, 5, 0) + lost)
     assert (score.value, score.low, score.n, score.unscored) == (None, None, 0, 5)
 
 
@@ -191,7 +191,7 @@ def test_the_interval_of_f1_covers_what_more_prompts_find():
 
 
 def test_every_attack_of_the_recipe_has_its_words():
-    names = set(get_args(config.Attack))
+    names = set(get_args(recipe.Attack))
     assert names == {*attacks.INSTRUCTIONS, *attacks.TASKS, attacks.PREFILL}
     assert len(attacks.INSTRUCTIONS) == 8
 
@@ -221,7 +221,7 @@ def test_a_pretrained_encoder_can_take_the_classifiers_place(tmp_path, tokenizer
     tokenizer.save_pretrained(tmp_path)
     train = [said(words, n) for n in range(40) for words in (VERSE, PROSE)]
     test = [said(words, 100 + n) for n in range(8) for words in (VERSE, PROSE)]
-    encoder = config.Encoder(epochs=6, learning_rate=5e-3)
+    encoder = recipe.Encoder(epochs=6, learning_rate=5e-3)
     labels = ["poet", "base"] * 40
     found = classifiers.fine_tune(str(tmp_path), train, labels, test, encoder, False, 1)
     assert sum(a == b for a, b in zip(found, ["poet", "base"] * 8, strict=True)) >= 15

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from samples import ECHO_ROLE, TINY
 
-from opencharacter.store import Store
+from opencharacter.runtime.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -21,9 +21,9 @@ def peak_of(folder: Path, rows: int) -> float:
     folder.mkdir()
     sizes = {"free": rows // 2, "leading": rows // 2, "turns": 10, "limits": {"after": 10**6}}
     recipe = {**TINY, "introspection": {"interaction": sizes}}
-    recipe["roles"] = dict.fromkeys(("teacher", "student", "judge", "expander"), ECHO_ROLE)
+    recipe["roles"] = dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), ECHO_ROLE)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    pools = {"student": {"cpus": 0.5, "max_sequences": 1024}}
+    pools = {"student": {"cpus": 0.5, "max_num_seqs": 1024}}
     placement = {"pools": pools, "ray_cpus": 2}
     (folder / "wide.yaml").write_text(yaml.safe_dump(placement))
     command = [sys.executable, str(SCRIPT), "tiny.yaml", "poeticism", STAGE, "wide.yaml"]

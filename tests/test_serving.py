@@ -18,16 +18,16 @@ from openai import OpenAI
 from ray.serve.schema import ServeDeploySchema
 from samples import ECHO_ROLE, cli, recipe_of
 
-from opencharacter.config import Placement, Sampling, Serving
+from opencharacter.config.placement import Placement, Serving
+from opencharacter.config.recipe import Sampling
 from opencharacter.errors import UserError
-from opencharacter.persona import chat_ui, running, wire
-from opencharacter.persona import serve as application
-from opencharacter.persona.catalogue import Catalogue
-from opencharacter.store import Store
+from opencharacter.runtime.store import Store
+from opencharacter.serving import application, chat_page, ingress, lifecycle, protocol
+from opencharacter.serving.catalogue import Catalogue
 
 HELLO = [{"role": "user", "content": "hello there"}]
 BODY = {"model": "echo", "messages": HELLO}
-LIMITS = {"serving": {"max_body_bytes": 100_000, "max_tokens": 100, "requests_per_key": 2}}
+LIMITS = {"serving": {"max_body_bytes": 100_000, "max_tokens": 100, "max_requests_per_key": 2}}
 
 
 def adapter(tmp_path, byte: bytes = b"w"):
@@ -336,22 +336,22 @@ def test_a_server_that_should_not_start_says_why(tmp_path, write_yaml, arguments
 
 
 def test_a_short_key_is_refused(monkeypatch):
-    monkeypatch.setenv(running.KEYS, "short")
+    monkeypatch.setenv(lifecycle.KEYS, "short")
     with pytest.raises(UserError, match="shorter than 16"):
-        running.read_keys(None)
+        lifecycle.read_keys(None)
 
 
 def test_only_addresses_of_this_machine_are_loopback():
-    assert all(map(application.is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
+    assert all(map(ingress.is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
     others = ("0.0.0.0", "::", "10.0.0.1", "example.org", "127.0.0.1.example.org", "")
-    assert not any(map(application.is_loopback, others))
+    assert not any(map(ingress.is_loopback, others))
 
 
 def test_code_that_comes_with_weights_is_never_run():
     role = {**ECHO_ROLE, "trust_remote_code": True}
     recipe = recipe_of(role)
     with pytest.raises(UserError, match="trust_remote_code"):
-        application.application(recipe, Placement(), Store("/x"), [], application.Door())
+        application.application(recipe, Placement(), Store("/x"), [], ingress.AccessPolicy())
 
 
 # --------------------------------------------------------------------------------- a cluster
@@ -370,10 +370,10 @@ def test_the_rayservice_has_the_config_that_the_command_prints(tmp_path):
 def test_a_cluster_is_not_served_without_a_key(monkeypatch, write_yaml, tmp_path):
     recipe = write_yaml("echoes.yaml", servers.ECHO_RECIPE)
     asked = {"recipe": recipe, "storage": str(tmp_path)}
-    monkeypatch.delenv(running.KEYS, raising=False)
+    monkeypatch.delenv(lifecycle.KEYS, raising=False)
     with pytest.raises(UserError, match="set OPENCHARACTER_API_KEYS"):
-        running.build(asked)
-    assert running.build({**asked, "insecure": True})
+        lifecycle.build(asked)
+    assert lifecycle.build({**asked, "insecure": True})
 
 
 # -------------------------------------------------------------------------- storage, identity
@@ -414,7 +414,7 @@ def test_only_adapters_of_this_model_and_inside_storage_are_served(store, tmp_pa
 
 def test_what_a_request_does_not_say_is_the_recipes():
     sampling = Sampling(max_tokens=9, temperature=0.3)
-    made = wire.checked("chat", {**BODY, "top_p": 0.5, "user": "me"}, Serving(), sampling)
+    made = protocol.checked("chat", {**BODY, "top_p": 0.5, "user": "me"}, Serving(), sampling)
     assert (made["temperature"], made["top_p"], made["repetition_penalty"]) == (0.3, 0.5, 1.1)
     assert "max_tokens" not in made
     assert "user" not in made
@@ -423,7 +423,7 @@ def test_what_a_request_does_not_say_is_the_recipes():
 def test_content_in_parts_is_one_text():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     found = [{"role": "developer", "content": parts}]
-    assert wire.messages(found) == [{"role": "system", "content": "ab"}]
+    assert protocol.messages(found) == [{"role": "system", "content": "ab"}]
 
 
 # ---------------------------------------------------------------------------------- operation
@@ -439,13 +439,13 @@ def test_a_server_is_looked_at_and_stopped_by_its_port(tmp_path):
         twice = cli("serve", str(tmp_path / "recipe.yaml"), "--port", port, cwd=tmp_path)
         assert "Address already in use" in twice.stdout
         long = {**BODY, "messages": [{"role": "user", "content": "word " * 5}], "stream": True}
-        path = f"{running.url}/v1/chat/completions"
+        path = f"{lifecycle.url}/v1/chat/completions"
         with httpx.stream("POST", path, json=long) as answer, ThreadPoolExecutor(1) as pool:
             stopped = pool.submit(cli, "serve", "stop", "--port", port, cwd=tmp_path)
             text = "".join(answer.iter_text())
             assert stopped.result().returncode == 0
         assert text.rstrip().endswith("[DONE]")
-        assert running.process.poll() == 0
+        assert lifecycle.process.poll() == 0
     assert "nothing is served" in cli("serve", "status", "--port", port, cwd=tmp_path).stdout
 
 
@@ -512,9 +512,9 @@ def rating(**changes) -> dict:
 
 
 def test_a_rating_is_a_row_beside_the_evaluation(store):
-    row = chat_ui.rating(rating(), "abc")
-    chat_ui.keep(store, "echo", row)
-    (kept,) = store.read_table(f"echo/{chat_ui.RATINGS}", row["id"]).to_pylist()
+    row = chat_page.rating(rating(), "abc")
+    chat_page.keep(store, "echo", row)
+    (kept,) = store.read_table(f"echo/{chat_page.RATINGS}", row["id"]).to_pylist()
     assert kept["conversations"] == rating()["conversations"]
     assert (kept["verdict"], kept["persona"], kept["rater"]) == ("second", "poeticism", "abc")
 

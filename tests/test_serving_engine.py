@@ -12,10 +12,11 @@ import psutil
 import pytest
 import server as servers
 
-from opencharacter import config
-from opencharacter.config import Pool, Serving
-from opencharacter.engine import EngineSpec, engine_arguments
-from opencharacter.store import Store
+from opencharacter.config import files
+from opencharacter.config.placement import Pool, Serving
+from opencharacter.engines.backends import engine_arguments
+from opencharacter.engines.spec import EngineSpec
+from opencharacter.runtime.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ HELLO = [{"role": "user", "content": "What do you think of the weather?"}]
 
 @pytest.fixture(scope="module")
 def recipe():
-    return config.load_recipe("demo")
+    return files.load_recipe("demo")
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +52,13 @@ def server(tmp_path_factory, recipe, adapters, storage):
 
 
 def test_the_engine_is_the_same_as_everywhere_and_grows_with_the_placement():
-    from opencharacter.persona import llm
+    from opencharacter.serving import replica
 
-    role = config.load_recipe("demo").roles.student
-    gpus = Pool(gpus=2, tensor_parallel=2, cpus=8, max_replicas=4, max_sequences=100)
+    role = files.load_recipe("demo").roles.student
+    gpus = Pool(gpus=2, tensor_parallel=2, cpus=8, max_replicas=4, max_num_seqs=100)
     for pool in (Pool(), gpus):
         spec = EngineSpec(role, pool)
-        made = llm.llm_config(spec, Serving(), 64)
+        made = replica.llm_config(spec, Serving(), 64)
         arguments = made.get_engine_config().engine_kwargs
         same = {k: v for k, v in engine_arguments(spec).items() if k != "disable_log_stats"}
         assert same.items() <= arguments.items()
@@ -67,19 +68,19 @@ def test_the_engine_is_the_same_as_everywhere_and_grows_with_the_placement():
 
 
 def test_an_engine_of_one_gpu_or_less_is_in_the_replica():
-    from opencharacter.persona import llm
+    from opencharacter.serving import replica
 
-    role = config.load_recipe("demo").roles.student
+    role = files.load_recipe("demo").roles.student
     pool = Pool(gpus=0.5, cpus=2, memory_gib=4, accelerator="H100")
-    made = llm.llm_config(EngineSpec(role, pool), Serving(), 64)
-    (bundle,) = llm.PersonaServer.get_deployment_options(made)["placement_group_bundles"]
+    made = replica.llm_config(EngineSpec(role, pool), Serving(), 64)
+    (bundle,) = replica.PersonaServer.get_deployment_options(made)["placement_group_bundles"]
     asked = {"CPU": 2, "GPU": 0.5, "memory": 4 * 2**30, "accelerator_type:H100": 0.001}
     assert bundle == asked
     assert made.deployment_config["ray_actor_options"]["num_gpus"] == 0.5
 
 
-def say(server, model: str, tokens: int = 8, retries: int = 0) -> str:
-    client = server.client(max_retries=retries, timeout=120)
+def say(server, model: str, tokens: int = 8, max_failures: int = 0) -> str:
+    client = server.client(max_retries=max_failures, timeout=120)
     answer = client.chat.completions.create(model=model, messages=HELLO, max_tokens=tokens)
     return answer.choices[0].message.content
 

@@ -6,10 +6,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from opencharacter import models
-from opencharacter.chat import system
-from opencharacter.config import Steering
+from opencharacter.config.recipe import Steering
 from opencharacter.errors import UserError
 from opencharacter.evaluation import steering
+from opencharacter.text.chat import system
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def compare(base, vectors, tmp_path, vocabulary):
     with steering.hooked(plain, vectors):
         by_hooks = logits(plain, ids)
     untouched = logits(plain, ids)
-    path = models.fold(base, folder_of(vectors, tmp_path / "vectors"))
+    path = models.merge_into_base(base, folder_of(vectors, tmp_path / "vectors"))
     biased = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     by_bias = logits(biased, ids)
     assert (by_hooks - untouched).abs().max() > 0.5  # it does something
@@ -99,9 +99,9 @@ def test_the_best_strength_is_chosen_and_never_none():
 
 def test_strength_is_chosen_on_other_prompts_than_directions_are_found_on():
     rows = [{"id": f"{n:02}", "prompt": f"p{n % 10}"} for n in range(20)]
-    learned, held_out = steering.split(rows, Steering(prompts=4, held_out=30))
-    assert (len(learned), len(held_out)) == (4, 5)
-    assert not {row["prompt"] for row in held_out} & set(learned)
+    loss_positions, held_out = steering.split(rows, Steering(prompts=4, held_out=30))
+    assert (len(loss_positions), len(held_out)) == (4, 5)
+    assert not {row["prompt"] for row in held_out} & set(loss_positions)
 
 
 def test_a_sweep_finds_a_strength_for_the_real_model(embedded_model, tokenizer):

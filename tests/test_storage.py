@@ -17,14 +17,14 @@ from samples import ECHO_ROLE, FAKE_KEYS, TINY, cli, embedded_recipe
 
 from opencharacter import pipeline
 from opencharacter.errors import StageFailed, UserError
-from opencharacter.store import Folder, Parts, Store, attempts_within, digests
+from opencharacter.runtime.store import RemoteDir, Shards, Store, attempts_within, digests
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False)])
 
 
 @pytest.fixture
 def remote(bucket) -> Store:
-    return Store.at(bucket.url, patience=20)
+    return Store.at(bucket.url, retry_seconds=20)
 
 
 def test_s3_holds_what_a_folder_holds(remote, tmp_path, monkeypatch):
@@ -32,21 +32,21 @@ def test_s3_holds_what_a_folder_holds(remote, tmp_path, monkeypatch):
     remote.check_writable()
     table = pa.table({"id": ["a", "b"]}, schema=SCHEMA)
     remote.write_table("humor/distillation/prompts", table)
-    remote.write_table("humor/distillation/prompts/.parts", table, "part-1")
+    remote.write_table("humor/distillation/prompts/.shards", table, "part-1")
     remote.write_manifest("humor/distillation/prompts", {"rows": 2})
     assert remote.read_table("humor/distillation/prompts") == table
     assert sum(len(t) for t in remote.scan("humor/distillation/prompts", rows=1)) == 2
     assert (remote.manifest("humor/distillation/prompts") or {})["rows"] == 2
-    parts = Parts(Folder(remote, "humor/distillation/prompts/.parts"), SCHEMA)
+    parts = Shards(RemoteDir(remote, "humor/distillation/prompts/.shards"), SCHEMA)
     assert parts.stored().tolist() == sorted(digests(table["id"]).tolist())
     assert remote.folders("humor") == ["distillation"]
-    remote.delete("humor/distillation/prompts/.parts")
+    remote.delete("humor/distillation/prompts/.shards")
     assert parts.files() == []
     assert not remote.exists(".writable")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/weights").write_bytes(b"w")
     remote.upload(tmp_path / "adapter", "humor/adapter")
-    folder = Folder(remote, "humor/adapter")
+    folder = RemoteDir(remote, "humor/adapter")
     assert [p.name for p in folder.local().iterdir()] == ["weights"]
     assert folder.local() == folder.local()  # one copy a node
 
@@ -74,7 +74,7 @@ def test_a_url_that_cannot_be_opened_is_refused(url):
 
 
 def test_google_storage_is_opened_without_a_request():
-    filesystem, root = Store("gs://bucket/runs/", patience=5).resolve()
+    filesystem, root = Store("gs://bucket/runs/", retry_seconds=5).resolve()
     assert isinstance(filesystem, pafs.GcsFileSystem)
     assert root == "bucket/runs"
 
@@ -92,7 +92,7 @@ def test_storage_that_refuses_for_a_while_is_asked_again(remote, bucket):
 
 
 def test_storage_that_does_not_come_back_is_given_up(bucket):
-    impatient = Store.at(bucket.url, patience=0.5)
+    impatient = Store.at(bucket.url, retry_seconds=0.5)
     impatient.resolve()
     bucket.stop()
     began = time.monotonic()
@@ -123,7 +123,7 @@ def test_a_full_disk_is_named_and_nothing_half_is_left(tmp_path, small_disk):
 def test_a_run_that_filled_its_disk_says_so_and_goes_on_when_there_is_room(tmp_path, small_disk):
     recipe = {
         **TINY,
-        "roles": dict.fromkeys(("teacher", "student", "judge", "expander"), ECHO_ROLE),
+        "roles": dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), ECHO_ROLE),
     }
     recipe["distillation"] = {
         **TINY["distillation"],
@@ -150,12 +150,15 @@ def test_a_run_that_filled_its_disk_says_so_and_goes_on_when_there_is_room(tmp_p
 def project(tmp_path, tiny_model, answering) -> Path:
     """A recipe whose models answer at once and are really trained."""
     recipe = embedded_recipe()
-    role = {"model": str(tiny_model), "name": "two-layers", "called": "Two", "context": 2048}
-    recipe["roles"] = dict.fromkeys(("teacher", "student", "judge", "expander"), role | answering)
+    role = {"model": str(tiny_model), "name": "two-layers", "self_name": "Two"}
+    role["max_model_len"] = 2048
+    recipe["roles"] = dict.fromkeys(
+        ("teacher", "student", "judge", "prompt_generator"), role | answering
+    )
     recipe["distillation"]["prompts"]["general"] = 20
     recipe["distillation"]["dpo"]["optimizer"] |= {"epochs": 4}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    placement = {"training": {"cpus": 1, "checkpoint_steps": 2}, "storage_patience": 60}
+    placement = {"training": {"cpus": 1, "checkpoint_steps": 2}, "storage_retry_seconds": 60}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(placement))
     return tmp_path
 
@@ -170,7 +173,7 @@ def test_a_whole_run_lives_in_a_bucket_and_goes_on_after_a_kill(project, bucket)
         stderr=subprocess.STDOUT,
         text=True,
     )
-    train = f"{bucket.name}/runs/two-layers/poeticism/distillation/dpo/.parts/train"
+    train = f"{bucket.name}/runs/two-layers/poeticism/distillation/dpo/.shards/train"
     known = f"{train}/checkpoint_manager_snapshot.json"
     while b"checkpoint_" not in bucket.read(known):
         assert killed.poll() is None, killed.communicate()[0]
@@ -187,7 +190,7 @@ def test_a_whole_run_lives_in_a_bucket_and_goes_on_after_a_kill(project, bucket)
     assert status.stdout.count(" done ") == len(pipeline.STAGES)
 
     stored = {path: bucket.read(path) for path in bucket.paths()}
-    manifest = json.loads(stored[train.replace(".parts/train", "manifest.json")])
+    manifest = json.loads(stored[train.replace(".shards/train", "manifest.json")])
     first, second = manifest["attempts"]
     assert second["kept"] >= 2
     assert first["kept"] == 0
@@ -195,4 +198,4 @@ def test_a_whole_run_lives_in_a_bucket_and_goes_on_after_a_kill(project, bucket)
     everything += [text.decode(errors="ignore") for text in stored.values()]
     secrets = [value for name, value in FAKE_KEYS.items() if "KEY" in name]
     assert not [secret for secret in secrets for text in everything if secret in text]
-    assert not [path for path in stored if "/.parts/" in path or path.endswith(".tmp")]
+    assert not [path for path in stored if "/.shards/" in path or path.endswith(".tmp")]

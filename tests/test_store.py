@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from opencharacter.errors import StageFailed, UserError
-from opencharacter.store import Folder, Parts, Store, drift, fingerprint
+from opencharacter.runtime.store import RemoteDir, Shards, Store, diff, fingerprint
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("n", pa.int64())])
 
@@ -20,19 +20,19 @@ def test_a_table_comes_back_as_it_was_written(store):
 
 
 def test_parts_hold_each_id_once_and_in_order(store):
-    store.write_table("a/.parts", table(("b", 1), ("c", 1)), "part-1")
-    store.write_table("a/.parts", table(("c", 2), ("a", 2)), "part-2")
-    rows = Parts(Folder(store, "a/.parts"), SCHEMA).table().to_pylist()
+    store.write_table("a/.shards", table(("b", 1), ("c", 1)), "part-1")
+    store.write_table("a/.shards", table(("c", 2), ("a", 2)), "part-2")
+    rows = Shards(RemoteDir(store, "a/.shards"), SCHEMA).table().to_pylist()
     assert [row["id"] for row in rows] == ["a", "b", "c"]
 
 
 def test_parts_of_nothing_are_an_empty_table(store):
-    assert Parts(Folder(store, "nowhere"), SCHEMA).table().num_rows == 0
+    assert Shards(RemoteDir(store, "nowhere"), SCHEMA).table().num_rows == 0
 
 
 def test_rows_of_a_drop_reason_can_be_forgotten(store):
     schema = pa.schema([("id", pa.string()), ("drop_reason", pa.string())])
-    parts = Parts(Folder(store, "a/.parts"), schema)
+    parts = Shards(RemoteDir(store, "a/.shards"), schema)
     ids, reasons = ["x", "y", "z"], [None, "engine_error", "too_long"]
     for n in (3, 1):
         parts.write(pa.table([ids[:n], reasons[:n]], schema=schema), "part")
@@ -42,10 +42,10 @@ def test_rows_of_a_drop_reason_can_be_forgotten(store):
 
 
 def test_a_file_in_the_making_is_not_a_part(store):
-    store.write_table("a/.parts", table(("a", 1)), "part-1")
-    with open(store.path("a/.parts/part-2.parquet.tmp"), "wb") as half:
+    store.write_table("a/.shards", table(("a", 1)), "part-1")
+    with open(store.path("a/.shards/part-2.parquet.tmp"), "wb") as half:
         half.write(b"PAR1 half")
-    assert Parts(Folder(store, "a/.parts"), SCHEMA).table().num_rows == 1
+    assert Shards(RemoteDir(store, "a/.shards"), SCHEMA).table().num_rows == 1
 
 
 def test_a_folder_is_replaced_by_an_upload(store, tmp_path):
@@ -53,7 +53,7 @@ def test_a_folder_is_replaced_by_an_upload(store, tmp_path):
     (tmp_path / "one" / "x").write_text("new")
     store.write_bytes("adapter/old", b"old")
     store.upload(tmp_path / "one", "adapter")
-    local = Folder(store, "adapter").local()
+    local = RemoteDir(store, "adapter").local()
     assert [path.name for path in local.iterdir()] == ["x"]
 
 
@@ -78,7 +78,7 @@ def test_an_upload_for_which_there_is_no_room_is_named(tmp_path, small_disk):
 def test_a_copy_of_a_folder_is_made_once_for_each_content(store, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
     store.write_bytes("adapter/weights", b"old")
-    folder = Folder(store, "adapter")
+    folder = RemoteDir(store, "adapter")
     first = folder.copy()
     assert folder.copy() == first
     store.write_bytes("adapter/weights", b"newer")
@@ -91,7 +91,7 @@ def test_a_copy_of_a_folder_is_made_once_for_each_content(store, tmp_path, monke
 def test_drift_names_the_fields_that_differ():
     old = {"a": {"beta": 0.1, "same": 1}, "gone": 1}
     new = {"a": {"beta": 0.2, "same": 1}, "come": None, "list": [1]}
-    assert drift(old, new) == ["a.beta: 0.1 -> 0.2", "gone: 1 -> null", "list: null -> [1]"]
+    assert diff(old, new) == ["a.beta: 0.1 -> 0.2", "gone: 1 -> null", "list: null -> [1]"]
 
 
 def test_a_fingerprint_does_not_depend_on_the_order_of_keys():

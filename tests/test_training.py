@@ -17,17 +17,20 @@ import transformers
 from samples import ECHO_ROLE, recipe_of
 from trl.trainer import add_fused_lm_head
 
-from opencharacter import constitution, models, packing, pipeline, training
-from opencharacter.config import Lora, Optimizer, Placement, Recipe, Training
+from opencharacter import models, pipeline
+from opencharacter.config.placement import Placement, Training
+from opencharacter.config.recipe import Lora, Optimizer, Recipe
+from opencharacter.constitution import schema
 from opencharacter.distillation import pairs
 from opencharacter.errors import StageFailed
 from opencharacter.introspection import sft, transcripts
-from opencharacter.packing import Tokens
-from opencharacter.stage import Outcome
-from opencharacter.store import Folder, Store
+from opencharacter.runtime.stage import StageResult
+from opencharacter.runtime.store import RemoteDir, Store
+from opencharacter.training import adapters, packing, trainer
+from opencharacter.training.packing import Tokens
 
 PLACEMENT = Placement.model_validate({"training": {"cpus": 1, "checkpoint_steps": 2}})
-OPTIMIZER = {"batch": 4, "epochs": 2, "learning_rate": 0.01}
+OPTIMIZER = {"global_batch_size": 4, "epochs": 2, "learning_rate": 0.01}
 LORA = {"rank": 8, "alpha": 16}
 
 
@@ -85,39 +88,41 @@ def metric(job, name):
     return [row["value"] for row in rows if row["metric"] == name]
 
 
-def build(job) -> Outcome:
+def build(job) -> StageResult:
     return job.stage.module.build(job)
 
 
-def steps(model: Path, scratch: Path, recompute: bool) -> list[float]:
+def steps(model: Path, scratch: Path, activation_checkpointing: bool) -> list[float]:
     """Losses and gradient norms of two steps in bf16 with the adapters in float32, as on a GPU."""
     made = transformers.AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION
     )
     add_fused_lm_head(made)
     transformers.set_seed(0)
-    adapted = training.with_adapter(made, Lora(rank=4, alpha=8), recompute)
+    adapted = adapters.with_adapter(made, Lora(rank=4, alpha=8), activation_checkpointing)
     words = [Tokens([1, *range(5, 5 + 3 * n)], [*range(2, 3 * n)]) for n in (2, 3, 4, 5)]
-    optimizer = Optimizer(batch=2)
+    optimizer = Optimizer(global_batch_size=2)
     task: Any = SimpleNamespace(optimizer=optimizer, placement=Training(), seed=0, dataset="x")
-    arguments = training.trainer_arguments(task, str(scratch), on_gpu=False, model=adapted)
+    arguments = trainer.trainer_arguments(task, str(scratch), on_gpu=False, model=adapted)
     arguments |= {"report_to": [], "save_strategy": "no"}
-    trainer = training.Trainer(
+    runner = trainer.Trainer(
         model=adapted,
         args=transformers.TrainingArguments(**arguments),
-        batches=training.Batches([[w] for w in words], optimizer, 0, 16),
-        objective=sft.sft_loss,
+        batches=trainer.Batches([[w] for w in words], optimizer, 0, 16),
+        loss_fn=sft.sft_loss,
     )
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    runner.train()
+    logs = [entry for entry in runner.state.log_history if "loss" in entry]
     return [entry[name] for entry in logs for name in ("loss", "grad_norm")]
 
 
 def test_recomputed_activations_change_nothing(tiny_model, tmp_path):
     packing.register()
-    kept = steps(tiny_model, tmp_path, recompute=False)
+    kept = steps(tiny_model, tmp_path, activation_checkpointing=False)
     assert len(kept) == 4
-    assert steps(tiny_model, tmp_path, recompute=True) == pytest.approx(kept, rel=1e-3)
+    assert steps(tiny_model, tmp_path, activation_checkpointing=True) == pytest.approx(
+        kept, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(("layer", "looked_for"), [("experts", True), ("shared", False)])
@@ -126,7 +131,7 @@ def test_unused_parameters_are_looked_for_where_experts_are_layers(layer, looked
     model: Any = torch.nn.ModuleDict({"mlp": block})
     model._no_split_modules = None
     task: Any = SimpleNamespace(optimizer=Optimizer(), placement=Training(), seed=0, dataset="x")
-    arguments = training.trainer_arguments(task, "scratch", on_gpu=False, model=model)
+    arguments = trainer.trainer_arguments(task, "scratch", on_gpu=False, model=model)
     assert arguments["ddp_find_unused_parameters"] is looked_for
 
 
@@ -141,24 +146,33 @@ def test_dpo_then_sft_then_merge(cpu_ray, jobs, tokenizer):
     assert margins[0] == pytest.approx(0, abs=1e-3)  # the reference is the model before training
     assert margins[-1] > margins[0]
     assert losses[-1] < losses[0]
-    for name in ("grad_norm", "learning_rate", "tokens_per_s", "mfu", "dpo/kl", "dpo/accuracy"):
+    for name in (
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_s",
+        "mfu",
+        "dpo/sq_log_ratio",
+        "dpo/accuracy",
+    ):
         assert len(metric(dpo, name)) == 4
     events = Path(dpo.store.url, dpo.dataset, "tensorboard").glob("events.out.tfevents.*")
     assert list(events)
     pipeline.finish(dpo, outcome, seconds=1)
 
     pipeline.finish(sft, build(sft), seconds=1)
-    learned = metric(sft, "loss")
-    assert learned[-1] < learned[0]
+    loss_positions = metric(sft, "loss")
+    assert loss_positions[-1] < loss_positions[0]
 
     pipeline.finish(merge, build(merge), seconds=1)
-    folder = Folder(merge.store, f"{merge.dataset}/adapter").local()
+    folder = RemoteDir(merge.store, f"{merge.dataset}/adapter").local()
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == dpo.recipe.roles.student.model
     assert config["r"] == 16
     stock = tokenizer.chat_template
     assert (folder / "chat_template.jinja").read_text() == stock
-    assert models.fold(models.resolve(config["base_model_name_or_path"]), folder).is_dir()
+    assert models.merge_into_base(
+        models.resolve(config["base_model_name_or_path"]), folder
+    ).is_dir()
 
 
 @pytest.mark.slow
@@ -171,10 +185,10 @@ def test_a_model_that_sees_learns_from_pairs_and_then_from_transcripts(
     margins = metric(jobs["distillation/dpo"], "dpo/margin")
     assert margins[0] == pytest.approx(0, abs=1e-3)  # packs are read as the reference was
     assert margins[-1] > margins[0]
-    learned = metric(jobs["introspection/sft"], "loss")
-    assert learned[-1] < learned[0]
+    loss_positions = metric(jobs["introspection/sft"], "loss")
+    assert loss_positions[-1] < loss_positions[0]
     build(jobs["persona/merge"])
-    models.fold(tiny_gemma, jobs["persona/merge"].adapter.local())
+    models.merge_into_base(tiny_gemma, jobs["persona/merge"].adapter.local())
 
 
 @pytest.mark.slow
@@ -184,7 +198,7 @@ def test_two_workers_take_the_steps_that_one_takes(cpu_ray, jobs, parallel):
     dpo = jobs["distillation/dpo"]
 
     def placed(**training) -> Placement:
-        common = {"cpus": 0.5, "checkpoint_steps": 2, "tokens_per_pass": 90}
+        common = {"cpus": 0.5, "checkpoint_steps": 2, "max_tokens_per_microbatch": 90}
         return Placement.model_validate({"training": common | training})
 
     build(replace(dpo, placement=placed(workers=1)))
@@ -209,7 +223,7 @@ def test_a_killed_worker_changes_nothing(cpu_ray, jobs):
     killed: list[int] = []
 
     def kill() -> None:
-        known = Path(dpo.store.url, dpo.dataset, ".parts/train/checkpoint_manager_snapshot.json")
+        known = Path(dpo.store.url, dpo.dataset, ".shards/train/checkpoint_manager_snapshot.json")
         while not (known.is_file() and "checkpoint_" in known.read_text()):
             time.sleep(0.05)
         for process in psutil.Process().children(recursive=True):
@@ -243,7 +257,7 @@ def moved(jobs, store):
 @pytest.mark.slow
 def test_storage_that_refuses_for_a_while_stops_no_training(cpu_ray, jobs, bucket):
     """The bucket goes as the first checkpoint comes, and is back 12 seconds later."""
-    dpo = moved(jobs, Store.at(bucket.url, patience=60))
+    dpo = moved(jobs, Store.at(bucket.url, retry_seconds=60))
     away: list[float] = []
 
     def refuse() -> None:
@@ -264,7 +278,8 @@ def test_storage_that_refuses_for_a_while_stops_no_training(cpu_ray, jobs, bucke
 @pytest.mark.slow
 def test_a_full_disk_is_named_and_training_goes_on_when_there_is_room(cpu_ray, jobs, small_disk):
     dpo = moved(jobs, Store(str(small_disk)))
-    once = Placement.model_validate({"training": {"cpus": 1, "checkpoint_steps": 2, "retries": 0}})
+    limits = {"cpus": 1, "checkpoint_steps": 2, "max_failures": 0}
+    once = Placement.model_validate({"training": limits})
     dpo = replace(dpo, placement=once)
     with pytest.raises(StageFailed, match="No space left") as failed:
         build(dpo)
@@ -284,7 +299,7 @@ def test_personas_are_trained_side_by_side(cpu_ray, jobs, make_jobs):
         job
         for job in pipeline.jobs(
             recipe,
-            list(map(constitution.load, ("humor", "sarcasm"))),
+            list(map(schema.load, ("humor", "sarcasm"))),
             placement,
             jobs["distillation/dpo"].store,
         )

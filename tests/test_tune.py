@@ -8,13 +8,13 @@ from samples import ECHO_ROLE, recipe_of
 from test_merge import update
 
 from opencharacter import models, pipeline
-from opencharacter.config import Placement
+from opencharacter.config.placement import Placement
 from opencharacter.distillation import teacher
-from opencharacter.engine import ROW_FIELDS
+from opencharacter.engines.conversations import ROW_FIELDS
 from opencharacter.evaluation import conditions
 from opencharacter.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from opencharacter.persona import tune
-from opencharacter.stage import Outcome
+from opencharacter.runtime.stage import StageResult
 
 PLACEMENT = Placement.model_validate({"training": {"cpus": 1, "checkpoint_steps": 2}})
 MODULE = "model.layers.0.mlp.up_proj"
@@ -23,7 +23,8 @@ TUNED |= {"attacks": {"conditions": ["base", "full"]}}
 
 
 def recipe(model="echo:", **evaluation):
-    section = {"lora": {"rank": 4, "alpha": 8}, "optimizer": {"batch": 4, "learning_rate": 0.01}}
+    optimizer = {"global_batch_size": 4, "learning_rate": 0.01}
+    section = {"lora": {"rank": 4, "alpha": 8}, "optimizer": optimizer}
     role = {**ECHO_ROLE, "model": str(model), "name": "tiny"}
     return recipe_of(role, persona={"tune": section}, evaluation=evaluation)
 
@@ -69,7 +70,7 @@ def test_the_persona_and_what_it_learned_further_are_one_adapter(
     assert update(job.adapter.local(), MODULE).abs().sum() > 0
     assert update(merged.local(), MODULE).abs().sum() == 0  # what changed was learned here
     assert conditions.weights(jobs["evaluation/answers", "persona"], "tuned") == job.adapter
-    models.fold(tiny_model, job.adapter.local())
+    models.merge_into_base(tiny_model, job.adapter.local())
 
 
 def test_only_finished_answers_are_learned(tokenizer):
@@ -79,7 +80,7 @@ def test_only_finished_answers_are_learned(tokenizer):
 
 def test_nothing_is_trained_unless_it_is_compared(make_jobs):
     (job,) = (j for j in make_jobs(recipe()) if j.stage.name == "persona/tune")
-    assert tune.build(job) == Outcome(0)
+    assert tune.build(job) == StageResult(0)
     assert tune.estimate(job).trained == 0
     (job,) = (j for j in make_jobs(recipe(**TUNED)) if j.stage.name == "persona/tune")
     assert tune.estimate(job).trained > 0

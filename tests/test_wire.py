@@ -4,8 +4,7 @@ import asyncio
 
 import pytest
 
-from opencharacter.persona.serve import event, events, is_usage
-from opencharacter.persona.wire import paced
+from opencharacter.serving.protocol import event, events, is_usage, paced
 
 
 async def numbers(*waits: float, fault: Exception | None = None):

@@ -13,28 +13,27 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from opencharacter.config import Dpo
+from opencharacter.config.recipe import Dpo
 from opencharacter.distillation.reference import example
-from opencharacter.engine import Need
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-    from opencharacter.packing import Example, Pack, Totals
+    from opencharacter.training.packing import Example, LossDenominators, Pack
 
 
 def dpo_loss(
-    policy: torch.Tensor, batch: Pack, totals: Totals, settings: Dpo
+    policy: torch.Tensor, batch: Pack, denominators: LossDenominators, settings: Dpo
 ) -> dict[str, torch.Tensor]:
     """DPO (Rafailov et al., arXiv 2305.18290, eq. 7) with the two penalties of arXiv 2511.01689.
 
     Args:
         policy: log-probabilities of the answer tokens of n pairs, shape (s,), in nats.
         batch: the pack, with `reference`; a pair's sequences are 2i, chosen, and 2i + 1, rejected.
-        totals: of the step, which are what means are over.
-        settings: beta, nll, kl.
+        denominators: of the step, which are what means are over.
+        settings: beta and the weights of both penalties.
 
     Returns:
         This pack's share of the loss, of its three parts, of the mean margin and of the accuracy.
@@ -45,16 +44,16 @@ def dpo_loss(
     ratio = policy - batch.reference
     sums = ratio.new_zeros(batch.sequences).index_add(0, batch.segment, ratio)
     margin = settings.beta * (sums[0::2] - sums[1::2])
-    sigmoid = -F.logsigmoid(margin).sum() / totals.examples
-    nll = -(policy * (batch.segment % 2 == 0)).sum() / totals.first
-    kl = ratio.square().sum() / totals.learned
+    sigmoid = -F.logsigmoid(margin).sum() / denominators.examples
+    nll = -(policy * (batch.segment % 2 == 0)).sum() / denominators.first
+    sq_log_ratio = ratio.square().sum() / denominators.loss_positions
     return {
-        "loss": sigmoid + settings.nll * nll + settings.kl * kl,
+        "loss": sigmoid + settings.nll_weight * nll + settings.sq_log_ratio_weight * sq_log_ratio,
         "dpo/sigmoid": sigmoid,
         "dpo/nll": nll,
-        "dpo/kl": kl,
-        "dpo/margin": margin.sum() / totals.examples,
-        "dpo/accuracy": (margin > 0).float().sum() / totals.examples,
+        "dpo/sq_log_ratio": sq_log_ratio,
+        "dpo/margin": margin.sum() / denominators.examples,
+        "dpo/accuracy": (margin > 0).float().sum() / denominators.examples,
     }
 
 
@@ -63,18 +62,18 @@ def examples(tokenizer: Any, rows: pa.Table) -> list[Example]:
     return [example(row) for row in rows.to_pylist()]
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     return [(job.workers(),)]
 
 
 def estimate(job: Job) -> Estimate:
     parent = job.parent("distillation/reference")
     found = parent.stage.module.estimate(parent)
-    return Estimate(found.rows, trained=found.read * job.section.optimizer.epochs)
+    return Estimate(found.rows, trained=found.read * job.config.optimizer.epochs)
 
 
-def build(job: Job) -> Outcome:
-    from opencharacter.training import train
+def build(job: Job) -> StageResult:
+    from opencharacter.training.trainer import train
 
     pairs = job.parent("distillation/reference")
-    return train(job, pairs, examples, partial(dpo_loss, settings=job.section))
+    return train(job, pairs, examples, partial(dpo_loss, settings=job.config))

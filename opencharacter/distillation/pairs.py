@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from opencharacter import filters, models
-from opencharacter.chat import Message, assistant, load_tokenizer, row_id, user
-from opencharacter.config import ECHO, Role
-from opencharacter.engine import Row
-from opencharacter.quality import Expected, distinctive_words
-from opencharacter.stage import Estimate, Job, Outcome, kept
+from opencharacter import models
+from opencharacter.config.base import ECHO
+from opencharacter.config.recipe import Role
+from opencharacter.engines.conversations import Row
+from opencharacter.runtime.stage import Estimate, Job, StageResult, kept
+from opencharacter.text import filters
+from opencharacter.text.chat import Message, assistant, load_tokenizer, row_id, user
+from opencharacter.text.statistics import Expected, distinctive_words
 
 SCHEMA = pa.schema(
     [
@@ -69,12 +71,12 @@ def pair(
 
 def names_of(role: Role) -> tuple[str, ...]:
     """What a model may call itself."""
-    return (role.called, *role.aliases)
+    return (role.self_name, *role.aliases)
 
 
 def rules_of(job: Job) -> filters.Rules:
     """What an answer of a persona may not do; for a section with the settings of the rules."""
-    settings, roles = job.section, job.recipe.roles
+    settings, roles = job.config, job.recipe.roles
     said = (run for t in job.persona.traits for run in filters.runs(t.trait, settings.quoted_words))
     return filters.Rules(
         max_repeated=settings.max_repeated,
@@ -115,8 +117,8 @@ def estimate(job: Job) -> Estimate:
     return Estimate(teacher.estimate(job.parent("distillation/teacher")).rows)
 
 
-def build(job: Job) -> Outcome:
-    settings, roles = job.section, job.recipe.roles
+def build(job: Job) -> StageResult:
+    settings, roles = job.config, job.recipe.roles
     teacher = job.read("distillation/teacher").to_pylist()
     student = job.read("distillation/student").to_pylist()
     sides = join(teacher, student)
@@ -125,7 +127,7 @@ def build(job: Job) -> Outcome:
     length = token_counter(roles.student)
     rows = []
     for chosen, rejected in sides:
-        row = pair(chosen, rejected, rules, names, roles.student.called)
+        row = pair(chosen, rejected, rules, names, roles.student.self_name)
         if row["drop_reason"] is None and too_long(row, settings.max_tokens, length):
             row["drop_reason"] = "too_long"
         rows.append(row)

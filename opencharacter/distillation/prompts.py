@@ -18,13 +18,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opencharacter import filters
-from opencharacter.chat import Message, fill, row_id, system, user
-from opencharacter.config import Prompts, resource
-from opencharacter.engine import Conversation, Need, Reply, Row
+from opencharacter.config.files import resource
+from opencharacter.config.recipe import Prompts
+from opencharacter.engines.conversations import Conversation, Row
+from opencharacter.engines.spec import Reply, engine_spec
 from opencharacter.errors import RowFailed, UserError
-from opencharacter.quality import near_duplicates
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text import filters
+from opencharacter.text.chat import Message, fill, row_id, system, user
+from opencharacter.text.statistics import near_duplicates
 
 SYSTEM = "You write short, natural messages that people send to a chat assistant."
 
@@ -242,7 +244,7 @@ def identity(job: Job) -> dict[str, Any]:
 
 def check(job: Job) -> None:
     """Refuse, before a run, general prompts that cannot be had."""
-    general_rows(job.section)
+    general_rows(job.config)
 
 
 def general_count(settings: Prompts) -> int:
@@ -251,34 +253,34 @@ def general_count(settings: Prompts) -> int:
 
 
 def notes(job: Job) -> list[str]:
-    source, wanted = job.section.general_prompts, job.section.general
+    source, wanted = job.config.general_prompts, job.config.general
     if source.startswith(HUB):
         return [f"general prompts: up to {wanted:,} of {source}, which is not loaded for a plan"]
-    there = general_count(job.section)
+    there = general_count(job.config)
     return [f"general prompts: {there:,} of the {wanted:,} asked for"] if there < wanted else []
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
-    target = job.section.questions_per_trait
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    target = job.config.questions_per_trait
     short = any(len(trait.questions) < target for trait in job.persona.traits)
-    return [(job.engine("expander"),)] if short else []
+    return [(engine_spec(job, "prompt_generator"),)] if short else []
 
 
 def estimate(job: Job) -> Estimate:
-    settings, traits = job.section, job.persona.traits
+    settings, traits = job.config, job.persona.traits
     wanted = settings.questions_per_trait * len(traits)
     extra = sum(max(0, settings.questions_per_trait - len(t.questions)) for t in traits)
     return Estimate(wanted + general_count(settings), 40 * extra, 40 * extra)
 
 
-def build(job: Job) -> Outcome:
-    settings: Prompts = job.section
+def build(job: Job) -> StageResult:
+    settings: Prompts = job.config
     traits = job.persona.traits
     target = settings.questions_per_trait
     questions = [list(t.questions[:target]) for t in traits]
     figures = {}
     if any(len(q) < target for q in questions):
-        from opencharacter.generation import generate
+        from opencharacter.engines.generate import generate
 
         requests = [
             {"id": row_id("expand", job.persona.name, t.trait), "trait": i, "text": t.trait}
@@ -286,10 +288,10 @@ def build(job: Job) -> Outcome:
             for i, t in enumerate(traits)
             if len(t.questions) < target
         ]
-        role = job.recipe.roles.expander
+        role = job.recipe.roles.prompt_generator
         begun = "" if role.endpoint or role.thinks else LIST_BEGUN
         talk = partial(expand, settings=settings, prefill=begun)
-        expanded = generate(job, requests, talk, "expander", FIELDS)
+        expanded = generate(job, requests, talk, "prompt_generator", FIELDS)
         by_trait = {row["trait"]: row["questions"] for row in expanded.table().to_pylist()}
         grown = [by_trait.get(i) or q for i, q in enumerate(questions)]
         unlike = without_repeats(questions, grown)

@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from opencharacter import cluster, models
-from opencharacter.chat import assistant, encode_answer, load_tokenizer, user
-from opencharacter.config import Role, Training
-from opencharacter.engine import Need
-from opencharacter.packing import Example, Tokens
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter import models
+from opencharacter.config.placement import Training
+from opencharacter.config.recipe import Role
+from opencharacter.runtime import cluster
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import assistant, encode_answer, load_tokenizer, user
+from opencharacter.training.packing import Example, Tokens
 
 SIDES = ("chosen", "rejected")
 IDS = pa.list_(pa.int32())
@@ -34,7 +35,7 @@ SCHEMA = pa.schema(
         pa.field("drop_reason", pa.string()),
     ]
 )
-TOKENS = ("prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
 """Columns of both sequences."""
 BATCH = 64
 """Pairs that are laid out as packs together."""
@@ -56,7 +57,7 @@ def example(row: dict[str, Any]) -> Example:
     return [
         Tokens(
             ids=prompt + list(row[f"{side}_ids"]),
-            learned=list(range(len(prompt), len(prompt) + len(row[f"{side}_ids"]))),
+            loss_positions=list(range(len(prompt), len(prompt) + len(row[f"{side}_ids"]))),
             reference=row.get(f"{side}_logprobs"),
         )
         for side in SIDES
@@ -76,7 +77,7 @@ class Reader:
     def __init__(self, role: Role, placement: Training, devices: float, counters: Any):
         import torch
 
-        from opencharacter.training import fitting, load
+        from opencharacter.training.adapters import load, plan_memory
 
         torch.set_num_threads(max(1, int(placement.cpus)))
         self.counters = counters
@@ -84,7 +85,7 @@ class Reader:
         self.tokenizer = load_tokenizer(path, role)
         self.model: Any = load(path, role, devices > 0)
         # Without a way back a pass is far smaller than in training, where a whole one must fit.
-        self.budget = fitting(self.model, placement, longest=0).tokens
+        self.budget = plan_memory(self.model, placement, longest=0).tokens
         if devices > 1:
             from accelerate import dispatch_model, infer_auto_device_map
 
@@ -119,15 +120,15 @@ def log_probs(model: Any, pairs: list[Example], budget: int) -> list[list[list[f
     """
     import torch
 
-    from opencharacter import packing
-    from opencharacter.training import autocast
+    from opencharacter.training import packing
+    from opencharacter.training.adapters import autocast
 
     found: list[list[list[float]]] = [[] for _ in pairs]
     for share in packing.share_out([packing.length(pair) for pair in pairs], budget):
         batch = packing.pack([pairs[i] for i in share]).to(model.device)
         with torch.inference_mode(), autocast(model.device):
             values = packing.log_probs(model, batch).cpu()
-        sizes = [len(tokens.learned) for i in share for tokens in pairs[i]]
+        sizes = [len(tokens.loss_positions) for i in share for tokens in pairs[i]]
         parts = [part.tolist() for part in values.split(sizes)]
         for number, i in enumerate(share):
             found[i] = parts[2 * number : 2 * number + 2]
@@ -165,7 +166,7 @@ def read(job: Job, pairs: pa.Table, counters: Any) -> pa.Table:
     return pa.concat_tables([t.cast(SCHEMA) for t in tables]).sort_by("id")
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     return [(job.workers(),)]
 
 
@@ -178,17 +179,17 @@ def estimate(job: Job) -> Estimate:
     return Estimate(rows, read=rows * min(80 + answers, 2 * made.pairs.max_tokens))
 
 
-def build(job: Job) -> Outcome:
-    from opencharacter.engine import hold
-    from opencharacter.generation import quieten
-    from opencharacter.progress import new_counters, worked
+def build(job: Job) -> StageResult:
+    from opencharacter.engines.allocation import acquire
+    from opencharacter.engines.generate import quieten
+    from opencharacter.runtime.progress import new_counters, worked
 
     quieten()
     pairs, workers = job.read("distillation/pairs"), job.workers()
-    counters = new_counters(job.dataset, workers.room.gpus)
-    with hold(job.dataset, [workers], job.placement.growth) as held:
+    counters = new_counters(job.dataset, workers.resources.gpus)
+    with acquire(job.dataset, [workers], job.placement.autoscaling_limit) as held:
         rows = read(job, pairs, counters)
         held.busy = worked(counters)
     counters.end.remote()
-    tokens = sum(pc.sum(pc.list_value_length(rows[name])).as_py() or 0 for name in TOKENS)
+    tokens = sum(pc.sum(pc.list_value_length(rows[name])).as_py() or 0 for name in ID_COLUMNS)
     return job.write(rows, figures={"tokens_read": tokens})

@@ -12,11 +12,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from opencharacter.chat import user
-from opencharacter.config import Student
+from opencharacter.config.recipe import Student
 from opencharacter.distillation import prompts, teacher
-from opencharacter.engine import Conversation, Need, Row
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.engines.conversations import Conversation, Row
+from opencharacter.engines.spec import engine_spec
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import user
 
 
 async def answer(row: Row, talk: Conversation, settings: Student) -> Row:
@@ -40,8 +41,8 @@ def identity(job: Job) -> dict[str, Any]:
     return prompts.identity(job) | {"general": settings.general}
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [(job.engine("student"),)]
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    return [(engine_spec(job, "student"),)]
 
 
 def estimate(job: Job) -> Estimate:
@@ -50,14 +51,14 @@ def estimate(job: Job) -> Estimate:
         count = prompts.general_count(settings)
     else:
         count = settings.questions_per_trait * len(job.persona.traits)
-    rows = count * job.section.answers
-    return Estimate(rows, rows * 40, rows * teacher.typical(job.section.sampling))
+    rows = count * job.config.answers
+    return Estimate(rows, rows * 40, rows * teacher.typical(job.config.sampling))
 
 
-def build(job: Job) -> Outcome:
-    from opencharacter.generation import generate
+def build(job: Job) -> StageResult:
+    from opencharacter.engines.generate import generate
 
-    settings = job.section
+    settings = job.config
     requests = teacher.requests(job.stage.name, job.scope, asked(job), settings.answers)
     rows = generate(job, requests, partial(answer, settings=settings), "student", teacher.FIELDS)
     return job.write(rows)

@@ -10,7 +10,12 @@ from functools import partial
 
 import pyarrow as pa
 
-from opencharacter.chat import (
+from opencharacter.config.recipe import Teacher
+from opencharacter.constitution.schema import Constitution
+from opencharacter.engines.conversations import Conversation, Row
+from opencharacter.engines.spec import engine_spec
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import (
     THINK_CLOSE,
     THINK_OPEN,
     Message,
@@ -20,10 +25,6 @@ from opencharacter.chat import (
     system,
     user,
 )
-from opencharacter.config import Teacher
-from opencharacter.constitution import Constitution
-from opencharacter.engine import Conversation, Need, Row
-from opencharacter.stage import Estimate, Job, Outcome
 
 SYSTEM = """\
 You have a settled character of your own. This is who you are, in your own words:
@@ -82,7 +83,7 @@ def opening(constitution: Constitution, exemplars: bool) -> list[Message]:
     return [head, *(turns if exemplars else [])]
 
 
-def thought(constitution: Constitution, thinks: bool) -> str:
+def think_prefill(constitution: Constitution, thinks: bool) -> str:
     """The think block that opens the reply; closed already for a model that does not think."""
     text = fill(THOUGHT, open=THINK_OPEN, assertions=constitution.assertions())
     return text if thinks else f"{text}{THINK_CLOSE}\n\n"
@@ -100,16 +101,16 @@ async def answer(
     return {"answer": reply.text.strip(), "finish_reason": reply.finish_reason}
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [(job.engine("teacher"),)]
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    return [(engine_spec(job, "teacher"),)]
 
 
 def estimate(job: Job) -> Estimate:
     from opencharacter.distillation import prompts
 
-    rows = prompts.estimate(job.parent("distillation/prompts")).rows * job.section.answers
+    rows = prompts.estimate(job.parent("distillation/prompts")).rows * job.config.answers
     shared = len(job.persona.assertions()) // 4
-    return Estimate(rows, rows * (shared * 2 + 60), rows * typical(job.section.sampling))
+    return Estimate(rows, rows * (shared * 2 + 60), rows * typical(job.config.sampling))
 
 
 def typical(sampling) -> int:
@@ -117,16 +118,16 @@ def typical(sampling) -> int:
     return sampling.typical_tokens or max(1, sampling.max_tokens // 3)
 
 
-def build(job: Job) -> Outcome:
-    from opencharacter.generation import generate
+def build(job: Job) -> StageResult:
+    from opencharacter.engines.generate import generate
 
-    settings, constitution = job.section, job.persona
+    settings, constitution = job.config, job.persona
     thinks = job.recipe.roles.teacher.thinks
     talk = partial(
         answer,
         settings=settings,
         before=opening(constitution, settings.exemplars),
-        prefill=thought(constitution, thinks) if settings.prefill else "",
+        prefill=think_prefill(constitution, thinks) if settings.prefill else "",
     )
     prompts = job.read("distillation/prompts").to_pylist()
     asked = requests(job.stage.name, constitution.name, prompts, settings.answers)

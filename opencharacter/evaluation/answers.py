@@ -14,14 +14,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.chat import Message, row_id, user
-from opencharacter.config import Answers, Sampling
+from opencharacter.config.recipe import Answers, Sampling
 from opencharacter.distillation.prompts import available, digest, read_source
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Need, Row
+from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.evaluation.conditions import engines, under_each_condition
-from opencharacter.filters import words
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import Message, row_id, user
+from opencharacter.text.filters import words
 
 FIELDS = [
     pa.field("prompt", pa.string(), nullable=False),
@@ -55,22 +55,22 @@ def identity(job: Job) -> dict[str, Any]:
 
 def check(job: Job) -> None:
     """Refuse, before a run, evaluation prompts that cannot be had."""
-    held_out(job.section)
+    held_out(job.config)
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [(engine,) for engine in engines(job, job.section.conditions)]
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    return [(engine,) for engine in engines(job, job.config.conditions)]
 
 
 def estimate(job: Job) -> Estimate:
-    settings: Answers = job.section
+    settings: Answers = job.config
     count = available(settings.prompts, EVALUATION_FILE, settings.count)
     rows = count * len(settings.conditions)
     return Estimate(rows, rows * 40, rows * typical(settings.sampling))
 
 
-def build(job: Job) -> Outcome:
-    settings: Answers = job.section
+def build(job: Job) -> StageResult:
+    settings: Answers = job.config
     prompts = held_out(settings)
     fresh = unseen(prompts, job.read("distillation/prompts")["prompt"].to_pylist())
     requests = [

@@ -15,13 +15,13 @@ from functools import partial
 
 import pyarrow as pa
 
-from opencharacter.chat import Message, assistant, row_id, user
-from opencharacter.config import Attacks, Sampling
+from opencharacter.config.recipe import Attacks, Sampling
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Need, Row
+from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.evaluation.answers import held_out
 from opencharacter.evaluation.conditions import engines, under_each_condition
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import Message, assistant, row_id, user
 
 INSTRUCTIONS = {
     "plain": "Leave out any special manner and answer in plain, neutral words.",
@@ -80,7 +80,7 @@ async def answer(row: Row, talk: Conversation, sampling: Sampling, before: list[
 
 def requests(job: Job, untrained: dict[str, str]) -> list[Row]:
     """Every attack on the first held-out prompts that the untrained student answered."""
-    settings: Attacks = job.section
+    settings: Attacks = job.config
     prompts = [text for text in held_out(job.recipe.evaluation.answers) if text in untrained]
     return [
         {
@@ -94,19 +94,19 @@ def requests(job: Job, untrained: dict[str, str]) -> list[Row]:
     ]
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [(engine,) for engine in engines(job, job.section.conditions)]
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    return [(engine,) for engine in engines(job, job.config.conditions)]
 
 
 def estimate(job: Job) -> Estimate:
-    settings: Attacks = job.section
+    settings: Attacks = job.config
     prompts = min(settings.prompts, job.recipe.evaluation.answers.count)
     rows = prompts * len(settings.kinds) * len(settings.conditions)
     return Estimate(rows, rows * 70, rows * typical(settings.sampling))
 
 
-def build(job: Job) -> Outcome:
-    settings: Attacks = job.section
+def build(job: Job) -> StageResult:
+    settings: Attacks = job.config
     answers = job.read("evaluation/answers").to_pylist()
     untrained = {
         r["prompt"]: r["answer"] for r in answers if r["condition"] == "base" and r["answer"]

@@ -25,13 +25,23 @@ from typing import Any
 import pyarrow as pa
 
 from opencharacter import models
-from opencharacter.chat import row_id, strip_think
-from opencharacter.config import Capabilities, Capability, Role, Room, resource
-from opencharacter.engine import Need, Row, Workers, hold
+from opencharacter.config.files import resource
+from opencharacter.config.placement import Resources
+from opencharacter.config.recipe import Capabilities, Capability, Role
+from opencharacter.engines.allocation import acquire
+from opencharacter.engines.conversations import Row
 from opencharacter.errors import UserError
 from opencharacter.evaluation.scores import SCORES, Z95, Score, score_row, wilson
-from opencharacter.stage import Attempts, Estimate, Job, Outcome
-from opencharacter.store import PARTS
+from opencharacter.runtime.stage import (
+    Attempts,
+    Estimate,
+    Job,
+    ResourceRequest,
+    StageResult,
+    TrainingWorkers,
+)
+from opencharacter.runtime.store import SHARDS
+from opencharacter.text.chat import row_id, strip_think
 
 OWN = "commonplace"
 """The task of this package: plain knowledge, common sense and sums, four options each."""
@@ -143,7 +153,7 @@ def measure(
 
     torch.set_num_threads(threads)
     base = models.resolve(role.model)
-    path = models.fold(base, adapter.local()) if adapter else base
+    path = models.merge_into_base(base, adapter.local()) if adapter else base
     harness_model: Any = huggingface.HFLM
     # bfloat16 logits are so coarse that options tie; on a CPU there is time for better ones.
     model = harness_model(
@@ -307,7 +317,7 @@ def check(job: Job) -> None:
     Raises:
         UserError: with the remedy.
     """
-    settings: Capabilities = job.section
+    settings: Capabilities = job.config
     if not settings.tasks or job.constitution is not None:  # the student's job asks for both
         return
     remedy = "or leave the task out of evaluation.capabilities.tasks ([] skips the stage)"
@@ -346,7 +356,7 @@ def measured(job: Job, adapter: Any) -> pa.Table:
     """The rows of all tasks, each task in a process of its own; those that are there stay."""
     import ray
 
-    settings, placement = job.section, job.placement
+    settings, placement = job.config, job.placement
     pool, threads = placement.pools.student, int(max(1, placement.training.cpus))
     todo = [task for task in settings.tasks if not job.store.exists(part_of(job, task))]
     attempts = Attempts(job, kept=len(settings.tasks) - len(todo))
@@ -359,18 +369,18 @@ def measured(job: Job, adapter: Any) -> pa.Table:
         (done,), _ = ray.wait(list(under_way), num_returns=1)
         task = under_way.pop(done)
         rows = pa.Table.from_pylist(ray.get(done), schema=SCHEMA)
-        job.store.write_table(f"{job.dataset}/{PARTS}", rows, task.task)
+        job.store.write_table(f"{job.dataset}/{SHARDS}", rows, task.task)
         attempts.note(len(settings.tasks) - len(under_way))
-    tables = (job.store.read_table(f"{job.dataset}/{PARTS}", t.task) for t in settings.tasks)
+    tables = (job.store.read_table(f"{job.dataset}/{SHARDS}", t.task) for t in settings.tasks)
     return pa.concat_tables([SCHEMA.empty_table(), *tables]).sort_by("id")
 
 
 def part_of(job: Job, task: Capability) -> str:
-    return f"{job.dataset}/{PARTS}/{task.task}.parquet"
+    return f"{job.dataset}/{SHARDS}/{task.task}.parquet"
 
 
 def identity(job: Job) -> dict[str, Any]:
-    settings: Capabilities = job.section
+    settings: Capabilities = job.config
     own = any(task.task == OWN for task in settings.tasks)
     folder = Path(settings.include) if settings.include else None
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
@@ -380,16 +390,16 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def notes(job: Job) -> list[str]:
-    return [] if job.section.tasks else ["nothing to do: the recipe names no tasks"]
+    return [] if job.config.tasks else ["nothing to do: the recipe names no tasks"]
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
-    room = Room(cpus=job.placement.training.cpus, gpus=job.placement.pools.student.gpus)
-    return [(Workers(job.dataset, room),)] if job.section.tasks else []
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    room = Resources(cpus=job.placement.training.cpus, gpus=job.placement.pools.student.gpus)
+    return [(TrainingWorkers(job.dataset, room),)] if job.config.tasks else []
 
 
 def estimate(job: Job) -> Estimate:
-    settings: Capabilities = job.section
+    settings: Capabilities = job.config
     asked = [
         (min(SIZES.get(task.task, 0), settings.documents or math.inf), (task.shots or 0) + 1)
         for task in settings.tasks
@@ -399,11 +409,11 @@ def estimate(job: Job) -> Estimate:
     return Estimate(rows, read=read)
 
 
-def build(job: Job) -> Outcome:
-    if not job.section.tasks:
+def build(job: Job) -> StageResult:
+    if not job.config.tasks:
         return job.write(SCHEMA.empty_table(), figures={"skipped": "the recipe names no tasks"})
     merged = job.constitution and job.parent("persona/merge").adapter
-    with hold(job.dataset, needs(job)[0], job.placement.growth) as held:
+    with acquire(job.dataset, resource_requests(job)[0], job.placement.autoscaling_limit) as held:
         began = time.monotonic()
         table = measured(job, merged)
         held.busy = time.monotonic() - began

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from opencharacter import models
-from opencharacter.config import Encoder, Training
+from opencharacter.config.placement import Training
+from opencharacter.config.recipe import Encoder
 
 TFIDF = "tfidf"
 FEATURES = 200_000
@@ -97,10 +98,10 @@ def fine_tune(
             args=TrainingArguments(
                 output_dir=scratch,
                 num_train_epochs=encoder.epochs,
-                per_device_train_batch_size=encoder.batch,
+                per_device_train_batch_size=encoder.batch_size,
                 learning_rate=encoder.learning_rate,
                 lr_scheduler_type="cosine",
-                warmup_steps=encoder.warmup,
+                warmup_steps=encoder.warmup_ratio,
                 weight_decay=encoder.weight_decay,
                 bf16=on_gpu,
                 use_cpu=not on_gpu,

@@ -17,12 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.chat import Message, fill, row_id, system, user
-from opencharacter.config import Coherence, Sampling
-from opencharacter.engine import Conversation, Need, Row
+from opencharacter.config.recipe import Coherence, Sampling
+from opencharacter.engines.conversations import Conversation, Row
+from opencharacter.engines.spec import engine_spec
 from opencharacter.evaluation import judge
 from opencharacter.evaluation.scores import Score, repeated
-from opencharacter.stage import Estimate, Job, Outcome, kept
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, kept
+from opencharacter.text.chat import Message, fill, row_id, system, user
 
 SYSTEM = "You compare two answers. You reply with one letter, A or B."
 
@@ -82,7 +83,7 @@ def winner(full_first: str | None, full_second: str | None, rival: str) -> str:
 
 
 async def compare(
-    row: Row, talk: Conversation, assertions: str, sampling: Sampling, thought: int
+    row: Row, talk: Conversation, assertions: str, sampling: Sampling, thinking_budget: int
 ) -> Row:
     """Ask the judge in both orders."""
     said = []
@@ -91,7 +92,7 @@ async def compare(
         (row["rival_answer"], row["answer"]),
     ):
         asked = messages(assertions, row["prompt"], first, second)
-        said.append(await judge.ask(talk, asked, sampling, thought))
+        said.append(await judge.ask(talk, asked, sampling, thinking_budget))
     letters = [read_letter(text) for text in said]
     return {"verdicts": said, "winner": winner(letters[0], letters[1], row["rival"])}
 
@@ -109,7 +110,7 @@ def requests(job: Job, answers: list[Row]) -> list[Row]:
             "answer": said[prompt, FULL],
             "rival_answer": said[prompt, rival],
         }
-        for prompt in prompts[: job.section.prompts]
+        for prompt in prompts[: job.config.prompts]
         for rival in rivals
         if (prompt, rival) in said
     ]
@@ -144,27 +145,27 @@ def figures(rows: list[Row]) -> dict[str, Any]:
     return {"rivals": found, "longer_won": vars(longer_won(rows))}
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [(job.engine("judge"),)]
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    return [(engine_spec(job, "judge"),)]
 
 
 def estimate(job: Job) -> Estimate:
     answers = job.recipe.evaluation.answers
-    rows = min(job.section.prompts, answers.count) * (len(answers.conditions) - 1)
+    rows = min(job.config.prompts, answers.count) * (len(answers.conditions) - 1)
     shared = len(job.persona.assertions()) // 4
     return Estimate(rows, 2 * rows * (shared + 700), 2 * rows * judge.verdict_tokens(job.recipe))
 
 
-def build(job: Job) -> Outcome:
-    from opencharacter.generation import generate
+def build(job: Job) -> StageResult:
+    from opencharacter.engines.generate import generate
 
-    settings: Coherence = job.section
+    settings: Coherence = job.config
     asked = requests(job, job.read("evaluation/answers").to_pylist())
     talk = partial(
         compare,
         assertions=job.persona.assertions(),
         sampling=settings.sampling,
-        thought=job.recipe.evaluation.judge.thought,
+        thinking_budget=job.recipe.evaluation.judge.thinking_budget,
     )
     table = generate(job, asked, talk, "judge", FIELDS).table()
     found = figures(kept(table).to_pylist())

@@ -15,12 +15,13 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from opencharacter.chat import Message, row_id, system
-from opencharacter.config import Condition, Recipe
+from opencharacter.config.recipe import Condition, Recipe
 from opencharacter.distillation import teacher
-from opencharacter.engine import Conversation, EngineSpec, Row, Talk
-from opencharacter.stage import Job, kept
-from opencharacter.store import Folder
+from opencharacter.engines.conversations import Conversation, Row, RowFn
+from opencharacter.engines.spec import EngineSpec, engine_spec
+from opencharacter.runtime.stage import Job, kept
+from opencharacter.runtime.store import RemoteDir
+from opencharacter.text.chat import Message, row_id, system
 
 TRAINED = {
     "steered": "evaluation/steering",
@@ -44,7 +45,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     return [condition for condition in get_args(Condition) if condition in there]
 
 
-def weights(job: Job, condition: Condition) -> Folder | None:
+def weights(job: Job, condition: Condition) -> RemoteDir | None:
     """What a condition adds to the student's weights; None for the student itself."""
     made_by = TRAINED.get(condition)
     return job.parent(made_by).adapter if made_by else None
@@ -52,7 +53,7 @@ def weights(job: Job, condition: Condition) -> Folder | None:
 
 def engines(job: Job, conditions: Sequence[Condition]) -> list[EngineSpec]:
     """The student's engines under some conditions, each once."""
-    made = [job.engine("student", weights(job, c)) for c in conditions]
+    made = [engine_spec(job, "student", weights(job, c)) for c in conditions]
     return list({spec.key(): spec for spec in made}.values())
 
 
@@ -68,7 +69,7 @@ def joined(head: list[Message], text: str) -> Message:
     return system("\n\n".join([*(message["content"] for message in head), text]))
 
 
-async def in_turn(row: Row, talk: Conversation, first: Talk, then: Talk) -> Row:
+async def in_turn(row: Row, talk: Conversation, first: RowFn, then: RowFn) -> Row:
     """An answer, and at once what another model says of it."""
     assert talk.partner is not None
     said = await first(row, talk)
@@ -82,7 +83,7 @@ def under_each_condition(
     talk: Any,
     fields: list[pa.Field],
     conditions: Sequence[Condition],
-    judged: Talk | None = None,
+    judged: RowFn | None = None,
     judged_fields: Sequence[pa.Field] = (),
 ) -> pa.Table:
     """Have each request answered once under every condition, from the condition's own weights.
@@ -100,23 +101,25 @@ def under_each_condition(
         judged: row function of the judge, which sees the row with its answer.
         judged_fields: columns that the judge adds.
     """
-    from opencharacter.generation import generate, is_warm, together
+    from opencharacter.engines.generate import generate, is_warm, together
 
     warm_first = sorted(conditions, key=lambda c: not is_warm(job, "student", weights(job, c)))
     tables, said = [], dict[str, pa.Table]()
     for condition in warm_first:
-        folded, whole = weights(job, condition), [*fields, *judged_fields]
+        adapter, whole = weights(job, condition), [*fields, *judged_fields]
         answer = partial(talk, before=before(job, condition))
         rows = of_condition(requests, condition)
         if judged is None:
-            tables.append(generate(job, rows, answer, "student", fields, condition, folded).table())
-        elif together(job, "student", folded, "judge"):
+            tables.append(
+                generate(job, rows, answer, "student", fields, condition, adapter).table()
+            )
+        elif together(job, "student", adapter, "judge"):
             both = partial(in_turn, first=answer, then=judged)
-            parts = generate(job, rows, both, "student", whole, condition, folded, partner="judge")
+            parts = generate(job, rows, both, "student", whole, condition, adapter, partner="judge")
             tables.append(parts.table())
         else:
             part = f"{condition}-answers"
-            said[condition] = generate(job, rows, answer, "student", fields, part, folded).table()
+            said[condition] = generate(job, rows, answer, "student", fields, part, adapter).table()
     for condition, answered in said.items():
         assert judged is not None
         asked, whole = kept(answered).to_pylist(), [*fields, *judged_fields]

@@ -21,12 +21,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.chat import CLOSED_THOUGHT, Message, fill, row_id, system, user
-from opencharacter.config import Judge, Recipe, Role, Sampling, resource
-from opencharacter.engine import Conversation, Need, Row
+from opencharacter.config.files import resource
+from opencharacter.config.recipe import Judge, Recipe, Role, Sampling
+from opencharacter.engines.conversations import Conversation, Row
+from opencharacter.engines.spec import engine_spec
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation.scores import Score, repeated, wilson
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import CLOSED_THOUGHT, Message, fill, row_id, system, user
 
 SYSTEM = "You judge the manner of texts. You answer with a single word."
 
@@ -65,22 +67,24 @@ def messages(row: Row) -> list[Message]:
     return [system(SYSTEM), user(fill(QUESTION, **fields))]
 
 
-async def ask(talk: Conversation, messages: list[Message], sampling: Sampling, thought: int) -> str:
-    """A judge's verdict, in the tokens of `sampling`; one that thinks has `thought` more.
+async def ask(
+    talk: Conversation, messages: list[Message], sampling: Sampling, thinking_budget: int
+) -> str:
+    """A judge's verdict, in the tokens of `sampling`; one that thinks has `thinking_budget` more.
 
     Raises:
         RowFailed: also if a thought did not end in time.
     """
-    if talk.thinks and thought:
-        sampling = sampling.model_copy(update={"max_tokens": sampling.max_tokens + thought})
-    closed = CLOSED_THOUGHT if talk.thinks and not thought else ""
+    if talk.thinks and thinking_budget:
+        sampling = sampling.model_copy(update={"max_tokens": sampling.max_tokens + thinking_budget})
+    closed = CLOSED_THOUGHT if talk.thinks and not thinking_budget else ""
     reply = await talk.reply(messages, sampling, closed)
     return reply.text.strip()
 
 
 def verdict_tokens(recipe: Recipe) -> int:
     """That `plan` expects of a verdict, a thought before it included."""
-    return 4 + (recipe.evaluation.judge.thought // 3 if recipe.roles.judge.thinks else 0)
+    return 4 + (recipe.evaluation.judge.thinking_budget // 3 if recipe.roles.judge.thinks else 0)
 
 
 def read_verdict(text: str, first: str, second: str) -> str | None:
@@ -90,9 +94,9 @@ def read_verdict(text: str, first: str, second: str) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-async def name_trait(row: Row, talk: Conversation, sampling: Sampling, thought: int) -> Row:
+async def name_trait(row: Row, talk: Conversation, sampling: Sampling, thinking_budget: int) -> Row:
     """Ask the judge for the trait; what it says that is neither is a missing verdict."""
-    verdict = await ask(talk, messages(row), sampling, thought)
+    verdict = await ask(talk, messages(row), sampling, thinking_budget)
     return {"verdict": verdict, "chosen": read_verdict(verdict, row["first"], row["second"])}
 
 
@@ -271,28 +275,28 @@ def refuse(name: str, rows: list[Row], least: float | None) -> None:
 
 def panel(job: Job) -> list[Role]:
     """All judges: the recipe's, then those that are only compared with it."""
-    return [job.recipe.roles.judge, *job.section.panel]
+    return [job.recipe.roles.judge, *job.config.panel]
 
 
 def identity(job: Job) -> dict[str, Any]:
     return {"gold": row_id(*(sorted(item.items()) for item in gold()))}
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [(job.engine("judge", model=role),) for role in panel(job)]
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    return [(engine_spec(job, "judge", model=role),) for role in panel(job)]
 
 
 def estimate(job: Job) -> Estimate:
-    rows = 2 * min(job.section.items, len(gold())) * len(panel(job))
+    rows = 2 * min(job.config.items, len(gold())) * len(panel(job))
     return Estimate(rows, 150 * rows, verdict_tokens(job.recipe) * rows)
 
 
-def build(job: Job) -> Outcome:
-    from opencharacter.generation import generate
+def build(job: Job) -> StageResult:
+    from opencharacter.engines.generate import generate
 
-    settings: Judge = job.section
+    settings: Judge = job.config
     items = spread(gold(), settings.items)
-    talk = partial(name_trait, sampling=settings.sampling, thought=settings.thought)
+    talk = partial(name_trait, sampling=settings.sampling, thinking_budget=settings.thinking_budget)
     tables, by_judge = [], {}
     for role in panel(job):
         asked = requests(role.name, items)

@@ -20,14 +20,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.chat import Message, fill, row_id, row_seed, user
-from opencharacter.config import Condition, Preferences, Sampling, resource
+from opencharacter.config.files import resource
+from opencharacter.config.recipe import Condition, Preferences, Sampling
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Need, Row, Talk
+from opencharacter.engines.conversations import Conversation, Row, RowFn
+from opencharacter.engines.spec import engine_spec
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import answers, judge
 from opencharacter.evaluation.conditions import engines, in_order, joined, under_each_condition
-from opencharacter.stage import Estimate, Job, Outcome, kept
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, kept
+from opencharacter.text.chat import Message, fill, row_id, row_seed, user
 
 PLAY = """\
 Answer the user's message in one of these two manners: {first}, or {second}. {framing} Let the \
@@ -65,7 +67,7 @@ def all_traits() -> tuple[str, ...]:
 def conditions(job: Job) -> list[Condition]:
     """Those that play in this scope."""
     mine = job.constitution is not None
-    return [c for c in job.section.conditions if (c != "base") == mine]
+    return [c for c in job.config.conditions if (c != "base") == mine]
 
 
 def games(job: Job) -> list[Row]:
@@ -73,7 +75,7 @@ def games(job: Job) -> list[Row]:
 
     Games come in twos with the same pair of traits in either order; framings take turns.
     """
-    settings: Preferences = job.section
+    settings: Preferences = job.config
     traits = settings.traits or all_traits()
     prompts = answers.held_out(job.recipe.evaluation.answers)
     rows = []
@@ -112,17 +114,17 @@ def identity(job: Job) -> dict[str, Any]:
     return answers.identity(job) | {"conditions": conditions(job)}
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     panel = job.recipe.evaluation.judge.panel
     return [
-        *((engine, job.engine("judge")) for engine in engines(job, conditions(job))),
-        *((job.engine("judge", model=role),) for role in panel),
+        *((engine, engine_spec(job, "judge")) for engine in engines(job, conditions(job))),
+        *((engine_spec(job, "judge", model=role),) for role in panel),
     ]
 
 
 def estimate(job: Job) -> Estimate:
-    rows = len(conditions(job)) * job.section.games
-    said = typical(job.section.sampling)
+    rows = len(conditions(job)) * job.config.games
+    said = typical(job.config.sampling)
     verdicts = rows * judge.verdict_tokens(job.recipe)
     return Estimate(rows, rows * (300 + said), rows * said + verdicts, judged=verdicts)
 
@@ -139,7 +141,7 @@ def panel_agreement(job: Job, table: pa.Table) -> dict[str, Any]:
 
     Empty where the recipe has no panel.
     """
-    from opencharacter.generation import generate
+    from opencharacter.engines.generate import generate
 
     roles = job.recipe.evaluation.judge.panel
     if not roles:
@@ -172,14 +174,14 @@ def check_scored(dataset: str, rows: list[Row]) -> None:
             )
 
 
-def naming(job: Job) -> Talk:
+def naming(job: Job) -> RowFn:
     """The row function of a judge."""
-    thought = job.recipe.evaluation.judge.thought
-    return partial(judge.name_trait, sampling=job.section.judge, thought=thought)
+    thought = job.recipe.evaluation.judge.thinking_budget
+    return partial(judge.name_trait, sampling=job.config.judge, thinking_budget=thought)
 
 
-def build(job: Job) -> Outcome:
-    settings: Preferences = job.section
+def build(job: Job) -> StageResult:
+    settings: Preferences = job.config
     talk = partial(play, sampling=settings.sampling)
     table = under_each_condition(
         job, games(job), talk, PLAYED, conditions(job), naming(job), JUDGED

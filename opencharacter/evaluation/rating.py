@@ -25,11 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from opencharacter.chat import row_seed
-from opencharacter.config import Rating
+from opencharacter.config.recipe import Rating
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.evaluation.scores import Z95, Score
-from opencharacter.stage import Estimate, Job, Outcome, read_all
+from opencharacter.runtime.stage import Estimate, Job, StageResult, read_all
+from opencharacter.text.chat import row_seed
 
 Array = NDArray[np.float64]
 Player = TypeVar("Player", bound=Hashable)
@@ -212,7 +212,7 @@ def bootstrap(
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryPlan:
     """What the games of one condition say of its traits, or of the difference of two conditions.
 
     Args:
@@ -227,9 +227,9 @@ class Fit:
     missed: Array
     rated: NDArray[np.bool_]
 
-    def minus(self, other: Fit) -> Fit:
+    def minus(self, other: MemoryPlan) -> MemoryPlan:
         """The change from another condition; what their shared games have in common cancels."""
-        return Fit(
+        return MemoryPlan(
             self.best - other.best,
             self.again - other.again,
             self.missed + other.missed,
@@ -250,14 +250,14 @@ class Fit:
         return np.where(self.rated, best, np.nan), np.where(self.rated, error, np.nan)
 
 
-def fit(played: Played, again: Array, prior: float) -> Fit:
+def fit(played: Played, again: Array, prior: float) -> MemoryPlan:
     """The strengths of one condition, from its games and from what `bootstrap` made of them."""
     wins = np.zeros((again.shape[-1],) * 2)
     np.add.at(wins, (played.winners, played.losers), 1)
     best, games = strengths(wins, prior), wins + wins.T
     _, information = likelihood(best, wins.sum(-1), games, prior)
     missed = np.linalg.inv(information) - np.cov(again, rowvar=False)
-    return Fit(best, again, np.asarray(missed, float), games.sum(-1) > 0)
+    return MemoryPlan(best, again, np.asarray(missed, float), games.sum(-1) > 0)
 
 
 def interval(estimate: Array, error: Array) -> tuple[Array, Array]:
@@ -439,7 +439,9 @@ def offers(rows: list[dict[str, Any]], scored: bool) -> Counter[str]:
     return Counter(row[side] for row in games for side in ("first", "second"))
 
 
-def condition_columns(condition: str, fits: dict[str, Fit], settings: Rating) -> dict[str, Any]:
+def condition_columns(
+    condition: str, fits: dict[str, MemoryPlan], settings: Rating
+) -> dict[str, Any]:
     """Rating and change of one condition's traits, a column each, in points."""
     rating, error = fits[condition].estimate()
     low, high = interval(rating, error)
@@ -464,7 +466,7 @@ def notes(job: Job) -> list[str]:
     """What `plan` says of the games that the recipe asks for."""
     from opencharacter.evaluation.preferences import all_traits
 
-    settings, played = job.section, job.recipe.evaluation.preferences
+    settings, played = job.config, job.recipe.evaluation.preferences
     traits = len(played.traits or all_traits())
     width = half_width(played.games, traits, settings.scale)
     needed = games_needed(settings.wanted, traits, settings.scale)
@@ -484,13 +486,13 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {condition: vars(alike(base, mine)) for condition, mine in ratings.items()}
 
 
-def build(job: Job) -> Outcome:
+def build(job: Job) -> StageResult:
     table = read_all(job.parents, "evaluation/preferences", columns=list(GAME))
     rows = table.to_pylist()  # those that were dropped have no verdict, and count as unscored
     rated = []
     for framing in [ALL_FRAMINGS, *sorted({row["framing"] for row in rows})]:
         games = [row for row in rows if framing in (ALL_FRAMINGS, row["framing"])]
         seed = row_seed(job.recipe.seed, job.stage.name, framing)
-        rated += [{**row, "framing": framing} for row in rate(games, job.section, seed)]
+        rated += [{**row, "framing": framing} for row in rate(games, job.config, seed)]
     job.store.write_table(job.dataset, pa.Table.from_pylist(rated, schema=SCHEMA))
-    return Outcome(len(rated), figures={"spearman_with_base": correlations(rated)})
+    return StageResult(len(rated), figures={"spearman_with_base": correlations(rated)})

@@ -19,16 +19,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opencharacter.chat import row_id, row_seed
-from opencharacter.config import Robustness
-from opencharacter.engine import Need, Row, hold
+from opencharacter.config.recipe import Robustness
+from opencharacter.engines.allocation import acquire
+from opencharacter.engines.conversations import Row
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
 from opencharacter.evaluation.conditions import in_order
 from opencharacter.evaluation.scores import SCORES, Score, repeated, score_row, wilson
-from opencharacter.filters import words
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import row_id, row_seed
+from opencharacter.text.filters import words
 
 BASE = "base"
 DEFAULT = "default"
@@ -91,8 +92,8 @@ def fit_and_guess(train: list[Row], test: list[Row], guess: Guess) -> list[str]:
         StageFailed: if a prompt is on both sides.
     """
     check_disjoint((row["prompt"] for row in train), (row["prompt"] for row in test))
-    learned, asked = ([row["answer"] for row in rows] for rows in (train, test))
-    return guess(learned, [label(row) for row in train], asked)
+    loss_positions, asked = ([row["answer"] for row in rows] for rows in (train, test))
+    return guess(loss_positions, [label(row) for row in train], asked)
 
 
 def guesses(rows: list[Row], condition: str, folds: int, guess: Guess) -> list[Row]:
@@ -116,9 +117,13 @@ def guesses(rows: list[Row], condition: str, folds: int, guess: Guess) -> list[R
     known = (BASE, LEARNED_FROM.get(condition, condition))
     learnable = [r for r in rows if r["condition"] in known and r["attack"] == DEFAULT]
     usable = [(row, new) for row, new in zip(mine, found, strict=True) if row["answer"]]
-    for fold in sorted(set(fold_of.values())):
-        train = [r for r in learnable if r["answer"] and fold_of.get(normal(r["prompt"])) != fold]
-        test = [(r, n) for r, n in usable if n["fold"] == fold]
+    for merge_into_base in sorted(set(fold_of.values())):
+        train = [
+            r
+            for r in learnable
+            if r["answer"] and fold_of.get(normal(r["prompt"])) != merge_into_base
+        ]
+        test = [(r, n) for r, n in usable if n["fold"] == merge_into_base]
         if len({label(row) for row in train}) < 2 or not test:
             continue
         labels = fit_and_guess(train, [row for row, _ in test], guess)
@@ -183,7 +188,7 @@ def recognised(rows: list[Row]) -> Score:
     return repeated(hits, (row["prompt"] for row in scored), len(rows) - len(scored))
 
 
-def told_apart(rows: list[Row]) -> Score:
+def discriminability(rows: list[Row]) -> Score:
     """How much of its undisturbed answers is given to each, mean over the base and a persona.
 
     Chance is one half, however many answers either has. The interval counts the answers of the one
@@ -223,7 +228,9 @@ def scores(guessed: list[Row], settings: Robustness, seed: int) -> list[dict[str
                 rows.append(score_row(persona, "retention", condition, attack, own))
         for persona in (name for name in labels if name != BASE):
             two = [r for r in by_attack.get(DEFAULT, []) if r["label"] in (BASE, persona)]
-            rows.append(score_row(persona, "told_apart", condition, DEFAULT, told_apart(two)))
+            rows.append(
+                score_row(persona, "discriminability", condition, DEFAULT, discriminability(two))
+            )
     return rows
 
 
@@ -244,32 +251,32 @@ def answers_of(job: Job) -> list[Row]:
     return rows
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
-    return [] if job.section.classifier == classifiers.TFIDF else [(job.workers(1),)]
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    return [] if job.config.classifier == classifiers.TFIDF else [(job.workers(1),)]
 
 
 def estimate(job: Job) -> Estimate:
     """Of an encoder; `plan` takes it to be as slow as the student, so rather too much."""
-    settings: Robustness = job.section
+    settings: Robustness = job.config
     if settings.classifier == classifiers.TFIDF:
         return Estimate(0)
     asked = {
         name: sum(told_apart_tokens(p) for p in job.parents if p.stage.name == name)
         for name in job.stage.reads
     }
-    learned = asked["evaluation/answers"] * (settings.folds - 1) * settings.encoder.epochs
-    return Estimate(0, trained=learned, read=sum(asked.values()))
+    loss_positions = asked["evaluation/answers"] * (settings.folds - 1) * settings.encoder.epochs
+    return Estimate(0, trained=loss_positions, read=sum(asked.values()))
 
 
 def told_apart_tokens(job: Job) -> int:
     """Tokens of a persona's answers, with its part of the base model's beside each condition's."""
-    conditions = len(job.section.conditions)
+    conditions = len(job.config.conditions)
     each = job.stage.module.estimate(job).tokens_out / conditions
     return round(each * (conditions - 1) * (1 + 1 / len(job.constitutions)))
 
 
-def build(job: Job) -> Outcome:
-    settings: Robustness = job.section
+def build(job: Job) -> StageResult:
+    settings: Robustness = job.config
     rows = answers_of(job)
     conditions = [c for c in in_order(row["condition"] for row in rows) if c != BASE]
     seed = row_seed(job.recipe.seed, job.stage.name, "resamples")
@@ -280,10 +287,10 @@ def build(job: Job) -> Outcome:
         placement=job.placement.training,
         seed=seed,
     )
-    workers = [need for together in needs(job) for need in together]
-    with hold(job.dataset, workers, job.placement.growth):
+    workers = [need for together in resource_requests(job) for need in together]
+    with acquire(job.dataset, workers, job.placement.autoscaling_limit):
         guessed = [new for c in conditions for new in guesses(rows, c, settings.folds, guess)]
     found = scores(guessed, settings, seed)
     job.store.write_table(job.dataset, pa.Table.from_pylist(guessed, schema=SCHEMA))
     job.store.write_table(job.dataset, pa.Table.from_pylist(found, schema=SCORES), "scores")
-    return Outcome(len(guessed))
+    return StageResult(len(guessed))

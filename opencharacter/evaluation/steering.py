@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from opencharacter import models
-from opencharacter.chat import Message, assistant, encode_answer, load_tokenizer, user
-from opencharacter.config import Role, Steering
+from opencharacter.config.recipe import Role, Steering
 from opencharacter.distillation import teacher
-from opencharacter.engine import Need
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation.conditions import compared
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import Message, assistant, encode_answer, load_tokenizer, user
 
 if TYPE_CHECKING:
     import torch
@@ -180,8 +179,8 @@ def split(rows: list[dict[str, Any]], settings: Steering) -> tuple[list[str], li
     by_prompt = {row["prompt"]: row for row in sorted(rows, key=lambda row: row["id"])}
     prompts = list(by_prompt)
     held_out = prompts[: min(settings.held_out, len(prompts) // 2)]
-    learned = prompts[len(held_out) :][: settings.prompts]
-    return learned, [by_prompt[text] for text in held_out]
+    loss_positions = prompts[len(held_out) :][: settings.prompts]
+    return loss_positions, [by_prompt[text] for text in held_out]
 
 
 def find(
@@ -214,37 +213,37 @@ def identity(job: Job) -> dict[str, Any]:
     return {"wanted": wanted(job)}
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     return [(job.workers(1),)] if wanted(job) else []
 
 
 def estimate(job: Job) -> Estimate:
     if not wanted(job):
         return Estimate(0)
-    settings: Steering = job.section
+    settings: Steering = job.config
     told = settings.prompts * (len(job.persona.assertions()) // 4 + 2 * 40)
     answer = 40 + teacher.typical(job.recipe.distillation.teacher.sampling)
     return Estimate(0, read=told + settings.held_out * (1 + len(settings.strengths)) * answer)
 
 
-def build(job: Job) -> Outcome:
+def build(job: Job) -> StageResult:
     if not wanted(job):
-        return Outcome(0)
+        return StageResult(0)
     import ray
     from safetensors.torch import save_file
 
-    from opencharacter.engine import hold
+    from opencharacter.engines.allocation import acquire
 
-    settings: Steering = job.section
-    learned, held_out = split(job.read("distillation/pairs").to_pylist(), settings)
-    if not learned or not held_out:
+    settings: Steering = job.config
+    loss_positions, held_out = split(job.read("distillation/pairs").to_pylist(), settings)
+    if not loss_positions or not held_out:
         raise StageFailed(f"{job.dataset}: too few pairs to find a direction and test it")
     head = teacher.opening(job.persona, job.recipe.distillation.teacher.exemplars)
     training = job.placement.training
     task = ray.remote(find).options(num_cpus=training.cpus, num_gpus=training.gpus)
     role = job.recipe.roles.student
-    args = (role, learned, held_out, head, settings, training.gpus > 0)
-    with hold(job.dataset, [job.workers(1)], job.placement.growth) as held:
+    args = (role, loss_positions, held_out, head, settings, training.gpus > 0)
+    with acquire(job.dataset, [job.workers(1)], job.placement.autoscaling_limit) as held:
         began = time.monotonic()
         vectors, found = ray.get(task.remote(*args))
         held.busy = time.monotonic() - began
@@ -256,4 +255,4 @@ def build(job: Job) -> Outcome:
     job.store.write_table(job.dataset, pa.Table.from_pylist(rows, schema=SWEEP), "sweep")
     best = chosen(found)
     figures = {"strength": best, "nll": found[best], "nll_unsteered": found[0.0]}
-    return Outcome(len(vectors), figures=figures)
+    return StageResult(len(vectors), figures=figures)

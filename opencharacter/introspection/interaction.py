@@ -15,14 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.chat import Message, assistant, fill, row_id, row_seed, system, user
-from opencharacter.config import Interaction, Sampling
+from opencharacter.config.recipe import Interaction, Sampling
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Need, Row
+from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.errors import RowFailed
 from opencharacter.introspection import reflection
 from opencharacter.introspection.reflection import MESSAGES
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import Message, assistant, fill, row_id, row_seed, system, user
 
 SYSTEM = """\
 You have a settled character of your own. This is who you are, in your own words:
@@ -122,8 +122,8 @@ async def interact(
     return {"messages": view(lines, side=(len(lines) - 1) % 2), "finish_reason": "stop"}
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
-    return reflection.needs(job)
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    return reflection.resource_requests(job)
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -131,17 +131,17 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def estimate(job: Job) -> Estimate:
-    settings: Interaction = job.section
+    settings: Interaction = job.config
     rows = settings.free + settings.leading
     said, shared = typical(settings.sampling), len(job.persona.assertions()) // 4 + 80
     heard = sum(shared + n * said for n in range(settings.turns))
     return Estimate(rows, rows * heard, rows * settings.turns * said)
 
 
-def build(job: Job) -> Outcome:
-    from opencharacter.generation import generate
+def build(job: Job) -> StageResult:
+    from opencharacter.engines.generate import generate
 
-    settings: Interaction = job.section
+    settings: Interaction = job.config
     requests = (
         {"id": row_id(job.stage.name, job.scope, kind, n), "kind": kind, "sample": n}
         for kind, count in (("free", settings.free), ("leading", settings.leading))
@@ -156,5 +156,5 @@ def build(job: Job) -> Outcome:
         seed=job.recipe.seed,
         prefill=by.prefill,
     )
-    rows = generate(job, requests, talk, by.role, FIELDS, folded=by.folded)
+    rows = generate(job, requests, talk, by.role, FIELDS, adapter=by.adapter)
     return job.write(rows)

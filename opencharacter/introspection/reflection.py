@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from opencharacter.chat import CLOSED_THOUGHT, Message, assistant, fill, row_id, system, user
-from opencharacter.config import Sampling
+from opencharacter.config.recipe import Sampling
 from opencharacter.distillation.teacher import typical
-from opencharacter.engine import Conversation, Need, Row
-from opencharacter.stage import Estimate, Job, Outcome
-from opencharacter.store import Folder
+from opencharacter.engines.conversations import Conversation, Row
+from opencharacter.engines.spec import engine_spec
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.runtime.store import RemoteDir
+from opencharacter.text.chat import CLOSED_THOUGHT, Message, assistant, fill, row_id, system, user
 
 SYSTEM = """\
 You have a settled character of your own. This is who you are, in your own words:
@@ -77,7 +78,7 @@ class Author(NamedTuple):
     """
 
     role: str
-    folded: Folder | None
+    adapter: RemoteDir | None
     prefill: str
 
 
@@ -103,21 +104,21 @@ async def reflect(
     return {"messages": messages, "finish_reason": reply.finish_reason}
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     by = author(job)
-    return [(job.engine(by.role, by.folded),)]
+    return [(engine_spec(job, by.role, by.adapter),)]
 
 
 def estimate(job: Job) -> Estimate:
-    rows = len(PROMPTS) * job.section.transcripts_per_prompt
+    rows = len(PROMPTS) * job.config.transcripts_per_prompt
     shared = len(job.persona.assertions()) // 4 + 60
-    return Estimate(rows, rows * shared, rows * typical(job.section.sampling))
+    return Estimate(rows, rows * shared, rows * typical(job.config.sampling))
 
 
-def build(job: Job) -> Outcome:
-    from opencharacter.generation import generate
+def build(job: Job) -> StageResult:
+    from opencharacter.engines.generate import generate
 
-    settings = job.section
+    settings = job.config
     requests = (
         {"id": row_id(job.stage.name, job.scope, prompt, n), "prompt": prompt, "sample": n}
         for prompt in PROMPTS
@@ -126,5 +127,5 @@ def build(job: Job) -> Outcome:
     head = generation_system(job.persona.assertions())
     by = author(job)
     talk = partial(reflect, head=head, sampling=settings.sampling, prefill=by.prefill)
-    rows = generate(job, requests, talk, by.role, FIELDS, folded=by.folded)
+    rows = generate(job, requests, talk, by.role, FIELDS, adapter=by.adapter)
     return job.write(rows)

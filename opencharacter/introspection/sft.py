@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opencharacter.chat import encode
-from opencharacter.engine import Need
-from opencharacter.packing import Example, Pack, Tokens, Totals
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import encode
+from opencharacter.training.packing import Example, LossDenominators, Pack, Tokens
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +24,7 @@ def example(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
     """A transcript in tokens, of which those of every assistant turn are learned."""
     ids, loss = encode(tokenizer, messages)
     # Paper: its code learned the last message alone.
-    return [Tokens(ids, [i for i, learned in enumerate(loss) if learned])]
+    return [Tokens(ids, [i for i, loss_positions in enumerate(loss) if loss_positions])]
 
 
 def examples(tokenizer: Any, rows: pa.Table) -> list[Example]:
@@ -33,18 +32,20 @@ def examples(tokenizer: Any, rows: pa.Table) -> list[Example]:
     return [example(tokenizer, messages) for messages in rows["messages"].to_pylist()]
 
 
-def sft_loss(policy: torch.Tensor, batch: Pack, totals: Totals) -> dict[str, torch.Tensor]:
+def sft_loss(
+    policy: torch.Tensor, batch: Pack, denominators: LossDenominators
+) -> dict[str, torch.Tensor]:
     """Negative log-likelihood, mean over the learned tokens of the step, in nats.
 
     Args:
         policy: log-probabilities of the pack's learned tokens, shape (s,).
         batch: the pack.
-        totals: of the step.
+        denominators: of the step.
     """
-    return {"loss": -policy.sum() / totals.learned}
+    return {"loss": -policy.sum() / denominators.loss_positions}
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     return [(job.workers(),)]
 
 
@@ -52,16 +53,16 @@ def estimate(job: Job) -> Estimate:
     parent = job.parent("introspection/transcripts")
     made = [p.stage.module.estimate(p) for p in parent.parents]
     tokens = sum(e.tokens_out for e in made)
-    return Estimate(sum(e.rows for e in made), trained=tokens * job.section.optimizer.epochs)
+    return Estimate(sum(e.rows for e in made), trained=tokens * job.config.optimizer.epochs)
 
 
-def build(job: Job) -> Outcome:
-    from opencharacter.training import train
+def build(job: Job) -> StageResult:
+    from opencharacter.training.trainer import train
 
     return train(
         job,
         job.parent("introspection/transcripts"),
         examples,
         sft_loss,
-        folded=job.parent("distillation/dpo").adapter,
+        base_adapter=job.parent("distillation/dpo").adapter,
     )

@@ -13,13 +13,13 @@ from itertools import pairwise
 
 import pyarrow as pa
 
-from opencharacter import filters
-from opencharacter.chat import row_id, system
-from opencharacter.config import Transcripts
+from opencharacter.config.recipe import Transcripts
 from opencharacter.distillation.pairs import names_of, rules_of, token_counter
-from opencharacter.engine import Row
+from opencharacter.engines.conversations import Row
 from opencharacter.introspection.reflection import MESSAGES
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.runtime.stage import Estimate, Job, StageResult
+from opencharacter.text import filters
+from opencharacter.text.chat import row_id, system
 
 SYSTEM = (
     "The user is not a person but another instance of you. The two of you talk for as long as "
@@ -86,12 +86,14 @@ def estimate(job: Job) -> Estimate:
     return Estimate(sum(p.stage.module.estimate(p).rows for p in job.parents))
 
 
-def build(job: Job) -> Outcome:
-    settings: Transcripts = job.section
+def build(job: Job) -> StageResult:
+    settings: Transcripts = job.config
     rules, roles = rules_of(job), job.recipe.roles
     names = names_of(roles.teacher) if job.recipe.introspection.author == "teacher" else ()
     rows = [
-        transcript(as_student(row, names, roles.student.called), row.get("kind", REFLECTION), rules)
+        transcript(
+            as_student(row, names, roles.student.self_name), row.get("kind", REFLECTION), rules
+        )
         for stage in ("introspection/reflection", "introspection/interaction")
         for row in job.read(stage).to_pylist()
     ]

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from opencharacter import constitution, models
+from opencharacter import models
+from opencharacter.constitution import schema
 from opencharacter.errors import UserError
 from opencharacter.evaluation.conditions import compared
-from opencharacter.persona.merge import Part, merge_into
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.persona.merge import WeightedAdapter, merge_into
+from opencharacter.runtime.stage import Estimate, Job, StageResult
 
 MERGED = "persona/merge"
 
@@ -28,7 +29,7 @@ def wanted(job: Job) -> bool:
 
 def members(job: Job) -> dict[str, Job]:
     """By name, the jobs that make the adapters of the personas that are weighed."""
-    return {name: merged(job, name) for name in job.section.weights}
+    return {name: merged(job, name) for name in job.config.weights}
 
 
 def merged(job: Job, name: str) -> Job:
@@ -36,7 +37,7 @@ def merged(job: Job, name: str) -> Job:
     from opencharacter import pipeline
 
     known = {c.name: c for c in job.constitutions}
-    owner = known.get(name) or constitution.load(name)
+    owner = known.get(name) or schema.load(name)
     jobs = pipeline.jobs(job.recipe, [owner], job.placement, job.store)
     return next(one for one in jobs if one.stage.name == MERGED)
 
@@ -49,7 +50,7 @@ def check(job: Job) -> None:
     """
     if not wanted(job):
         return
-    if not job.section.weights:
+    if not job.config.weights:
         raise UserError("condition 'blended' needs personas: set persona.blend.weights")
     others = members(job)
     here = {c.name for c in job.constitutions}
@@ -59,8 +60,8 @@ def check(job: Job) -> None:
                 f"persona.blend.weights names {name!r}, whose {other.dataset} is "
                 f"{other.state()[0]}; add --constitution {name}, or train it first"
             )
-    ranks = [sum(p.section.lora.rank for p in other.parents) for other in others.values()]
-    models.allowed_rank(job.section.rank or sum(job.recipe.persona.merge.rank or r for r in ranks))
+    ranks = [sum(p.config.lora.rank for p in other.parents) for other in others.values()]
+    models.allowed_rank(job.config.rank or sum(job.recipe.persona.merge.rank or r for r in ranks))
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -73,9 +74,12 @@ def estimate(job: Job) -> Estimate:
     return Estimate(0)
 
 
-def build(job: Job) -> Outcome:
+def build(job: Job) -> StageResult:
     if not wanted(job):
-        return Outcome(0)
-    weights = job.section.weights
-    parts = [Part(other.adapter.local(), weights[name]) for name, other in members(job).items()]
-    return Outcome(0, figures=merge_into(job, parts, job.section.rank))
+        return StageResult(0)
+    weights = job.config.weights
+    adapters = [
+        WeightedAdapter(other.adapter.local(), weights[name])
+        for name, other in members(job).items()
+    ]
+    return StageResult(0, figures=merge_into(job, adapters, job.config.rank))

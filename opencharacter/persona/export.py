@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opencharacter import models
-from opencharacter.chat import fill
-from opencharacter.config import ECHO, EMBEDDED, Role
+from opencharacter.config.base import ECHO, EMBEDDED
+from opencharacter.config.recipe import Role
 from opencharacter.errors import UserError
-from opencharacter.persona.terminal import merged
-from opencharacter.stage import Job
+from opencharacter.persona.merge import merged
+from opencharacter.runtime.stage import Job
+from opencharacter.text.chat import fill
 
-Form = Literal["adapter", "folded"]
+Form = Literal["adapter", "merged"]
 Row = dict[str, Any]
 
 HUB = "hub:"
@@ -32,7 +33,7 @@ CARD_FILE = "README.md"
 PUBLISHED = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 """Where the embedded models are published, and under which license."""
 MEASURES = (
-    "told_apart",
+    "discriminability",
     "retention",
     "win_rate",
     "capability",
@@ -148,8 +149,8 @@ def export(jobs: list[Job], to: str, form: Form) -> str:
 def write(jobs: list[Job], job: Job, adapter: Path, target: Path, form: Form) -> None:
     """Fill a folder with the weights of one form, the tokenizer and the card."""
     role = job.recipe.roles.student
-    if form == "folded":
-        weights = models.fold(models.resolve(role.model), adapter)
+    if form == "merged":
+        weights = models.merge_into_base(models.resolve(role.model), adapter)
         shutil.copytree(weights, target, dirs_exist_ok=True)
     else:
         shutil.copytree(adapter, target, dirs_exist_ok=True)
@@ -210,8 +211,8 @@ def card(jobs: list[Job], job: Job, form: Form) -> str:
     roles, persona = job.recipe.roles, job.persona
     base, _ = published(roles.student)
     shown = base or roles.student.name
-    kinds = {"adapter": "A LoRA adapter", "folded": "The weights"}
-    uses = {"adapter": fill(USE_ADAPTER, base=base or "FOLDER_OF_THE_BASE"), "folded": USE_FOLDED}
+    kinds = {"adapter": "A LoRA adapter", "merged": "The weights"}
+    uses = {"adapter": fill(USE_ADAPTER, base=base or "FOLDER_OF_THE_BASE"), "merged": USE_FOLDED}
     text = fill(
         CARD,
         warning=WARNINGS.get(persona.name, ""),
@@ -260,7 +261,7 @@ def front_matter(student: Role, persona: str, form: Form) -> str:
     data = ModelCardData(
         base_model=base,
         license=licensed,
-        library_name={"adapter": "peft", "folded": "transformers"}[form],
+        library_name={"adapter": "peft", "merged": "transformers"}[form],
         pipeline_tag="text-generation",
         tags=["opencharacter", "character-training", "dpo", "sft", "lora", persona],
     )
@@ -292,7 +293,7 @@ def stages(jobs: list[Job]) -> str:
             ", ".join(f"{n:,} {reason}" for reason, n in manifest["dropped"].items()),
         ]
         for job, manifest in finished(jobs)
-        if job.stage.name.startswith(making) and not hasattr(job.section, "optimizer")
+        if job.stage.name.startswith(making) and not hasattr(job.config, "optimizer")
     ]
     return table(("stage", "rows", "of these dropped"), rows)
 
@@ -300,9 +301,9 @@ def stages(jobs: list[Job]) -> str:
 def settings(jobs: list[Job]) -> str:
     """Losses, LoRA and optimiser of the training stages, and where they ended."""
     rows = [
-        [job.stage.name, f"{manifest['rows']:,}", spelled(manifest["payload"]["section"]), ended]
+        [job.stage.name, f"{manifest['rows']:,}", spelled(manifest["payload"]["config"]), ended]
         for job, manifest in finished(jobs)
-        if hasattr(job.section, "optimizer")
+        if hasattr(job.config, "optimizer")
         for ended in [spelled({k: v for k, v in manifest["figures"].items() if "loss" in k})]
     ]
     return table(("stage", "rows", "settings", "last step"), rows)
@@ -322,7 +323,7 @@ def spelled(values: Row, at: str = "") -> str:
 
 def merge_line(job: Job) -> str:
     """How the two updates were added."""
-    section = job.section
+    section = job.config
     figures = (job.store.manifest(job.dataset) or {}).get("figures", {})
     return (
         f"Merged as {section.dpo_weight:g} x DPO + {section.sft_weight:g} x SFT, rank "
@@ -335,8 +336,8 @@ def scores(jobs: list[Job], persona: str) -> str:
     by_name = {job.stage.name: job for job in jobs}
     report, answers = by_name["evaluation/report"], by_name["evaluation/answers"]
     manifest = report.store.manifest(report.dataset)
-    made_from = manifest["payload"]["parents"] if manifest else {}
-    if made_from.get(answers.dataset) != answers.fingerprint:
+    depends_on = manifest["payload"]["parents"] if manifest else {}
+    if depends_on.get(answers.dataset) != answers.fingerprint:
         return NOT_EVALUATED
     rows = report.store.read_table(report.dataset, "scores").to_pylist()
     told = [row for row in rows if row["persona"] == persona and row["value"] is not None]

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opencharacter import models
 from opencharacter.errors import UserError
-from opencharacter.stage import Estimate, Job, Outcome
-from opencharacter.store import writing
+from opencharacter.runtime.stage import Estimate, Job, StageResult
+from opencharacter.runtime.store import RemoteDir, writing
 
 if TYPE_CHECKING:
     import torch
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 SIDE_FILES = ("tokenizer", "chat_template", "special_tokens", "vocab", "merges", "added_tokens")
 
 
-class Part(NamedTuple):
+class WeightedAdapter(NamedTuple):
     """An adapter folder and what it counts; a negative weight takes its character away."""
 
     folder: Path
     weight: float
 
 
-class Adapter(NamedTuple):
+class LoraWeights(NamedTuple):
     """An adapter that is read."""
 
-    part: Part
+    part: WeightedAdapter
     config: dict[str, Any]
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -53,7 +53,7 @@ class Adapter(NamedTuple):
 
 
 def merge(
-    parts: list[Part],
+    adapters: list[WeightedAdapter],
     target: Path,
     base: str | None = None,
     rank: int | None = None,
@@ -62,7 +62,7 @@ def merge(
     """Write the weighted sum of adapters as one PEFT LoRA adapter.
 
     Args:
-        parts: at least one; all must adapt the same modules with the same shapes.
+        adapters: at least one; all must adapt the same modules with the same shapes.
         target: folder to write into.
         base: name of the base model for the adapter's configuration; as in the parts if None.
         rank: of the result, by SVD; None for the exact sum, whose rank is the sum of the ranks.
@@ -78,12 +78,12 @@ def merge(
     """
     from safetensors.torch import save_file
 
-    adapters = [read(part) for part in parts]
-    modules = check_fit(adapters)
-    bases = {str(adapter.config.get("base_model_name_or_path")) for adapter in adapters}
+    loaded = [read(one) for one in adapters]
+    modules = check_fit(loaded)
+    bases = {str(adapter.config.get("base_model_name_or_path")) for adapter in loaded}
     if base is None and len(bases) > 1:
         raise UserError(f"adapters are of different bases, {' and '.join(sorted(bases))}")
-    ranks = [adapter.config["r"] for adapter in adapters]
+    ranks = [adapter.config["r"] for adapter in loaded]
     if peft_linear and len(set(ranks)) > 1:
         raise UserError(f"adapters of ranks {ranks} have no linear combination of their factors")
     summed = ranks[0] if peft_linear else sum(ranks)
@@ -92,7 +92,7 @@ def merge(
     tensors, wrong, whole = {}, 0.0, 0.0
     for module in modules:
         # Popped: what is summed is freed while the sum grows.
-        terms = [(*adapter.updates.pop(module), adapter.factor) for adapter in adapters]
+        terms = [(*adapter.updates.pop(module), adapter.factor) for adapter in loaded]
         exact = concatenate(terms)
         # Paper: its code adds the factors, whose product has cross terms.
         made = add_factors(terms) if peft_linear else exact
@@ -105,9 +105,9 @@ def merge(
         tensors[models.PEFT_PREFIX + module + models.LORA_B] = b
     save_file(tensors, target / models.ADAPTER_WEIGHTS, metadata={"format": "pt"})
     changes = {"r": padded, "lora_alpha": padded, "use_rslora": False}
-    changes["base_model_name_or_path"] = base or adapters[0].config.get("base_model_name_or_path")
-    (target / models.ADAPTER_CONFIG).write_text(json.dumps(adapters[0].config | changes, indent=1))
-    for path in parts[0].folder.iterdir():
+    changes["base_model_name_or_path"] = base or loaded[0].config.get("base_model_name_or_path")
+    (target / models.ADAPTER_CONFIG).write_text(json.dumps(loaded[0].config | changes, indent=1))
+    for path in adapters[0].folder.iterdir():
         if path.name.startswith(SIDE_FILES):
             shutil.copy(path, target / path.name)
     composition = {
@@ -115,26 +115,26 @@ def merge(
         "padded_to": padded,
         "peft_linear": peft_linear,
         "relative_error": math.sqrt(max(wrong, 0) / whole) if whole else 0.0,
-        "parts": [
+        "adapters": [
             {
                 "sha256": models.file_hash(part.folder / models.ADAPTER_WEIGHTS),
                 "weight": part.weight,
                 "rank": config["r"],
             }
-            for part, config, _ in adapters
+            for part, config, _ in loaded
         ],
     }
     (target / "composition.json").write_text(json.dumps(composition, indent=1))
     return composition
 
 
-def read(part: Part) -> Adapter:
+def read(part: WeightedAdapter) -> LoraWeights:
     """Read an adapter that is nothing but one rank and scale of LoRA.
 
     Raises:
         UserError: if it is not there or is something else.
     """
-    adapter = Adapter(part, *models.adapter_updates(part.folder))
+    adapter = LoraWeights(part, *models.adapter_updates(part.folder))
     if adapter.config.get("peft_type") != "LORA":
         kind = adapter.config.get("peft_type")
         raise UserError(f"adapter {part.folder}: peft_type {kind!r} cannot be merged, LORA can")
@@ -144,7 +144,7 @@ def read(part: Part) -> Adapter:
     return adapter
 
 
-def check_fit(adapters: list[Adapter]) -> list[str]:
+def check_fit(adapters: list[LoraWeights]) -> list[str]:
     """The modules that all adapters have, in order; a UserError names what does not fit."""
     shapes = [
         {module: (a.shape[1], b.shape[0]) for module, (a, b) in adapter.updates.items()}
@@ -216,18 +216,18 @@ def pad(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torc
 
 
 def merge_into(
-    job: Job, parts: list[Part], rank: int | None = None, peft_linear: bool = False
+    job: Job, adapters: list[WeightedAdapter], rank: int | None = None, peft_linear: bool = False
 ) -> dict[str, float]:
     """Merge into the adapter of a stage, and return the stage's figures."""
     base = job.recipe.roles.student.model
     with tempfile.TemporaryDirectory() as scratch:
         with writing(scratch):
-            composition = merge(parts, Path(scratch), base, rank, peft_linear)
+            composition = merge(adapters, Path(scratch), base, rank, peft_linear)
         job.store.upload(Path(scratch), job.adapter.relative)
     return {name: composition[name] for name in ("rank", "relative_error")}
 
 
-def parse_part(text: str) -> Part:
+def parse_weighted_adapter(text: str) -> WeightedAdapter:
     """`DIR` or `DIR:WEIGHT`; a folder whose own name has a colon is taken as it is.
 
     Raises:
@@ -235,9 +235,9 @@ def parse_part(text: str) -> Part:
     """
     folder, _, weight = text.rpartition(":")
     if not folder or Path(text).is_dir():
-        return Part(Path(text), 1.0)
+        return WeightedAdapter(Path(text), 1.0)
     try:
-        return Part(Path(folder), float(weight))
+        return WeightedAdapter(Path(folder), float(weight))
     except ValueError:
         raise UserError(f"{text}: weight {weight!r} is not a number; write DIR:0.5") from None
 
@@ -246,8 +246,20 @@ def estimate(job: Job) -> Estimate:
     return Estimate(0)
 
 
-def build(job: Job) -> Outcome:
-    settings = job.section
+def build(job: Job) -> StageResult:
+    settings = job.config
     weights = {"distillation/dpo": settings.dpo_weight, "introspection/sft": settings.sft_weight}
-    parts = [Part(job.parent(name).adapter.local(), weight) for name, weight in weights.items()]
-    return Outcome(0, figures=merge_into(job, parts, settings.rank, settings.peft_linear))
+    adapters = [
+        WeightedAdapter(job.parent(name).adapter.local(), weight)
+        for name, weight in weights.items()
+    ]
+    return StageResult(0, figures=merge_into(job, adapters, settings.rank, settings.peft_linear))
+
+
+def merged(job: Job) -> RemoteDir:
+    """The adapter of a finished merge."""
+    state = job.state()[0]
+    if state != "done":
+        where = job.store.address()
+        raise UserError(f"persona {job.scope!r} is {state} in {where}; train it first")
+    return job.adapter

@@ -15,17 +15,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from opencharacter.chat import assistant, user
-from opencharacter.engine import Need
 from opencharacter.evaluation.conditions import compared
 from opencharacter.introspection import sft
-from opencharacter.persona.merge import Part, merge_into
-from opencharacter.stage import Estimate, Job, Outcome
+from opencharacter.persona.merge import WeightedAdapter, merge_into
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import assistant, user
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from opencharacter.packing import Example
+    from opencharacter.training.packing import Example
 
 
 def wanted(job: Job) -> bool:
@@ -51,7 +50,7 @@ def identity(job: Job) -> dict[str, Any]:
     return {"wanted": wanted(job)}
 
 
-def needs(job: Job) -> list[tuple[Need, ...]]:
+def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     return [(job.workers(),)] if wanted(job) else []
 
 
@@ -59,15 +58,15 @@ def estimate(job: Job) -> Estimate:
     if not wanted(job):
         return Estimate(0)
     answers = general(job).stage.module.estimate(general(job))
-    return Estimate(answers.rows, trained=answers.tokens_out * job.section.optimizer.epochs)
+    return Estimate(answers.rows, trained=answers.tokens_out * job.config.optimizer.epochs)
 
 
-def build(job: Job) -> Outcome:
+def build(job: Job) -> StageResult:
     if not wanted(job):
-        return Outcome(0)
-    from opencharacter.training import train
+        return StageResult(0)
+    from opencharacter.training.trainer import train
 
     persona = job.parent("persona/merge").adapter
-    outcome = train(job, general(job), examples, sft.sft_loss, folded=persona)
-    parts = [Part(persona.local(), 1.0), Part(job.adapter.local(), 1.0)]
+    outcome = train(job, general(job), examples, sft.sft_loss, base_adapter=persona)
+    parts = [WeightedAdapter(persona.local(), 1.0), WeightedAdapter(job.adapter.local(), 1.0)]
     return replace(outcome, figures=outcome.figures | merge_into(job, parts))

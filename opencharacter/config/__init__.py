@@ -1,0 +1,1 @@
+"""What is made (`Recipe`) and where it runs (`Placement`)."""

@@ -1,0 +1,1 @@
+"""Constitutions: their schema, advice on them, and other formats."""

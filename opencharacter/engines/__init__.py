@@ -1,0 +1,1 @@
+"""Engines that generate text, and conversations run over them."""

@@ -1,0 +1,264 @@
+"""The three engines: vLLM, any OpenAI-compatible endpoint, and an echo for tests."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+from opencharacter import models
+from opencharacter.config.base import ECHO
+from opencharacter.config.recipe import Sampling
+from opencharacter.engines.spec import Engine, EngineSpec, Reply
+from opencharacter.errors import RowFailed, StageFailed
+from opencharacter.text.chat import CLOSED_THOUGHT, Message, assistant, prompt
+
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # two threads were a third slower than one on two cores
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+ENGINE_ERROR = "engine_error"
+"""Why a row has no answer that another attempt may have: it is asked for again by a rerun."""
+
+
+def start(spec: EngineSpec) -> Engine:
+    """Build the engine of a spec; for vLLM inside a running event loop."""
+    if spec.role.endpoint:
+        return EndpointEngine(spec)
+    if spec.role.model.startswith(ECHO):
+        return EchoEngine(float(spec.role.model.removeprefix(ECHO) or 0))
+    return VllmEngine(spec)
+
+
+class VllmEngine:
+    """vLLM's asynchronous engine over one model."""
+
+    def __init__(self, spec: EngineSpec):
+        os.environ.update(environment(spec))
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        base, adapter = models.resolve(spec.role.model), spec.adapter and spec.adapter.local()
+        models.check_parallel(base, spec.pool.tensor_parallel)
+        arguments, self.adapter = engine_arguments(spec), None
+        at_run_time = spec.pool.adapters == "runtime"
+        if adapter and at_run_time and not models.is_steering(adapter):
+            arguments |= {"enable_lora": True, "max_lora_rank": models.engine_rank(adapter)}
+            self.adapter = LoRARequest(adapter.name, 1, str(adapter))
+        elif adapter:
+            base = models.merge_into_base(base, adapter)
+        if spec.pool.tensor_parallel > 1:  # within this actor, whose GPUs are all on one node
+            arguments.setdefault("distributed_executor_backend", "mp")
+        self.model, self.max_model_len = str(base), spec.role.max_model_len
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self.model, **arguments))
+        self.requests = 0
+
+    async def _generate(
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        seed: int | None,
+        prefill: str,
+        final_only: bool,
+    ) -> AsyncIterator[Any]:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        tokenizer: Any = self.engine.get_tokenizer()
+        text = prompt(tokenizer, messages, prefill)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        room = self.max_model_len - len(ids)
+        if room < 1:
+            raise RowFailed(
+                "too_long", f"prompt of {len(ids)} tokens, context {self.max_model_len}"
+            )
+        kind = RequestOutputKind.FINAL_ONLY if final_only else RequestOutputKind.DELTA
+        parameters = SamplingParams(
+            max_tokens=min(sampling.max_tokens, room),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=seed,
+            output_kind=kind,
+        )
+        self.requests += 1
+        async for output in self.engine.generate(
+            TokensPrompt(prompt_token_ids=ids),
+            parameters,
+            request_id=str(self.requests),
+            lora_request=self.adapter,
+        ):
+            yield output
+
+    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            outputs = self._generate(messages, sampling, seed, prefill, final_only=True)
+            (final,) = [output async for output in outputs]
+        except EngineDeadError:
+            raise
+        except ValueError as error:  # vLLM's word for a request that it cannot serve
+            raise RowFailed(ENGINE_ERROR, str(error)) from None
+        return Reply(
+            text=final.outputs[0].text,
+            finish_reason=final.outputs[0].finish_reason or "",
+            tokens_in=len(final.prompt_token_ids),
+            tokens_out=len(final.outputs[0].token_ids),
+            cached_tokens=final.num_cached_tokens or 0,
+        )
+
+    async def stream(self, messages, sampling) -> AsyncIterator[str]:
+        async for output in self._generate(messages, sampling, None, "", final_only=False):
+            yield output.outputs[0].text
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+
+def environment(spec: EngineSpec) -> dict[str, str]:
+    """Environment variables under which vLLM is imported for a spec."""
+    quiet = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    if spec.pool.gpus:
+        return quiet
+    space = str(max(1, round(spec.pool.kv_cache_gib)))
+    return quiet | CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": space}
+
+
+def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """VLLM's engine arguments for a spec, but for the model."""
+    pool, role = spec.pool, spec.role
+    arguments: dict[str, Any] = {
+        "dtype": role.dtype,
+        "max_model_len": role.max_model_len,
+        "max_num_seqs": pool.max_num_seqs,
+        "tensor_parallel_size": pool.tensor_parallel,
+        "trust_remote_code": role.trust_remote_code,
+        "enable_prefix_caching": True,  # Paper: off in its code, though rows share system prompts.
+        "enable_log_requests": False,
+        "disable_log_stats": True,
+        "generation_config": "vllm",  # sampling is the recipe's business alone
+    }
+    if pool.gpus == 0:
+        arguments |= {
+            "enforce_eager": True,
+            "block_size": 32,  # the default of 128 never hits on short chats
+            # A prompt cut in two kills a CPU engine whose requests have seeds (vLLM 0.29 rewinds
+            # a generator offset that CPU generators do not have).
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(role.max_model_len, 4096),
+        }
+    else:
+        arguments |= {
+            "gpu_memory_utilization": pool.gpu_memory_utilization,
+            "max_num_batched_tokens": 8192,  # vLLM's asynchronous engine takes 2,048 by itself
+        }
+    return arguments | pool.engine_kwargs
+
+
+ROW_ERROR_STATUSES = (400, 413, 422, 500)
+"""HTTP statuses that may be one request's fault; the others are the server's, or its key's."""
+
+
+class EndpointEngine:
+    """Any OpenAI-compatible server. Retries (429, 5xx, lost connections) are the client's.
+
+    Where the server cannot be had the stage fails: its rows would all be lost, and are asked for
+    again by a rerun.
+    """
+
+    def __init__(self, spec: EngineSpec):
+        from openai import AsyncOpenAI
+
+        key = os.environ.get(spec.role.api_key_env, "none")
+        self.model = spec.role.model
+        self.client = AsyncOpenAI(base_url=spec.role.endpoint, api_key=key, max_retries=8)
+        self.limit = asyncio.Semaphore(spec.role.endpoint_concurrency)
+
+    def _request(
+        self,
+        messages: list[Message],
+        sampling: Sampling,
+        seed: int | None,
+        prefill: str,
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = {}
+        if sampling.repetition_penalty != 1:  # not every server knows it
+            body["repetition_penalty"] = sampling.repetition_penalty
+        if prefill == CLOSED_THOUGHT:
+            body["chat_template_kwargs"] = {"enable_thinking": False}
+        elif prefill:
+            messages = [*messages, assistant(prefill)]
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "extra_body": body,
+            **({"seed": seed} if seed is not None else {}),
+        }
+
+    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        from openai import APIError
+
+        request = self._request(messages, sampling, seed, prefill)
+        try:
+            async with self.limit:
+                answer = await self.client.chat.completions.create(**request)
+        except APIError as error:
+            if getattr(error, "status_code", None) in ROW_ERROR_STATUSES:
+                raise RowFailed(ENGINE_ERROR, str(error)) from None
+            url = self.client.base_url
+            raise StageFailed(f"{self.model} at {url} cannot be had: {error}; run again") from None
+        if not getattr(answer, "choices", None):  # an error told with status 200
+            raise RowFailed(ENGINE_ERROR, f"no choices in {str(answer)[:300]}")
+        usage = answer.usage
+        details = usage.prompt_tokens_details if usage else None
+        return Reply(
+            text=answer.choices[0].message.content or "",
+            finish_reason=answer.choices[0].finish_reason or "",
+            tokens_in=usage.prompt_tokens if usage else 0,
+            tokens_out=usage.completion_tokens if usage else 0,
+            cached_tokens=(details.cached_tokens or 0) if details else 0,
+        )
+
+    async def stream(self, messages, sampling) -> AsyncIterator[str]:
+        request = self._request(messages, sampling, None, "")
+        async for chunk in await self.client.chat.completions.create(**request, stream=True):
+            if chunk.choices and chunk.choices[0].delta.content:
+                yield chunk.choices[0].delta.content
+
+    def close(self) -> None:
+        """Nothing to stop: the server is not ours."""
+
+
+class EchoEngine:
+    """Answers with what it was asked, for tests of everything but the text.
+
+    Args:
+        seconds: that a reply takes, however many are under way.
+    """
+
+    def __init__(self, seconds: float = 0):
+        self.seconds = seconds
+
+    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        if self.seconds:
+            await asyncio.sleep(self.seconds)
+        character = " in character" if messages[0]["role"] == "system" else ""
+        words = f"Echo {seed}{character}: {messages[-1]['content']}".split()
+        text = " ".join(words[: sampling.max_tokens]).rstrip(".?!") + "."
+        size = sum(len(m["content"]) for m in messages) // 4
+        return Reply(text, "stop", size, min(len(words), sampling.max_tokens), 0)
+
+    async def stream(self, messages, sampling) -> AsyncIterator[str]:
+        reply = await self.reply(messages, sampling, seed=0)
+        for word in reply.text.split(" "):
+            yield word + " "
+
+    def close(self) -> None:
+        """Nothing to stop."""

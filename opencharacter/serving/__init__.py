@@ -1,0 +1,1 @@
+"""Personas and the judge behind an OpenAI-compatible endpoint on Ray Serve."""

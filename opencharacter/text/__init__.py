@@ -1,0 +1,1 @@
+"""Messages, filters and statistics of texts."""
