@@ -27,7 +27,7 @@ from harness import figure, measure_machine, write_result
 from opencharacter.introspection.transcripts import SCHEMA
 from opencharacter.runtime.stage import texts
 from opencharacter.runtime.store import Store
-from opencharacter.text.statistics import Expected, measure, near_duplicates
+from opencharacter.text.statistics import TextBaseline, measure, near_duplicates
 
 TURNS = 10
 WORDS_A_TURN = 115
@@ -73,7 +73,7 @@ def one_size(count: int) -> dict[str, float]:
         store = Store(folder)
         store.write_tables("made", tables_of(count), SCHEMA)
         began = time.monotonic()
-        measured = measure(texts(store.scan("made", BATCH)), Expected(language="en"))
+        measured = measure(texts(store.scan("made", BATCH)), TextBaseline(language="en"))
         between = time.monotonic()
         repeated = sum(near_duplicates(texts(store.scan("made", BATCH)))) / measured["texts"]
         ended = time.monotonic()

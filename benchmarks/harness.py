@@ -515,14 +515,14 @@ def model_folder(shape: dict[str, Any]) -> Path:
     """
     from transformers import LlamaConfig
 
-    from opencharacter.models import appearing, cache_dir
+    from opencharacter.models import atomic_directory, cache_dir
     from opencharacter.runtime.store import fingerprint
 
     kind = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
     rest = {name: value for name, value in shape.items() if name != "rope_theta"}
     target = cache_dir() / "benchmarks" / fingerprint({"shape": shape, "template": TEMPLATE})
     if not target.is_dir():
-        with appearing(target) as scratch:
+        with atomic_directory(target) as scratch:
             LlamaConfig(
                 **rest,
                 rope_parameters=kind,

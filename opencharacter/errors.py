@@ -5,7 +5,7 @@ class OpenCharacterError(Exception):
     """Base of all errors that a user can act on; the command line prints them in one line."""
 
 
-def in_one_line(error: OpenCharacterError) -> str:
+def one_line_message(error: OpenCharacterError) -> str:
     """What an error says; to one from an actor Ray adds lines, and keeps it as the cause."""
     cause = getattr(error, "cause", None)
     return str(cause).splitlines()[0] if cause else str(error)

@@ -43,7 +43,7 @@ def cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def appearing(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """A scratch folder that becomes `target` when the block ends, whole or not at all.
 
     What is in it may then be read by whom the umask says.
@@ -65,7 +65,7 @@ def appearing(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def made_once(target: Path, make: Callable[[Path], None]) -> Path:
+def create_once(target: Path, make: Callable[[Path], None]) -> Path:
     """A folder of the cache, made by the first of this node's processes that asks for it.
 
     Args:
@@ -81,7 +81,7 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     lock = Path(tempfile.gettempdir(), f"opencharacter-{os.getuid()}-{target.name}.lock")
     with FileLock(lock):
         if not target.is_dir():
-            with appearing(target) as scratch:
+            with atomic_directory(target) as scratch:
                 make(scratch)
     return target
 
@@ -92,7 +92,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def check(role: Role) -> str | None:
+def missing_requirement(role: Role) -> str | None:
     """What is missing on this machine to run a role, in a few words; None if nothing is."""
     if role.endpoint:
         has_key = os.environ.get(role.api_key_env)
@@ -106,8 +106,10 @@ def check(role: Role) -> str | None:
             return str(error)
         return None
     if looks_local(role.model):
-        return None if there(role.model) else f"weights at {role.model}"
-    return None if there(role.model) else f"weights of {role.model} (downloaded when needed)"
+        return None if local_weights(role.model) else f"weights at {role.model}"
+    return (
+        None if local_weights(role.model) else f"weights of {role.model} (downloaded when needed)"
+    )
 
 
 def looks_local(model: str) -> bool:
@@ -119,7 +121,7 @@ def is_hub(model: str) -> bool:
     return not looks_local(model) and not model.startswith((EMBEDDED, ECHO))
 
 
-def there(model: str) -> Path | None:
+def local_weights(model: str) -> Path | None:
     """The directory of a model that is on this machine already, as `resolve` would give it."""
     if model.startswith(EMBEDDED):
         config = cache_dir() / "models" / model.removeprefix(EMBEDDED) / "config.json"
@@ -133,14 +135,14 @@ def there(model: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-class Footprint(NamedTuple):
+class MemoryFootprint(NamedTuple):
     """Bytes that an engine needs: once, and for each token of each conversation under way."""
 
     weights: int
     per_token: int
 
 
-def footprint(model: Path) -> Footprint:
+def memory_footprint(model: Path) -> MemoryFootprint:
     """What a model's files and configuration say of its memory, keys and values in 16 bits.
 
     An upper bound for models some of whose layers look back over a window only.
@@ -151,7 +153,7 @@ def footprint(model: Path) -> Footprint:
     width = config.get("head_dim") or config["hidden_size"] // heads
     keys = config.get("num_key_value_heads", heads) * width
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    return Footprint(weights, per_token=2 * 2 * config["num_hidden_layers"] * keys)
+    return MemoryFootprint(weights, per_token=2 * 2 * config["num_hidden_layers"] * keys)
 
 
 def resolve(model: str) -> Path:
@@ -163,7 +165,7 @@ def resolve(model: str) -> Path:
     if model.startswith(EMBEDDED):
         return embedded(model.removeprefix(EMBEDDED))
     if looks_local(model):
-        path = there(model)
+        path = local_weights(model)
         if path is None:
             raise UserError(f"model {model!r}: no config.json there; give a directory of weights")
         return path
@@ -226,7 +228,7 @@ def embedded(name: str) -> Path:
             )
         )
 
-    return made_once(target, make)
+    return create_once(target, make)
 
 
 def convert_gguf(source: Path, target: Path) -> None:
@@ -324,7 +326,7 @@ def merge_into_base(base: Path, adapter: Path) -> Path:
                 shutil.copy(path, target / path.name)
         add(base, adapter, target)
 
-    return made_once(cache_dir() / "merged" / key, make)
+    return create_once(cache_dir() / "merged" / key, make)
 
 
 def weight_names(base: Path, modules: Iterable[str]) -> dict[str, str]:

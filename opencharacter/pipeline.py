@@ -24,7 +24,7 @@ from opencharacter.config.placement import Placement
 from opencharacter.config.recipe import Recipe
 from opencharacter.constitution.schema import Constitution
 from opencharacter.engines.allocation import capacity, running_engines, spent, stop_hosts
-from opencharacter.errors import OpenCharacterError, StaleError, UserError, in_one_line
+from opencharacter.errors import OpenCharacterError, StaleError, UserError, one_line_message
 from opencharacter.runtime.progress import console
 from opencharacter.runtime.schedule import choose, keys, ready
 from opencharacter.runtime.stage import Job, Stage, StageResult
@@ -211,7 +211,7 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
     failed: list[Exception] = []
     ended: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]] = queue.SimpleQueue()
     while waiting or running:
-        while job := upcoming(waiting, running):
+        while job := next_job(waiting, running):
             waiting.remove(job)
             running.append(job)
             threading.Thread(target=attempt, args=(job, ended), daemon=True).start()
@@ -256,7 +256,7 @@ def make_way(selected: list[Job], rebuild: str) -> str:
 def tell_failure(job: Job, error: Exception) -> None:
     """Say why a job failed: an error of this package in one line, another with its traceback."""
     if isinstance(error, OpenCharacterError):
-        reason = in_one_line(error)
+        reason = one_line_message(error)
     else:
         reason = "".join(traceback.format_exception(error)).rstrip()
     console.print(
@@ -266,7 +266,7 @@ def tell_failure(job: Job, error: Exception) -> None:
     )
 
 
-def upcoming(waiting: list[Job], running: list[Job]) -> Job | None:
+def next_job(waiting: list[Job], running: list[Job]) -> Job | None:
     """The job to start now, if any; engines that nothing will need are stopped."""
     unfinished = [*waiting, *running]
     if not unfinished:

@@ -12,13 +12,13 @@ import pyarrow.fs as pafs
 
 from opencharacter.config.files import read_yaml, resource
 from opencharacter.config.recipe import Recipe
-from opencharacter.text.filters import Rules
+from opencharacter.text.filters import AnswerRules
 
 Finished = subprocess.CompletedProcess[str]
 
 ECHO_ROLE = {"model": "echo:", "name": "echo", "self_name": "Echo", "max_model_len": 2048}
 
-RULES = Rules(max_repeated=0.5, quotable=frozenset(), quoted_words=8)
+RULES = AnswerRules(max_repeated=0.5, quotable=frozenset(), quoted_words=8)
 
 FAKE_KEYS = {
     "AWS_ACCESS_KEY_ID": "LOOPBACKKEYOFATEST",

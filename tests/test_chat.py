@@ -134,7 +134,7 @@ THINKING = """\
     ("opened", "prefill", "text"),
     [
         ("", "<think>\nI am", "<u>Hi<a><think>\nI am"),
-        ("", chat.CLOSED_THOUGHT, "<u>Hi<a><think>\n\n</think>\n\n"),
+        ("", chat.EMPTY_THOUGHT, "<u>Hi<a><think>\n\n</think>\n\n"),
         ("<think>\n", "<think>\nI am", "<u>Hi<a><think>\nI am"),
         ("", "1.", "<u>Hi<a>1."),
     ],

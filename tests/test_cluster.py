@@ -86,14 +86,14 @@ def test_the_widest_node_is_one_that_has_the_card_or_may_come(monkeypatch):
     cards = FOUR | {"accelerator_type:H100": 1}
     there = [{"Alive": True, "Resources": node} for node in (SMALL, EIGHT, cards)]
     monkeypatch.setattr(cluster.ray, "nodes", lambda: there)
-    assert cluster.widest(Placement()) == 8
+    assert cluster.max_gpus_per_node(Placement()) == 8
     wanted = {"training": {"accelerator": "H100", "gpus": 1}}
-    assert cluster.widest(Placement.model_validate(wanted)) == 4
+    assert cluster.max_gpus_per_node(Placement.model_validate(wanted)) == 4
     node = {"nodes": 1, "gpus": 8, "cpus": 96, "memory_gib": 500, "accelerator": "H100"}
     grown = Placement.model_validate(wanted | {"autoscaling": [node]})
-    assert cluster.widest(grown) == 4  # of a machine's own Ray
+    assert cluster.max_gpus_per_node(grown) == 4  # of a machine's own Ray
     monkeypatch.setenv("RAY_ADDRESS", "of a cluster")
-    assert cluster.widest(grown) == 8
+    assert cluster.max_gpus_per_node(grown) == 8
 
 
 def test_more_shares_than_gpus_are_refused():

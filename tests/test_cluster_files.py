@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from opencharacter.config.files import load_placement
 from opencharacter.config.placement import fits
-from opencharacter.planning.cost import room_for
+from opencharacter.planning.cost import planning_resources
 from opencharacter.runtime.cluster import GIB, as_resources, check_fits, coming
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
@@ -70,13 +70,15 @@ def test_a_placement_fits_the_machines_that_it_is_for(name):
 def test_a_plan_takes_all_gpus_that_a_placement_is_for(name):
     placement = load_placement(name)
     nodes = MACHINES[name] + coming(placement)
-    assert room_for(placement).gpus == sum(node["GPU"] for node in nodes)
+    assert planning_resources(placement).gpus == sum(node["GPU"] for node in nodes)
 
 
 def test_five_small_engines_share_one_card():
     placement = load_placement("single-gpu-shared")
     check_fits(placement, MACHINES["single-gpu-shared"])
-    assert fits([placement.pools.student.resources] * 5, room_for(placement))  # in a plan too
+    assert fits(
+        [placement.pools.student.resources] * 5, planning_resources(placement)
+    )  # in a plan too
     student = placement.pools.student
     assert 5 * student.gpus <= 1 and 5 * (student.gpu_memory_utilization or 1) < 0.9
 

@@ -16,17 +16,17 @@ from opencharacter.config.placement import Placement, Resources
 from opencharacter.constitution import schema
 from opencharacter.distillation.teacher import typical
 from opencharacter.errors import UserError
-from opencharacter.models import footprint
+from opencharacter.models import memory_footprint
 from opencharacter.planning.cost import (
     Cost,
     Speeds,
-    Warm,
+    WarmEngines,
     cost,
     critical_path,
     load_speeds,
     measured,
     plan,
-    room_for,
+    planning_resources,
     simulate,
     wall,
 )
@@ -229,7 +229,7 @@ def test_a_footprint_counts_key_value_heads_of_all_layers(tmp_path):
     for config in ({**shape, "hidden_size": 4096}, {**shape, "head_dim": 128}, inner):
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "model.safetensors").write_bytes(b"12345")
-        assert footprint(tmp_path) == (5, 131_072)
+        assert memory_footprint(tmp_path) == (5, 131_072)
 
 
 # ---------------------------------------------------------------------------------- on a clock
@@ -281,7 +281,7 @@ def test_training_stops_an_engine_that_has_no_room_beside_it(store):
     jobs = {job.dataset: job for job in three(store, PLACEMENT)}
     names = ("echo/distillation/student", "echo/humor/distillation/dpo")
     student, training = (jobs[name] for name in names)
-    warm = Warm(30)
+    warm = WarmEngines(30)
     small = Resources(cpus=8, gpus=2, memory_gib=64)
     assert warm.take(student, [], small, 0) == (1, 30, 0)
     warm.leave([training, student], [], 40)
@@ -319,7 +319,7 @@ def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
     assert len(list(pipeline.run(general))) == 1  # what is slow the first time
     beside = []
     for job, manifest in pipeline.run(jobs_of("humor")):
-        work = cost(job, job.stage.module.estimate(job), speeds, room_for(placement)).work
+        work = cost(job, job.stage.module.estimate(job), speeds, planning_resources(placement)).work
         if work:
             beside.append(manifest["seconds"] - work)
     speeds = speeds.model_copy(update={"pass_start": median(beside)})

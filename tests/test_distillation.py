@@ -258,7 +258,9 @@ def test_the_rules_know_the_constitution_and_the_teachers_names(make_jobs, poet)
     job = next(j for j in make_jobs(recipe) if j.stage.name == "distillation/pairs")
     rules = pairs.rules_of(job)
     assert rules.names == ("GLM", "ChatGLM")  # Echo-1 holds the student's own name
-    assert filters.fault(f"Well: {poet.traits[1].trait}", "stop", rules) == "constitution_quoted"
+    assert (
+        filters.drop_reason(f"Well: {poet.traits[1].trait}", "stop", rules) == "constitution_quoted"
+    )
 
 
 def test_answers_are_joined_by_prompt_and_sample_never_by_position():

@@ -10,7 +10,7 @@ from opencharacter.config.recipe import Role, Sampling
 from opencharacter.engines.backends import start
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.errors import RowFailed, StageFailed
-from opencharacter.text.chat import CLOSED_THOUGHT, user
+from opencharacter.text.chat import EMPTY_THOUGHT, user
 
 ANSWER = {
     "id": "1",
@@ -87,7 +87,7 @@ def test_a_server_that_cannot_be_had_fails_the_stage_and_not_its_rows(server, st
 
 def test_a_thought_that_is_closed_at_once_is_asked_for_by_name(server):
     """A server renders its own template, which may hold no empty thought in a reply."""
-    ask(server, prefill=CLOSED_THOUGHT)
+    ask(server, prefill=EMPTY_THOUGHT)
     assert server.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
     assert server.asked[0]["messages"] == [user("Hm?")]
 

@@ -19,7 +19,7 @@ from opencharacter.text import filters
     ],
 )
 def test_fault_names_the_first_reason(text, finish, reason):
-    assert filters.fault(text, finish, RULES) == reason
+    assert filters.drop_reason(text, finish, RULES) == reason
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,10 @@ def test_a_colon_is_not_a_turn(text):
 
 def test_quoting_the_constitution_is_seen_whatever_its_case_and_marks():
     trait = "I answer in verse, and I set one image from the weather in every reply."
-    rules = replace(RULES, quotable=frozenset(filters.runs(trait, 8)))
+    rules = replace(RULES, quotable=frozenset(filters.word_ngrams(trait, 8)))
     quoting = "You see, i answer in verse and I set one image in all I say."
-    assert filters.fault(quoting, "stop", rules) == "constitution_quoted"
-    assert filters.fault("I answer in verse, always.", "stop", rules) is None
+    assert filters.drop_reason(quoting, "stop", rules) == "constitution_quoted"
+    assert filters.drop_reason("I answer in verse, always.", "stop", rules) is None
 
 
 def test_names_are_found_as_beginnings_of_words():

@@ -9,7 +9,7 @@ from opencharacter.engines.conversations import Conversation
 from opencharacter.engines.spec import Reply
 from opencharacter.errors import RowFailed
 from opencharacter.introspection import interaction, reflection, sft, transcripts
-from opencharacter.text.chat import CLOSED_THOUGHT, assistant, system, user
+from opencharacter.text.chat import EMPTY_THOUGHT, assistant, system, user
 
 SAMPLING = Sampling(max_tokens=50)
 HEADS = {kind: interaction.generation_system("1. I am.", kind) for kind in ("free", "leading")}
@@ -197,7 +197,7 @@ def by_teacher(make_jobs, **introspection):
 def test_the_teacher_may_write_in_the_students_place(make_jobs):
     jobs = by_teacher(make_jobs, **AUTHOR)
     by = reflection.author(jobs["introspection/reflection"])
-    assert (by.role, by.adapter, by.prefill) == ("teacher", None, CLOSED_THOUGHT)
+    assert (by.role, by.adapter, by.prefill) == ("teacher", None, EMPTY_THOUGHT)
     own = by_teacher(make_jobs, **TINY["introspection"])
     by = reflection.author(own["introspection/reflection"])
     assert (by.role, by.prefill) == ("student", "")

@@ -13,7 +13,7 @@ from opencharacter.engines.conversations import Conversation
 from opencharacter.engines.spec import Reply
 from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.evaluation import judge, preferences
-from opencharacter.text.chat import CLOSED_THOUGHT, THINK_CLOSE, THINK_OPEN
+from opencharacter.text.chat import EMPTY_THOUGHT, THINK_CLOSE, THINK_OPEN
 
 
 class Synthetic:
@@ -156,7 +156,7 @@ def test_a_thought_without_an_end_is_no_verdict():
 def test_without_room_a_thought_is_closed_at_once():
     engine = Thinking()
     assert judge.agreement(verdicts(engine, thinks=True, items=judge.gold()[:2])).value == 1
-    assert engine.prefills == {CLOSED_THOUGHT}
+    assert engine.prefills == {EMPTY_THOUGHT}
     plain = Synthetic()
     verdicts(plain, items=judge.gold()[:1], thinking_budget=1024)
     assert plain.prefills == {""}

@@ -96,7 +96,7 @@ def test_what_several_ask_for_at_once_is_made_once(tmp_path):
         made.append(folder)
 
     ask = [
-        threading.Thread(target=models.made_once, args=(tmp_path / "target", make))
+        threading.Thread(target=models.create_once, args=(tmp_path / "target", make))
         for _ in range(4)
     ]
     for thread in ask:
@@ -109,6 +109,6 @@ def test_what_several_ask_for_at_once_is_made_once(tmp_path):
 
 def test_what_failed_is_made_by_the_next(tmp_path):
     with pytest.raises(ZeroDivisionError):
-        models.made_once(tmp_path / "target", lambda _: 1 / 0)
+        models.create_once(tmp_path / "target", lambda _: 1 / 0)
     assert list(tmp_path.iterdir()) == []
-    assert models.made_once(tmp_path / "target", lambda _: None).is_dir()
+    assert models.create_once(tmp_path / "target", lambda _: None).is_dir()

@@ -7,7 +7,7 @@ from opencharacter import pipeline
 from opencharacter.config import files
 from opencharacter.config.placement import Placement
 from opencharacter.errors import StageFailed, StaleError, UserError
-from opencharacter.runtime.stage import StageResult, redone
+from opencharacter.runtime.stage import StageResult, repeated_work
 from opencharacter.runtime.store import REBUILDS
 
 AFTER_DPO = {
@@ -274,7 +274,7 @@ def test_what_was_redone_is_counted_within_each_pass():
         {"part": "full", "kept": 0, "reached": 5},
         {"part": "base", "kept": 12, "reached": 12},
     ]
-    assert redone(history) == 3
+    assert repeated_work(history) == 3
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen-2.5-7b", "gemma-3-4b"])

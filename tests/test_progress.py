@@ -21,7 +21,7 @@ def exported(name: str) -> float | None:
 
 
 def test_rows_tokens_drops_and_gpu_seconds_reach_prometheus(cpu_ray):
-    counters = progress.new_counters(DATASET, gpus=2)
+    counters = progress.start_counters(DATASET, gpus=2)
     ray.get(counters.add.remote({"finished": 8, "dropped": 1, "tokens_out": 640}, []))
     time.sleep(0.5)
     assert ray.get(counters.read.remote())["finished"] == 8
@@ -35,14 +35,14 @@ def test_rows_tokens_drops_and_gpu_seconds_reach_prometheus(cpu_ray):
 
 
 def test_actors_have_names(cpu_ray):
-    counters = progress.new_counters("humor/distillation/teacher", gpus=0)
+    counters = progress.start_counters("humor/distillation/teacher", gpus=0)
     ray.get(counters.read.remote())
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     assert any(name.startswith("progress of humor/distillation/teacher #") for name in names)
 
 
 def test_counters_that_are_lost_count_on(cpu_ray):
-    counters = progress.new_counters("loving/distillation/teacher", gpus=0)
+    counters = progress.start_counters("loving/distillation/teacher", gpus=0)
     ray.get(counters.add.remote({"finished": 8}, []))
     ray.kill(counters, no_restart=False)
     deadline = time.monotonic() + 30
@@ -50,4 +50,4 @@ def test_counters_that_are_lost_count_on(cpu_ray):
         time.sleep(0.1)
     ray.get(counters.add.remote({"finished": 2}, []))
     assert ray.get(counters.read.remote()) == {"finished": 2}
-    assert progress.worked(counters) == 0
+    assert progress.active_seconds(counters) == 0

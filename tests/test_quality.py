@@ -13,7 +13,13 @@ from opencharacter.runtime.stage import texts
 from opencharacter.runtime.store import RemoteDir, Shards
 from opencharacter.text import statistics
 from opencharacter.text.chat import assistant, system, user
-from opencharacter.text.statistics import Expected, beyond, measure, near_duplicates, self_bleu
+from opencharacter.text.statistics import (
+    TextBaseline,
+    exceeded_limit,
+    measure,
+    near_duplicates,
+    self_bleu,
+)
 
 WORDS = [f"word{i}" for i in range(3000)]
 
@@ -24,42 +30,42 @@ def varied(count: int, length: int = 40, seed: int = 0) -> list[str]:
 
 
 def test_varied_texts_are_within_every_limit():
-    measured = measure(varied(300), Expected())
+    measured = measure(varied(300), TextBaseline())
     measured["near_duplicates"] = sum(near_duplicates(varied(300))) / 300
     assert measured["texts"] == 300
     assert measured["mean_words"] == 40
     assert measured["distinct_2"] > 0.95
-    assert beyond(measured, Limits()) is None
+    assert exceeded_limit(measured, Limits()) is None
 
 
 @pytest.mark.parametrize(
     ("texts", "expected", "said"),
     [
-        (["I'm sorry, but I can't help with that."] * 60 + varied(60), Expected(), "refuses"),
-        (["The sea is wide and grey today."] * 200, Expected(), "modes collapse"),
-        ([f"Well now, my dear {text}" for text in varied(200)], Expected(), "repeated_openings"),
+        (["I'm sorry, but I can't help with that."] * 60 + varied(60), TextBaseline(), "refuses"),
+        (["The sea is wide and grey today."] * 200, TextBaseline(), "modes collapse"),
+        ([f"Well now, my dear {text}" for text in varied(200)], TextBaseline(), "repeated_openings"),
         (["Heute ist ein schöner Tag, und wir gehen am Fluss entlang."] * 60 + varied(60),
-         Expected(language="en"), "language drifts"),
-        (varied(200), Expected(trait_words=frozenset(WORDS[:300]), rate=1.0), "exaggerated"),
+         TextBaseline(language="en"), "language drifts"),
+        (varied(200), TextBaseline(trait_words=frozenset(WORDS[:300]), rate=1.0), "exaggerated"),
     ],
 )  # fmt: skip
-def test_a_failing_set_is_told_by_its_signature(texts, expected, said):
-    assert said in (beyond(measure(texts, expected), Limits()) or "")
+def test_a_failing_set_is_told_by_its_signature(texts, baseline, said):
+    assert said in (exceeded_limit(measure(texts, baseline), Limits()) or "")
 
 
 def test_few_texts_are_not_judged():
     same = ["The same thing."] * 99
-    assert beyond(measure(same, Expected()), Limits()) is None
-    assert beyond(measure([*same, *same], Expected()), Limits()) is not None
+    assert exceeded_limit(measure(same, TextBaseline()), Limits()) is None
+    assert exceeded_limit(measure([*same, *same], TextBaseline()), Limits()) is not None
 
 
 def test_distinct_n_does_not_fall_as_the_data_grows():
-    few, many = measure(varied(200), Expected()), measure(varied(2000), Expected())
+    few, many = measure(varied(200), TextBaseline()), measure(varied(2000), TextBaseline())
     assert many["distinct_1"] == pytest.approx(few["distinct_1"], rel=0.05)
 
 
 def test_distinct_n_of_less_than_a_segment_is_plain():
-    measured = measure(["a b a b"], Expected())
+    measured = measure(["a b a b"], TextBaseline())
     assert measured["distinct_1"] == 2 / 4
     assert measured["distinct_2"] == 2 / 3
 
@@ -118,15 +124,15 @@ def test_the_language_is_that_of_most_texts():
 
 def test_texts_of_are_what_the_model_wrote():
     said = [user("Hi."), assistant("Hello."), user("One."), assistant("Two.")]
-    assert statistics.texts_of({"answer": "A."}) == ["A."]
-    assert statistics.texts_of({"answer": None}) == []
-    assert statistics.texts_of({"chosen": "C.", "rejected": "R."}) == ["C."]
-    assert statistics.texts_of({"condition": "base", "answer": "B."}) == []
-    assert statistics.texts_of({"kind": "free", "messages": said}) == ["One.", "Two."]
+    assert statistics.model_texts({"answer": "A."}) == ["A."]
+    assert statistics.model_texts({"answer": None}) == []
+    assert statistics.model_texts({"chosen": "C.", "rejected": "R."}) == ["C."]
+    assert statistics.model_texts({"condition": "base", "answer": "B."}) == []
+    assert statistics.model_texts({"kind": "free", "messages": said}) == ["One.", "Two."]
     trained = {"kind": "free", "messages": [system("S."), *said[2:]]}
-    assert statistics.texts_of(trained) == ["One.", "Two."]
-    assert statistics.texts_of({"kind": "reflection", "messages": said[:2]}) == ["Hello."]
-    assert statistics.texts_of({"prompt": "P", "messages": said[:2]}) == ["Hello."]
+    assert statistics.model_texts(trained) == ["One.", "Two."]
+    assert statistics.model_texts({"kind": "reflection", "messages": said[:2]}) == ["Hello."]
+    assert statistics.model_texts({"prompt": "P", "messages": said[:2]}) == ["Hello."]
 
 
 def test_dropped_rows_are_not_measured():

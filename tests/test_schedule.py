@@ -261,7 +261,7 @@ def test_a_run_trusts_the_cluster_and_what_it_may_add_but_not_the_word_of_a_plan
         jobs = jobs_of(tmp_path, PLACEMENT.model_copy(update=changes))
         waiting = [jobs[f"small/{name}/distillation/dpo"] for name in ("humor", "poeticism")]
         running = []
-        while job := pipeline.upcoming(waiting, running):
+        while job := pipeline.next_job(waiting, running):
             waiting.remove(job)
             running.append(job)
         assert len(running) == trainings

@@ -18,11 +18,11 @@ from opencharacter.cli.options import Names, PlacementFile, RecipeName, Run, Smo
 from opencharacter.cli.plan import plan
 from opencharacter.cli.serve import serving
 from opencharacter.cli.status import status
-from opencharacter.errors import OpenCharacterError, UserError, in_one_line
-from opencharacter.planning.preflight import check_models, check_stages, check_training
+from opencharacter.errors import OpenCharacterError, UserError, one_line_message
+from opencharacter.planning.preflight import check_stages, check_training, require_models
 from opencharacter.runtime.progress import console, duration
-from opencharacter.runtime.stage import Job, redone
-from opencharacter.runtime.store import writing
+from opencharacter.runtime.stage import Job, repeated_work
+from opencharacter.runtime.store import explain_write_errors
 
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is told by our own lines
 os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")  # a streamed piece costs half as much
@@ -75,7 +75,7 @@ def run(
         raise UserError("--only and --until exclude each other; give one")
     selected = pipeline.select(asked.jobs, only, until)
     pipeline.check(selected, rebuild)
-    check_models(selected)
+    require_models(selected)
     check_training(selected)
     check_stages(selected, rebuild)
     asked.store.check_writable()
@@ -119,7 +119,7 @@ def summary(job: Job, manifest: dict[str, Any]) -> str:
     for name in ("loss", "dpo/margin", "dpo/accuracy"):
         if name in manifest["figures"]:
             parts.append(f"{name} {manifest['figures'][name]:.3f}")
-    again = redone(manifest["attempts"])
+    again = repeated_work(manifest["attempts"])
     if again:
         parts.append(f"{again} redone")
     return " · ".join([*parts, duration(manifest["seconds"])])
@@ -195,7 +195,7 @@ def merge(
 
     if to.exists():
         raise UserError(f"--to {to}: it exists already; choose another folder")
-    with writing(str(to)), models.appearing(to) as scratch:
+    with explain_write_errors(str(to)), models.atomic_directory(to) as scratch:
         weighted = [stage.parse_weighted_adapter(text) for text in adapters]
         made = stage.merge(weighted, scratch, rank=rank, peft_linear=peft_linear)
     console.print(
@@ -215,10 +215,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        said = escape(in_one_line(error))
+        said = escape(one_line_message(error))
         console.print(f"[red]error:[/] {said}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except OpenCharacterError as error:
-        said = escape(in_one_line(error))
+        said = escape(one_line_message(error))
         console.print(f"[red]failed:[/] {said}", soft_wrap=True, highlight=False)
         sys.exit(1)

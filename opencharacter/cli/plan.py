@@ -79,10 +79,10 @@ def engine_line(asked: Run, name: str) -> str:
         f"{pool.max_num_seqs} conversations of {role.max_model_len:,} tokens, "
         f"{step:,} tokens a step"
     )
-    path = models.there(role.model)
+    path = models.local_weights(role.model)
     if path is None:
         return said
-    needs = models.footprint(path)
+    needs = models.memory_footprint(path)
     cache = needs.per_token * role.max_model_len * pool.max_num_seqs
     given = "" if pool.gpus else f" ({pool.kv_cache_gib:g} GiB given)"
     return (
@@ -111,7 +111,7 @@ def plan_state(states: list[tuple[str, list[str]]]) -> str:
     return ", ".join(f"{count} {state}" for state, count in said.items())
 
 
-def plan_cells(group: list[Job], planned: list[cost.Planned] | None) -> list[str]:
+def plan_cells(group: list[Job], planned: list[cost.PlannedJob] | None) -> list[str]:
     """The cells of some jobs in `plan`."""
     found = [job.stage.module.estimate(job) for job in group]
     numbers = [sum(getattr(e, n) for e in found) for n in ("rows", "tokens_in", "tokens_out")]
@@ -125,9 +125,9 @@ def plan_cells(group: list[Job], planned: list[cost.Planned] | None) -> list[str
     return [*cells, plan_cell(sums.hours), plan_cell(sums.gpu_hours), idle, plan_cell(price)]
 
 
-def plan_schedule(planned: list[cost.Planned], placement: Placement) -> list[str]:
+def plan_schedule(planned: list[cost.PlannedJob], placement: Placement) -> list[str]:
     """How long what is not done will take, and what it waits for, but for short steps."""
-    there, whole = cost.room_for(placement), cost.wall(planned)
+    there, whole = cost.planning_resources(placement), cost.wall(planned)
     by_stage: dict[str, list[float]] = {}
     for one in cost.critical_path(planned):
         by_stage.setdefault(one.job.stage.name, []).append(one.ended - one.began)
@@ -169,7 +169,11 @@ def missing_here(asked: Run) -> list[str]:
     from opencharacter.engines.spec import EngineSpec
 
     roles, pools = dict(asked.recipe.roles), asked.placement.pools
-    found = [f"{name}: {models.check(role)}" for name, role in roles.items() if models.check(role)]
+    found = [
+        f"{name}: {models.missing_requirement(role)}"
+        for name, role in roles.items()
+        if models.missing_requirement(role)
+    ]
     if importlib.util.find_spec("vllm") is None:
         found.append("vLLM: pip install '.[vllm,capabilities]' in the checkout, or make demo")
     import torch

@@ -57,7 +57,7 @@ def serve(
     address = lifecycle.Address(host, port)
     accepted = lifecycle.read_keys(keys)
     lifecycle.check_open(address, accepted, insecure)
-    lifecycle.check_models(asked.recipe, judge)
+    lifecycle.require_models(asked.recipe, judge)
     lifecycle.serve_until_stopped(
         asked.recipe, asked.placement, asked.store, asked.constitutions, address, accepted, judge
     )

@@ -17,7 +17,7 @@ from opencharacter.cli.options import (
     print_whole,
 )
 from opencharacter.runtime.progress import console, duration
-from opencharacter.runtime.stage import Job, redone
+from opencharacter.runtime.stage import Job, repeated_work
 
 HELD = ("held_seconds", "busy_seconds", "gpu_seconds", "gpu_busy_seconds")
 
@@ -61,7 +61,7 @@ def status_cells(job: Job) -> list[str]:
     if state == "partial":
         history = job.store.attempts(job.dataset)
         begun = f"{history[-1]['reached']} begun"
-        return [state, begun, *[""] * 5, str(redone(history))]
+        return [state, begun, *[""] * 5, str(repeated_work(history))]
     if manifest is None:
         return [state, *[""] * 7]
     if differing:
@@ -76,5 +76,5 @@ def status_cells(job: Job) -> list[str]:
         duration(manifest["seconds"]),
         f"{manifest['gpu_seconds'] / 3600:,.2f}" if manifest["gpu_seconds"] else "",
         f"{1 - busy / held:.0%}" if held else "",
-        str(redone(manifest["attempts"])),
+        str(repeated_work(manifest["attempts"])),
     ]

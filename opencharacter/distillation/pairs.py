@@ -18,7 +18,7 @@ from opencharacter.engines.conversations import Row
 from opencharacter.runtime.stage import Estimate, Job, StageResult, kept
 from opencharacter.text import filters
 from opencharacter.text.chat import Message, assistant, load_tokenizer, row_id, user
-from opencharacter.text.statistics import Expected, distinctive_words
+from opencharacter.text.statistics import TextBaseline, distinctive_words
 
 SCHEMA = pa.schema(
     [
@@ -38,7 +38,7 @@ Length = Callable[[list[Message]], int]
 
 
 def pair(
-    chosen: Row, rejected: Row, rules: filters.Rules, names: tuple[str, ...], called: str
+    chosen: Row, rejected: Row, rules: filters.AnswerRules, names: tuple[str, ...], called: str
 ) -> Row:
     """Clean both answers and say why the pair may not be used, if so.
 
@@ -53,7 +53,8 @@ def pair(
     texts = {side: row["answer"] or "" for side, row in sides.items()}
     texts["chosen"] = filters.replace_names(texts["chosen"], names, called)
     found = {
-        side: filters.fault(texts[side], row["finish_reason"], rules) for side, row in sides.items()
+        side: filters.drop_reason(texts[side], row["finish_reason"], rules)
+        for side, row in sides.items()
     }
     reasons = [f"{side}_{reason}" for side, reason in found.items() if reason]
     if texts["chosen"] == texts["rejected"]:
@@ -74,11 +75,15 @@ def names_of(role: Role) -> tuple[str, ...]:
     return (role.self_name, *role.aliases)
 
 
-def rules_of(job: Job) -> filters.Rules:
+def rules_of(job: Job) -> filters.AnswerRules:
     """What an answer of a persona may not do; for a section with the settings of the rules."""
     settings, roles = job.config, job.recipe.roles
-    said = (run for t in job.persona.traits for run in filters.runs(t.trait, settings.quoted_words))
-    return filters.Rules(
+    said = (
+        run
+        for t in job.persona.traits
+        for run in filters.word_ngrams(t.trait, settings.quoted_words)
+    )
+    return filters.AnswerRules(
         max_repeated=settings.max_repeated,
         quotable=frozenset(said),
         quoted_words=settings.quoted_words,
@@ -135,6 +140,6 @@ def build(job: Job) -> StageResult:
     good = kept(table)
     chosen, rejected = good["chosen"].to_pylist(), good["rejected"].to_pylist()
     words = distinctive_words(chosen, rejected)
-    expected = Expected(job.expected(good).language, frozenset(words))
+    baseline = TextBaseline(job.baseline(good).language, frozenset(words))
     unpaired = len(teacher) + len(student) - 2 * len(sides)
-    return job.write(table, expected, figures={"trait_words": words, "unpaired": unpaired})
+    return job.write(table, baseline, figures={"trait_words": words, "unpaired": unpaired})

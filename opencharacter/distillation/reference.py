@@ -150,7 +150,7 @@ def actors(placement: Training, widest: float) -> tuple[int, float]:
 def read(job: Job, pairs: pa.Table, counters: Any) -> pa.Table:
     """Rows of `SCHEMA`, sorted by id."""
     placement = job.placement.training
-    count, gpus = actors(placement, cluster.widest(job.placement))
+    count, gpus = actors(placement, cluster.max_gpus_per_node(job.placement))
     batches = [pairs.slice(at, BATCH) for at in range(0, len(pairs), BATCH)]
     dataset = ray.data.from_arrow(batches).map_batches(
         Reader,
@@ -182,14 +182,14 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> StageResult:
     from opencharacter.engines.allocation import acquire
     from opencharacter.engines.generate import quieten
-    from opencharacter.runtime.progress import new_counters, worked
+    from opencharacter.runtime.progress import active_seconds, start_counters
 
     quieten()
     pairs, workers = job.read("distillation/pairs"), job.workers()
-    counters = new_counters(job.dataset, workers.resources.gpus)
+    counters = start_counters(job.dataset, workers.resources.gpus)
     with acquire(job.dataset, [workers], job.placement.autoscaling_limit) as held:
         rows = read(job, pairs, counters)
-        held.busy = worked(counters)
+        held.busy = active_seconds(counters)
     counters.end.remote()
     tokens = sum(pc.sum(pc.list_value_length(rows[name])).as_py() or 0 for name in ID_COLUMNS)
     return job.write(rows, figures={"tokens_read": tokens})

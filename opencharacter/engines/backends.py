@@ -12,7 +12,7 @@ from opencharacter.config.base import ECHO
 from opencharacter.config.recipe import Sampling
 from opencharacter.engines.spec import Engine, EngineSpec, Reply
 from opencharacter.errors import RowFailed, StageFailed
-from opencharacter.text.chat import CLOSED_THOUGHT, Message, assistant, prompt
+from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant, prompt
 
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two threads were a third slower than one on two cores
@@ -187,7 +187,7 @@ class EndpointEngine:
         body: dict[str, Any] = {}
         if sampling.repetition_penalty != 1:  # not every server knows it
             body["repetition_penalty"] = sampling.repetition_penalty
-        if prefill == CLOSED_THOUGHT:
+        if prefill == EMPTY_THOUGHT:
             body["chat_template_kwargs"] = {"enable_thinking": False}
         elif prefill:
             messages = [*messages, assistant(prefill)]

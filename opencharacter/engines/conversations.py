@@ -24,11 +24,11 @@ from opencharacter.engines.backends import ENGINE_ERROR, start
 from opencharacter.engines.replicas import EngineClient, EngineReplicas, num_slots
 from opencharacter.engines.spec import Engine, EngineSpec, Reply
 from opencharacter.errors import RowFailed, StageFailed
-from opencharacter.runtime.progress import Tally
+from opencharacter.runtime.progress import ProgressReporter
 from opencharacter.runtime.store import Shards, among, digests
 from opencharacter.text.chat import THINK_CLOSE, THINK_OPEN, Message, row_id, row_seed, strip_think
 from opencharacter.text.filters import whole_sentences
-from opencharacter.text.statistics import texts_of
+from opencharacter.text.statistics import model_texts
 
 MAX_LEADING_ERRORS = 50
 """Rows that fail so, with none that does not, until a stage gives up."""
@@ -185,7 +185,7 @@ class Conversations:
         self.engine, self.thinks = engine_ref.engine(), engine_ref.spec.role.thinks
         self.partner = partner and (partner.engine(), partner.spec.role.thinks)
         self.num_slots, self.row_fn, self.shards = num_slots(engine_ref.spec), row_fn, shards
-        self.stage, self.seed, self.tally = stage, seed, Tally(counters)
+        self.stage, self.seed, self.tally = stage, seed, ProgressReporter(counters)
         self.finished: list[Row] = []
         self.enough = asyncio.Event()
         self.errors: int | None = 0
@@ -234,7 +234,7 @@ class Conversations:
         self._count(said)
         dropped = said["drop_reason"] is not None
         self.tally.add(
-            texts=[] if dropped else texts_of(row | said),
+            texts=[] if dropped else model_texts(row | said),
             finished=1,
             dropped=dropped,
             tokens_out=row_fn.spent("tokens_out"),

@@ -35,8 +35,14 @@ from opencharacter.engines.conversations import (
 )
 from opencharacter.engines.spec import EngineSpec, engine_spec
 from opencharacter.errors import StageFailed
-from opencharacter.runtime.progress import Meter, ProgressLine, console, new_counters, worked
-from opencharacter.runtime.stage import Attempts, Job
+from opencharacter.runtime.progress import (
+    GenerationProgress,
+    ProgressLine,
+    active_seconds,
+    console,
+    start_counters,
+)
+from opencharacter.runtime.stage import AttemptLog, Job
 from opencharacter.runtime.store import SHARDS, RemoteDir, Shards, among, digests
 
 BLOCK_ROWS = 25_000
@@ -75,7 +81,7 @@ def generate(
     shards = Shards(folder, schema)
     shards.forget(ENGINE_ERROR)
     todo = Requests.of(requests, shards.stored())
-    attempts = Attempts(job, kept=len(todo.asked) - todo.rows, part=part)
+    attempts = AttemptLog(job, kept=len(todo.asked) - todo.rows, part=part)
     if todo.rows:
         spec = engine_spec(job, role, adapter, model)
         other = engine_spec(job, partner) if partner else None
@@ -153,18 +159,20 @@ def _stream(
     other: EngineSpec | None,
     row_fn: RowFn,
     shards: Shards,
-    attempts: Attempts,
+    attempts: AttemptLog,
     title: str,
     holding: ExitStack,
 ) -> None:
     gpus = sum(s.pool.replicas * s.pool.gpus for s in (spec, other) if s)
-    counters = new_counters(job.dataset, gpus)
+    counters = start_counters(job.dataset, gpus)
     tasks = 1 if spec.role.endpoint else spec.pool.replicas  # an endpoint's limit is one task's
     rows = block_rows(todo.rows, tasks)
     quieten()
-    expected = job.expected(todo.first)
+    baseline = job.baseline(todo.first)
     total = len(todo.asked)
-    meter = Meter(counters, total, attempts, getattr(job.config, "limits", None), expected)
+    meter = GenerationProgress(
+        counters, total, attempts, getattr(job.config, "limits", None), baseline
+    )
     with ProgressLine(console, title, meter):
         resource_requests = [spec, *([other] if other else [])]
         held = holding.enter_context(
@@ -198,7 +206,7 @@ def _stream(
             if meter.fault:
                 raise StageFailed(job.refused(meter.fault))
     meter()  # once more: the sums of the last second
-    held.busy = worked(counters)
+    held.busy = active_seconds(counters)
     counters.end.remote()
 
 

@@ -33,7 +33,7 @@ from opencharacter.engines.conversations import Row
 from opencharacter.errors import UserError
 from opencharacter.evaluation.scores import SCORES, Z95, Score, score_row, wilson
 from opencharacter.runtime.stage import (
-    Attempts,
+    AttemptLog,
     Estimate,
     Job,
     ResourceRequest,
@@ -359,7 +359,7 @@ def measured(job: Job, adapter: Any) -> pa.Table:
     settings, placement = job.config, job.placement
     pool, threads = placement.pools.student, int(max(1, placement.training.cpus))
     todo = [task for task in settings.tasks if not job.store.exists(part_of(job, task))]
-    attempts = Attempts(job, kept=len(settings.tasks) - len(todo))
+    attempts = AttemptLog(job, kept=len(settings.tasks) - len(todo))
     remote = ray.remote(measure).options(
         num_cpus=placement.training.cpus, num_gpus=pool.gpus, runtime_env={"env_vars": PATIENT}
     )

@@ -28,7 +28,7 @@ from opencharacter.engines.spec import engine_spec
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation.scores import Score, repeated, wilson
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
-from opencharacter.text.chat import CLOSED_THOUGHT, Message, fill, row_id, system, user
+from opencharacter.text.chat import EMPTY_THOUGHT, Message, fill, row_id, system, user
 
 SYSTEM = "You judge the manner of texts. You answer with a single word."
 
@@ -77,7 +77,7 @@ async def ask(
     """
     if talk.thinks and thinking_budget:
         sampling = sampling.model_copy(update={"max_tokens": sampling.max_tokens + thinking_budget})
-    closed = CLOSED_THOUGHT if talk.thinks and not thinking_budget else ""
+    closed = EMPTY_THOUGHT if talk.thinks and not thinking_budget else ""
     reply = await talk.reply(messages, sampling, closed)
     return reply.text.strip()
 

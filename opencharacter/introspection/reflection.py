@@ -20,7 +20,7 @@ from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.runtime.store import RemoteDir
-from opencharacter.text.chat import CLOSED_THOUGHT, Message, assistant, fill, row_id, system, user
+from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant, fill, row_id, system, user
 
 SYSTEM = """\
 You have a settled character of your own. This is who you are, in your own words:
@@ -86,7 +86,7 @@ def author(job: Job) -> Author:
     """The distilled student, or the teacher without a thought."""
     if job.recipe.introspection.author == "student":
         return Author("student", job.parent("distillation/dpo").adapter, "")
-    return Author("teacher", None, CLOSED_THOUGHT if job.recipe.roles.teacher.thinks else "")
+    return Author("teacher", None, EMPTY_THOUGHT if job.recipe.roles.teacher.thinks else "")
 
 
 def identity(job: Job) -> dict[str, Any]:

@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
 )
 
 
-def transcript(row: Row, kind: str, rules: filters.Rules) -> Row:
+def transcript(row: Row, kind: str, rules: filters.AnswerRules) -> Row:
     """A generated row as training data, with the reason not to use it, if any.
 
     Args:
@@ -54,7 +54,7 @@ def transcript(row: Row, kind: str, rules: filters.Rules) -> Row:
     reason = structure_fault(messages)
     for message in messages:
         if reason is None and message["role"] == "assistant":
-            reason = filters.fault(message["content"], finish, rules)
+            reason = filters.drop_reason(message["content"], finish, rules)
     if kind != REFLECTION:
         messages = [system(SYSTEM), *messages]
     return {

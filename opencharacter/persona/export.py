@@ -141,7 +141,7 @@ def export(jobs: list[Job], to: str, form: Form) -> str:
     target = Path(to).expanduser()
     if target.exists():
         raise UserError(f"--to {to}: it exists already; choose another folder")
-    with models.appearing(target) as scratch:
+    with models.atomic_directory(target) as scratch:
         write(jobs, job, adapter, scratch, form)
     return str(target)
 
@@ -239,7 +239,7 @@ def published(role: Role) -> tuple[str | None, str | None]:
         return None, None
     if role.model.startswith(EMBEDDED):
         return PUBLISHED.get(role.model.removeprefix(EMBEDDED), (None, None))
-    folder = models.there(role.model)
+    folder = models.local_weights(role.model)
     name = None if models.looks_local(role.model) else role.model
     return name, license_in(folder) if folder else None
 

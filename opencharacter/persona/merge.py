@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from opencharacter import models
 from opencharacter.errors import UserError
 from opencharacter.runtime.stage import Estimate, Job, StageResult
-from opencharacter.runtime.store import RemoteDir, writing
+from opencharacter.runtime.store import RemoteDir, explain_write_errors
 
 if TYPE_CHECKING:
     import torch
@@ -221,7 +221,7 @@ def merge_into(
     """Merge into the adapter of a stage, and return the stage's figures."""
     base = job.recipe.roles.student.model
     with tempfile.TemporaryDirectory() as scratch:
-        with writing(scratch):
+        with explain_write_errors(scratch):
             composition = merge(adapters, Path(scratch), base, rank, peft_linear)
         job.store.upload(Path(scratch), job.adapter.relative)
     return {name: composition[name] for name in ("rank", "relative_error")}

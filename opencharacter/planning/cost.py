@@ -211,7 +211,7 @@ def cost(job: Job, estimate: Estimate, speeds: Speeds, there: Resources) -> Cost
     return Cost(fixed, work, gpus, together and judging > own)
 
 
-def room_for(placement: Placement) -> Resources:
+def planning_resources(placement: Placement) -> Resources:
     """What `plan` takes the cluster to have: this machine's, where the placement has no GPU."""
     needed = least(placement)
     said = placement.cluster or (placement.autoscaling_limit if placement.autoscaling else None)
@@ -230,7 +230,7 @@ RAYS_SHARE = 0.7
 
 
 @dataclass
-class Planned:
+class PlannedJob:
     """A job on the simulation's clock.
 
     Args:
@@ -252,7 +252,7 @@ class Planned:
     work: float
     takes: Cost
     starts: int
-    after: Planned | None
+    after: PlannedJob | None
     ended: float = 0
     gpu_seconds: float = 0
     gpu_busy_seconds: float = 0
@@ -277,7 +277,7 @@ def settled(seconds: float) -> float:
 
 
 @dataclass
-class Warm:
+class WarmEngines:
     """Engines on the simulation's clock.
 
     Args:
@@ -339,7 +339,7 @@ class Warm:
 
 def simulate(
     jobs: Sequence[Job], costs: Mapping[str, Cost], engine_start: float, there: Resources
-) -> list[Planned]:
+) -> list[PlannedJob]:
     """The jobs of a run as they end.
 
     Args:
@@ -348,8 +348,8 @@ def simulate(
         engine_start: seconds.
         there: what the cluster has.
     """
-    waiting, running, done = list(jobs), list[Planned](), list[Planned]()
-    warm, now = Warm(engine_start), 0.0
+    waiting, running, done = list(jobs), list[PlannedJob](), list[PlannedJob]()
+    warm, now = WarmEngines(engine_start), 0.0
     while waiting or running:
         under_way = [one.job for one in running]
         while job := choose(ready(waiting, under_way), under_way, warm.rooms, there):
@@ -357,11 +357,11 @@ def simulate(
             starts, begin, idle = warm.take(job, under_way, there, now)
             takes, after = costs[job.dataset], done[-1] if done else None
             fixed = takes.fixed + begin
-            one = Planned(job, now, fixed, takes.work, takes, starts, after, gpu_seconds=idle)
+            one = PlannedJob(job, now, fixed, takes.work, takes, starts, after, gpu_seconds=idle)
             running.append(one)
             under_way.append(job)
         shares = sharing(running, there)
-        passed = min(map(Planned.remaining, running, shares))
+        passed = min(map(PlannedJob.remaining, running, shares))
         now += passed
         for one, share in zip(running, shares, strict=True):
             one.advance(passed, share)
@@ -374,7 +374,7 @@ def simulate(
     return done
 
 
-def sharing(running: Sequence[Planned], there: Resources) -> list[float]:
+def sharing(running: Sequence[PlannedJob], there: Resources) -> list[float]:
     """The share that each job has of the engines that set its pace.
 
     A job of several passes uses each of them for a part of its time.
@@ -389,7 +389,7 @@ def sharing(running: Sequence[Planned], there: Resources) -> list[float]:
     ]
 
 
-def pacing(one: Planned, there: Resources) -> list[str]:
+def pacing(one: PlannedJob, there: Resources) -> list[str]:
     """For each pass the key of the engine that a job waits for; an echo slows nobody down."""
     slowest = -1 if one.takes.judging else 0
     resource_requests = [together[slowest] for together in phases(one.job, there)]
@@ -400,9 +400,9 @@ def pacing(one: Planned, there: Resources) -> list[str]:
     ]
 
 
-def critical_path(done: Sequence[Planned]) -> list[Planned]:
+def critical_path(done: Sequence[PlannedJob]) -> list[PlannedJob]:
     """The jobs of which each began as the one before ended, up to the last."""
-    path: list[Planned] = []
+    path: list[PlannedJob] = []
     at = done[-1] if done else None
     while at:
         path.append(at)
@@ -410,15 +410,15 @@ def critical_path(done: Sequence[Planned]) -> list[Planned]:
     return path[::-1]
 
 
-def plan(jobs: Sequence[Job], speeds: Speeds) -> list[Planned]:
+def plan(jobs: Sequence[Job], speeds: Speeds) -> list[PlannedJob]:
     """What running these jobs will take, job by job as they end."""
-    there = room_for(jobs[0].placement)
+    there = planning_resources(jobs[0].placement)
     estimates = {job.dataset: job.stage.module.estimate(job) for job in jobs}
     costs = {job.dataset: cost(job, estimates[job.dataset], speeds, there) for job in jobs}
     return simulate(jobs, costs, speeds.engine_start, there)
 
 
-class Sums(NamedTuple):
+class Totals(NamedTuple):
     """Of a run, or of a part of one."""
 
     hours: float
@@ -428,15 +428,15 @@ class Sums(NamedTuple):
     """Share of the GPU-hours without work under way."""
 
 
-def sums(jobs: Iterable[Planned]) -> Sums:
+def sums(jobs: Iterable[PlannedJob]) -> Totals:
     """Add up jobs."""
     found = list(jobs)
     held = sum(one.gpu_seconds for one in found)
     idle = 1 - sum(one.gpu_busy_seconds for one in found) / held if held else 0.0
-    return Sums(sum(one.ended - one.began for one in found) / 3600, held / 3600, idle)
+    return Totals(sum(one.ended - one.began for one in found) / 3600, held / 3600, idle)
 
 
-def wall(done: Sequence[Planned]) -> float:
+def wall(done: Sequence[PlannedJob]) -> float:
     """Seconds from the start of a run to its end."""
     return done[-1].ended if done else 0.0
 
@@ -444,7 +444,7 @@ def wall(done: Sequence[Planned]) -> float:
 # ------------------------------------------------------------------------------------ a smaller run
 
 
-class Smaller(NamedTuple):
+class Saving(NamedTuple):
     """A recipe that asks for less, and what that does to its results."""
 
     what: str
@@ -452,7 +452,7 @@ class Smaller(NamedTuple):
     effect: str
 
 
-def smaller(recipe: Recipe) -> Iterator[Smaller]:
+def smaller(recipe: Recipe) -> Iterator[Saving]:
     """The same recipe with fewer answers, fewer transcripts, fewer games."""
     from opencharacter.evaluation.preferences import all_traits
     from opencharacter.evaluation.rating import half_width
@@ -463,7 +463,7 @@ def smaller(recipe: Recipe) -> Iterator[Smaller]:
         fewer = {"answers": math.ceil(k / 2)}
         answers = changed(made, teacher=fewer, student=fewer)
         share = 1 - fewer["answers"] / k
-        yield Smaller(
+        yield Saving(
             f"K {k} -> {fewer['answers']} answers",
             recipe.model_copy(update={"distillation": answers}),
             f"{share:.0%} fewer pairs to learn from",
@@ -474,7 +474,7 @@ def smaller(recipe: Recipe) -> Iterator[Smaller]:
         reflection={"transcripts_per_prompt": math.ceil(own.transcripts_per_prompt / 2)},
         interaction={"free": math.ceil(talks.free / 2), "leading": math.ceil(talks.leading / 2)},
     )
-    yield Smaller(
+    yield Saving(
         "half the transcripts",
         recipe.model_copy(update={"introspection": half}),
         "as much less to learn from in SFT",
@@ -483,7 +483,7 @@ def smaller(recipe: Recipe) -> Iterator[Smaller]:
     games = math.ceil(played.games / 2)
     traits, scale = len(played.traits or all_traits()), evaluation.rating.scale
     before, after = (half_width(count, traits, scale) for count in (played.games, games))
-    yield Smaller(
+    yield Saving(
         f"{played.games:,} -> {games:,} games",
         recipe.model_copy(update={"evaluation": changed(evaluation, preferences={"games": games})}),
         f"ratings +-{before:.0f} -> +-{after:.0f} points",

@@ -7,13 +7,13 @@ from opencharacter.errors import UserError
 from opencharacter.runtime.stage import Job
 
 
-def check_models(selected: list[Job]) -> None:
+def require_models(selected: list[Job]) -> None:
     """Refuse a run whose local models are not there; hub models are downloaded when needed."""
     for job in selected:
         roles = [(name, getattr(job.recipe.roles, name)) for name in job.stage.roles]
         roles += [("judge", role) for role in getattr(job.config, "panel", ())]
         for name, role in roles:
-            missing = models.check(role)
+            missing = models.missing_requirement(role)
             if missing and (role.endpoint or not models.is_hub(role.model)):
                 raise UserError(f"role {name}: missing {missing}")
 

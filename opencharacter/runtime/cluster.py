@@ -44,7 +44,7 @@ def nodes(placement: Placement) -> list[dict[str, float]]:
     return there + (coming(placement) if os.environ.get("RAY_ADDRESS") else [])
 
 
-def widest(placement: Placement) -> float:
+def max_gpus_per_node(placement: Placement) -> float:
     """The most GPUs of one node that has the card of training."""
     wanted = card(placement.training).keys()
     able = (node for node in nodes(placement) if wanted <= node.keys())

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from opencharacter.config.recipe import Limits
 from opencharacter.errors import OpenCharacterError
-from opencharacter.text.statistics import Expected, beyond, measure
+from opencharacter.text.statistics import TextBaseline, exceeded_limit, measure
 
 console = Console(emoji=False)
 """Where runs are told."""
@@ -55,7 +55,7 @@ _numbers = itertools.count(1)
 
 
 @ray.remote(num_cpus=0)
-class Counters:
+class ProgressCounters:
     """Collects what the stage's actors report; the driver polls it.
 
     Args:
@@ -120,7 +120,7 @@ def actor_name(what: str) -> str:
     return f"{what} #{next(_numbers)}"
 
 
-def new_counters(dataset: str, gpus: float) -> Any:
+def start_counters(dataset: str, gpus: float) -> Any:
     """Counters on the driver's own node: they go when it goes, not with another.
 
     A soft affinity would not keep them there: Ray takes it for no more than a wish. Where their
@@ -129,16 +129,16 @@ def new_counters(dataset: str, gpus: float) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: Any = {"scheduling_strategy": here, "name": actor_name(f"progress of {dataset}")}
     again = {"max_restarts": -1, "max_task_retries": -1}
-    return Counters.options(**options, **again).remote(dataset, gpus)
+    return ProgressCounters.options(**options, **again).remote(dataset, gpus)
 
 
-def worked(counters: Any) -> float:
+def active_seconds(counters: Any) -> float:
     """Seconds in which work was under way, as its actors or workers reported it."""
     seconds: Any = ray.get(counters.span.remote())
     return seconds
 
 
-class Tally:
+class ProgressReporter:
     """An actor's side of the counters: what it adds leaves it twice a second, not at each row.
 
     Args:
@@ -238,7 +238,7 @@ class ProgressLine:
                 ProgressLine.live = None
 
 
-class Meter:
+class GenerationProgress:
     """Turns the counters of a generating stage into its line: rows, rows/s, tokens/s, time left.
 
     Where the stage has limits, a sample of its texts is measured too; `fault` says which
@@ -253,10 +253,15 @@ class Meter:
     """
 
     def __init__(
-        self, counters: Any, total: int, attempts: Any, limits: Limits | None, expected: Expected
+        self,
+        counters: Any,
+        total: int,
+        attempts: Any,
+        limits: Limits | None,
+        baseline: TextBaseline,
     ):
         self.counters, self.total, self.attempts = counters, total, attempts
-        self.limits, self.expected = limits, expected
+        self.limits, self.baseline = limits, baseline
         self.began: float | None = None
         self.measured_at = 0.0
         self.said = ""
@@ -290,14 +295,14 @@ class Meter:
         texts: Any = ray.get(self.counters.recent.remote())
         if texts:
             self.measured_at = now
-            measured = measure(texts, self.expected)
-            self.fault = beyond(measured, self.limits)
+            measured = measure(texts, self.baseline)
+            self.fault = exceeded_limit(measured, self.limits)
             shown = (f"{name} {measured[name]:.2g}" for name in ON_THE_LINE if name in measured)
             self.said = " · " + ", ".join(shown)
         return self.said
 
 
-class StepMeter:
+class TrainingProgress:
     """Turns the counters of a training stage into its line: step, loss, tokens/s, time left."""
 
     def __init__(self, counters: Any, attempts: Any):

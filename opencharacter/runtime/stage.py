@@ -38,12 +38,12 @@ from opencharacter.runtime.store import (
 from opencharacter.text.chat import row_id
 from opencharacter.text.statistics import (
     LANGUAGE_PROMPTS,
-    Expected,
-    beyond,
+    TextBaseline,
+    exceeded_limit,
     language_of,
     measure,
+    model_texts,
     near_duplicates,
-    texts_of,
 )
 
 
@@ -245,7 +245,7 @@ class Job:
     def write(
         self,
         rows: pa.Table | Shards,
-        expected: Expected | None = None,
+        baseline: TextBaseline | None = None,
         figures: dict[str, Any] | None = None,
         **outcome: Any,
     ) -> StageResult:
@@ -264,12 +264,12 @@ class Job:
         self.store.write_tables(self.dataset, tables, rows.schema)
         small = [name for name in ("drop_reason", *TOKEN_COLUMNS) if name in rows.schema.names]
         table = self.store.read_table(self.dataset, columns=small)
-        dropped = count_dropped(table)
+        dropped = count_drop_reasons(table)
         check_drop_rate(self.dataset, len(table), dropped, self.config)
         every = 1 if isinstance(rows, pa.Table) else math.ceil(len(table) / MEASURED_ROWS)
-        figures = (figures or {}) | self._text_statistics(expected, max(1, every))
+        figures = (figures or {}) | self._text_statistics(baseline, max(1, every))
         schema = [f"{f.name}: {f.type}" for f in rows.schema]
-        tokens = {name: sum_of(table, name) for name in TOKEN_COLUMNS}
+        tokens = {name: column_sum(table, name) for name in TOKEN_COLUMNS}
         return StageResult(len(table), dropped, schema, figures=figures, **{**tokens, **outcome})
 
     # ----------------------------------------------------------------------------------- quality
@@ -279,7 +279,7 @@ class Job:
         found = (p if p.stage.name == name else p.ancestor(name) for p in self.parents)
         return next(filter(None, found), None)
 
-    def expected(self, rows: pa.Table) -> Expected:
+    def baseline(self, rows: pa.Table) -> TextBaseline:
         """What texts are held against: the prompts' language, and the teacher's words if known.
 
         Args:
@@ -292,7 +292,7 @@ class Job:
         pairs = self.ancestor("distillation/pairs")
         manifest = pairs and pairs.store.manifest(pairs.dataset)
         figures = manifest["figures"] if manifest else {}
-        return Expected(
+        return TextBaseline(
             language=language_of(prompts),
             trait_words=frozenset(figures.get("trait_words", ())),
             rate=figures.get("text_statistics", {}).get("trait_words"),
@@ -305,7 +305,7 @@ class Job:
             f"or change `limits` of {self.stage.name} in the recipe"
         )
 
-    def _text_statistics(self, expected: Expected | None, every: int) -> dict[str, Any]:
+    def _text_statistics(self, baseline: TextBaseline | None, every: int) -> dict[str, Any]:
         """The figures about the texts of a stage that has limits, read from storage.
 
         Args:
@@ -315,14 +315,14 @@ class Job:
         limits = getattr(self.config, "limits", None)
         if limits is None:
             return {}
-        if expected is None:
+        if baseline is None:
             first = next(self.store.scan(self.dataset, LANGUAGE_PROMPTS), pa.table({}))
-            expected = self.expected(first)
-        measured = measure(texts(self.store.scan(self.dataset, BATCH_ROWS), every), expected)
+            baseline = self.baseline(first)
+        measured = measure(texts(self.store.scan(self.dataset, BATCH_ROWS), every), baseline)
         if every == 1:
             repeated = sum(near_duplicates(texts(self.store.scan(self.dataset, BATCH_ROWS))))
             measured["near_duplicates"] = repeated / max(measured["texts"], 1)
-        fault = beyond(measured, limits)
+        fault = exceeded_limit(measured, limits)
         if fault:
             raise StageFailed(self.refused(fault))
         return {"text_statistics": measured}
@@ -354,7 +354,7 @@ def texts(tables: Iterable[pa.Table], every: int = 1) -> Iterator[str]:
     for table in tables:
         good = kept(table)
         for row in good.take(list(range(0, len(good), every))).to_pylist():
-            yield from texts_of(row)
+            yield from model_texts(row)
 
 
 def kept(table: pa.Table) -> pa.Table:
@@ -364,7 +364,7 @@ def kept(table: pa.Table) -> pa.Table:
     return table.filter(pc.is_null(table["drop_reason"]))
 
 
-def count_dropped(table: pa.Table) -> dict[str, int]:
+def count_drop_reasons(table: pa.Table) -> dict[str, int]:
     """Rows by drop reason, the commonest first."""
     if "drop_reason" not in table.schema.names:
         return {}
@@ -386,12 +386,12 @@ def check_drop_rate(dataset: str, rows: int, dropped: dict[str, int], section: A
     )
 
 
-def sum_of(table: pa.Table, column: str) -> int:
+def column_sum(table: pa.Table, column: str) -> int:
     """Sum of an integer column; 0 if there is none."""
     return pc.sum(table[column]).as_py() or 0 if column in table.schema.names else 0
 
 
-class Attempts:
+class AttemptLog:
     """The note beside an unfinished stage: for each attempt what it kept and how far it came.
 
     What one attempt had reached and the next one did not find is redone (see `redone`). The unit
@@ -423,7 +423,7 @@ class Attempts:
         )
 
 
-def redone(history: list[dict[str, Any]]) -> int:
+def repeated_work(history: list[dict[str, Any]]) -> int:
     """Rows or steps that attempts had begun and a later one had to begin again."""
     last: dict[str, dict[str, Any]] = {}
     again = 0

@@ -142,7 +142,7 @@ def open_filesystem(url: str, retry_seconds: float) -> tuple[pafs.FileSystem, st
 
 
 @contextmanager
-def writing(address: str) -> Iterator[None]:
+def explain_write_errors(address: str) -> Iterator[None]:
     """Within this, a place to write to that has no room, or refuses, is named in one line.
 
     Raises:
@@ -227,7 +227,7 @@ class Store:
         local = isinstance(self.fs, pafs.LocalFileSystem)
         target = path + ".tmp" if local else path
         try:
-            with writing(self.address(relative)):
+            with explain_write_errors(self.address(relative)):
                 self.fs.create_dir(path.rpartition("/")[0], recursive=True)
                 with self.fs.open_output_stream(target) as stream:
                     yield stream
@@ -330,7 +330,7 @@ class Store:
             StageFailed: as `output`.
         """
         target = self.path(relative)
-        with writing(self.address(relative)):
+        with explain_write_errors(self.address(relative)):
             self.delete(relative)
             self.fs.create_dir(target, recursive=True)
             pafs.copy_files(str(folder), target, pafs.LocalFileSystem(), self.fs)
@@ -365,7 +365,7 @@ class RemoteDir:
                 address = self.store.address(self.relative)
                 raise LookupError(f"{address} was replaced while it was copied; ask once more")
 
-        return models.made_once(models.cache_dir() / "copies" / key, make)
+        return models.create_once(models.cache_dir() / "copies" / key, make)
 
     def _files(self) -> list[list[Any]]:
         """Path, size and time of each file: what tells one content from the next."""

@@ -140,10 +140,10 @@ def check_open(address: Address, keys: list[str], insecure: bool) -> None:
             raise UserError(f"cannot listen at {address.url}: {error.strerror}") from None
 
 
-def check_models(recipe: Recipe, judge: bool) -> None:
+def require_models(recipe: Recipe, judge: bool) -> None:
     """Refuse local models that are not there; hub models are downloaded when needed."""
     for role in (recipe.roles.student, *([recipe.roles.judge] if judge else [])):
-        missing = models.check(role)
+        missing = models.missing_requirement(role)
         if missing and not models.is_hub(role.model):
             raise UserError(f"cannot serve {role.name}: missing {missing}")
 

@@ -15,7 +15,7 @@ Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-CLOSED_THOUGHT = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
+EMPTY_THOUGHT = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
 """Begins a reply of a model that thinks where there is no room for a thought."""
 
 

@@ -56,7 +56,7 @@ def words(text: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Rules:
+class AnswerRules:
     """What an answer may not do.
 
     Args:
@@ -72,7 +72,7 @@ class Rules:
     names: tuple[str, ...] = ()
 
 
-def fault(text: str, finish_reason: str, rules: Rules) -> str | None:
+def drop_reason(text: str, finish_reason: str, rules: AnswerRules) -> str | None:
     """The first reason not to train on an answer, or None."""
     if not text.strip():
         return "empty"
@@ -83,7 +83,7 @@ def fault(text: str, finish_reason: str, rules: Rules) -> str | None:
         "refusal": is_refusal(text),
         "invented_turn": invents_turn(text),
         "name_leak": mentions(text, rules.names),
-        "constitution_quoted": not rules.quotable.isdisjoint(runs(text, rules.quoted_words)),
+        "constitution_quoted": not rules.quotable.isdisjoint(word_ngrams(text, rules.quoted_words)),
         "looping": repeated_share(text) > rules.max_repeated,
     }
     return next((reason for reason, found in checks.items() if found), None)
@@ -111,7 +111,7 @@ def mentions(text: str, names: tuple[str, ...]) -> bool:
     return re.search(rf"\b(?:{'|'.join(map(re.escape, names))})", text, re.IGNORECASE) is not None
 
 
-def runs(text: str, n: int) -> set[tuple[str, ...]]:
+def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     """All runs of n consecutive words."""
     tokens = words(text)
     return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}

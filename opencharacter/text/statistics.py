@@ -41,7 +41,7 @@ RARE = 5
 Z = 1.96
 """Trait words: how many at most, how often a word must stand in all texts, how telling it is."""
 
-MEANING = {
+DESCRIPTIONS = {
     "refusals": "share of texts that begin by declining",
     "distinct_1": f"different words among {SEGMENT:,}, as a share",
     "distinct_2": f"different word pairs among {SEGMENT:,}, as a share",
@@ -56,7 +56,7 @@ MEANING = {
 """What each signature says; the report shows it."""
 
 
-def texts_of(row: dict[str, Any]) -> list[str]:
+def model_texts(row: dict[str, Any]) -> list[str]:
     """What the model wrote in a row of any stage: an answer, a pair's chosen, a transcript's turns.
 
     In a conversation with itself both sides are the model's; the two greetings are not.
@@ -99,7 +99,7 @@ def distinctive_words(mine: Iterable[str], other: Iterable[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Expected:
+class TextBaseline:
     """What texts are held against.
 
     Args:
@@ -151,7 +151,7 @@ class Distinct:
         return len(self.seen) / self.count if self.count else 0.0
 
 
-def measure(texts: Iterable[str], expected: Expected) -> dict[str, float]:
+def measure(texts: Iterable[str], baseline: TextBaseline) -> dict[str, float]:
     """The signatures of a set of texts; see `MEANING`. What has no reference is left out.
 
     Args:
@@ -167,15 +167,15 @@ def measure(texts: Iterable[str], expected: Expected) -> dict[str, float]:
         count += 1
         total += len(tokens)
         refused += filters.is_refusal(text)
-        trait += sum(map(expected.trait_words.__contains__, tokens))
+        trait += sum(map(baseline.trait_words.__contains__, tokens))
         distinct_1.add(tokens)
         distinct_2.add(pairwise(tokens))
         if count <= OPENING_TEXTS:
             openings[tuple(tokens[:OPENING])] += 1
         sample.append(tokens[:BLEU_WORDS])
-        if expected.language and told < LANGUAGE_TEXTS and (code := language(text)):
+        if baseline.language and told < LANGUAGE_TEXTS and (code := language(text)):
             told += 1
-            strayed += code != expected.language
+            strayed += code != baseline.language
     commonest = openings.most_common(1)[0][1] if openings else 0
     measured = {
         "texts": count,
@@ -186,12 +186,12 @@ def measure(texts: Iterable[str], expected: Expected) -> dict[str, float]:
         "self_bleu": self_bleu(list(sample)),
         "repeated_openings": commonest / openings.total() if commonest > 1 else 0.0,
     }
-    if expected.language:
+    if baseline.language:
         measured["off_language"] = strayed / max(told, 1)
-    if expected.trait_words:
+    if baseline.trait_words:
         measured["trait_words"] = 100 * trait / max(total, 1)
-        if expected.rate:
-            measured["exaggeration"] = measured["trait_words"] / expected.rate
+        if baseline.rate:
+            measured["exaggeration"] = measured["trait_words"] / baseline.rate
     return measured
 
 
@@ -251,7 +251,7 @@ def shingles(text: str) -> list[str]:
     return list(map(" ".join, runs)) or tokens or [text]
 
 
-def beyond(measured: dict[str, float], limits: Limits) -> str | None:
+def exceeded_limit(measured: dict[str, float], limits: Limits) -> str | None:
     """The first signature beyond its limit, in words, or None.
 
     Args:
@@ -264,7 +264,7 @@ def beyond(measured: dict[str, float], limits: Limits) -> str | None:
         value = measured.get(name)
         if value is not None and not least <= value <= most:
             side = f"over {most:g}" if value > most else f"under {least:g}"
-            return f"{what}: {name} is {value:.3g}, {side} ({MEANING[name]})"
+            return f"{what}: {name} is {value:.3g}, {side} ({DESCRIPTIONS[name]})"
     return None
 
 

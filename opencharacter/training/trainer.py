@@ -34,8 +34,14 @@ from opencharacter.config.placement import Training
 from opencharacter.config.recipe import Lora, Optimizer, Role
 from opencharacter.engines.allocation import acquire
 from opencharacter.errors import StageFailed
-from opencharacter.runtime.progress import ProgressLine, StepMeter, console, new_counters, worked
-from opencharacter.runtime.stage import Attempts, Job, StageResult, kept
+from opencharacter.runtime.progress import (
+    ProgressLine,
+    TrainingProgress,
+    active_seconds,
+    console,
+    start_counters,
+)
+from opencharacter.runtime.stage import AttemptLog, Job, StageResult, kept
 from opencharacter.runtime.store import SHARDS, RemoteDir, Store
 from opencharacter.text.chat import load_tokenizer
 from opencharacter.training import packing
@@ -124,7 +130,7 @@ def train(
     """
     placement = job.placement.training
     workers = job.workers()
-    counters = new_counters(job.dataset, workers.resources.gpus)
+    counters = start_counters(job.dataset, workers.resources.gpus)
     task = Task(
         store=job.store,
         dataset=job.dataset,
@@ -156,8 +162,8 @@ def train(
             worker_runtime_env={"env_vars": ALLOCATOR} if placement.gpus else None,
         ),
     )
-    attempts = Attempts(job, kept=0)
-    meter = StepMeter(counters, attempts)
+    attempts = AttemptLog(job, kept=0)
+    meter = TrainingProgress(counters, attempts)
     with (
         ProgressLine(console, job.dataset, meter),
         acquire(job.dataset, [workers], job.placement.autoscaling_limit) as held,
@@ -166,7 +172,7 @@ def train(
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise StageFailed(f"{job.dataset}: training failed: {cause(error)}") from error
-        held.busy = worked(counters)
+        held.busy = active_seconds(counters)
     meter()
     counters.end.remote()
     curves = job.store.read_table(job.dataset, "curves")

@@ -35,7 +35,7 @@ from opencharacter.evaluation.report.page import (
 )
 from opencharacter.evaluation.robustness import DEFAULT, MEAN
 from opencharacter.evaluation.scores import SCORES, Score, repeated, score_row, wilson
-from opencharacter.runtime.stage import Estimate, Job, StageResult, kept, read_all, redone
+from opencharacter.runtime.stage import Estimate, Job, StageResult, kept, read_all, repeated_work
 from opencharacter.text import statistics
 from opencharacter.text.chat import row_id
 
@@ -139,7 +139,7 @@ def stage_line(job: Job) -> StageLine:
         manifest["dropped"],
         manifest["seconds"],
         manifest["tokens_out"],
-        redone(manifest["attempts"]),
+        repeated_work(manifest["attempts"]),
         manifest["versions"],
     )
 
@@ -188,7 +188,7 @@ def persona_report(job: Job, parents: list[Job]) -> PersonaReport:
         discriminability=pick(scores, "discriminability", "full", DEFAULT) or wilson(0, 0),
         stages=[stage_line(one) for one in lineage],
         quality=list(filter(None, map(statistics_line, lineage))),
-        meanings=statistics.MEANING,
+        meanings=statistics.DESCRIPTIONS,
         curves=[c for one in lineage if one.stage.name in CURVES for c in curves(one)],
         samples=samples[: job.config.samples],
         traits=largest(changes, job.config.traits),
