@@ -1,51 +1,90 @@
-"""The base class of all configuration, and the names that it validates."""
+"""The base class of all configuration, and the markers that keep fingerprints stable.
+
+A stage's fingerprint hashes the *identity* of its configuration: the fields that decide what the
+stage produces. Two markers in a field's annotation change how the field takes part:
+
+- `NotIdentity`: the field never enters the identity. Mark a field so when it only decides when to
+  stop, what to expect, or which server to ask, for example
+  `max_drop_rate: Annotated[Rate, NotIdentity] = 0.2`.
+- `AddedLater(version)`: the field enters the identity only if its value is not its default. Mark
+  every field so that is added to an existing section after a release, for example
+  `ipo: Annotated[bool, AddedLater("0.3")] = False`. Choose a default that reproduces the earlier
+  behavior; then datasets that were made before the field existed stay valid. Never change the
+  default of such a field: that would change what an unchanged fingerprint stands for.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 EMBEDDED = "embedded:"
 ECHO = "echo:"
-NOT_IDENTITY = {
-    "max_drop_rate",
-    "limits",
-    "typical_tokens",
-    "api_key_env",
-    "endpoint",
-    "endpoint_concurrency",
-    "wanted",
-    "min_agreement",
-}
-"""Fields that say when to stop, what to expect or whom to ask, not what is made: left out of
-fingerprints."""
 
 
-def check_name(name: str) -> str:
-    """Return `name` if it may become a path; raise ValueError otherwise."""
+class NotIdentity:
+    """Marks a field that never enters the identity."""
+
+
+@dataclass(frozen=True)
+class AddedLater:
+    """Marks a field that enters the identity only if its value differs from its default.
+
+    Args:
+        version: the first release of this package that has the field.
+    """
+
+    version: str
+
+
+def validate_name(name: str) -> str:
+    """Return `name` if it can be used in a path; raise ValueError otherwise."""
     if not NAME.fullmatch(name):
-        raise ValueError(f"{name!r} may only hold a-z, 0-9, '.', '_', '-' and start with a letter")
+        raise ValueError(
+            f"{name!r} is not a valid name: use a-z, 0-9, '.', '_' and '-', and begin with a "
+            "letter or a digit"
+        )
     return name
 
 
-Name = Annotated[str, AfterValidator(check_name)]
+Name = Annotated[str, AfterValidator(validate_name)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class Config(BaseModel):
-    """Immutable, and strict about what it does not know."""
+    """Base of all configuration: immutable, and unknown fields are an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def identity(self) -> dict[str, Any]:
-        """What of this configuration enters a fingerprint: JSON values, limits left out."""
-        return _without_limits(self.model_dump(mode="json"))
+        """Return the JSON values that decide what a stage with this configuration produces."""
+        dumped = self.model_dump(mode="json")
+        return {
+            name: _identity(getattr(self, name), dumped[name])
+            for name, field in type(self).model_fields.items()
+            if _in_identity(field, getattr(self, name))
+        }
 
 
-def _without_limits(value: Any) -> Any:
+def _in_identity(field: FieldInfo, value: Any) -> bool:
+    if NotIdentity in field.metadata:
+        return False
+    added_later = any(isinstance(marker, AddedLater) for marker in field.metadata)
+    return not added_later or value != field.get_default(call_default_factory=True)
+
+
+def _identity(value: Any, dumped: Any) -> Any:
+    """Apply the markers inside a field's value, which `dumped` represents as JSON."""
+    if isinstance(value, Config):
+        return value.identity()
     if isinstance(value, dict):
-        return {k: _without_limits(v) for k, v in value.items() if k not in NOT_IDENTITY}
-    return [_without_limits(v) for v in value] if isinstance(value, list) else value
+        pairs = zip(dumped.items(), value.values(), strict=True)
+        return {key: _identity(inner, text) for (key, text), inner in pairs}
+    if isinstance(value, list | tuple):
+        return [_identity(inner, text) for inner, text in zip(value, dumped, strict=True)]
+    return dumped

@@ -1,4 +1,4 @@
-"""`Placement` says where a run executes. It enters no fingerprint."""
+"""`Placement`: where a run executes and what it may use. It enters no fingerprint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from opencharacter.config.base import Config, Name, Rate
 
 
 class Resources(Config):
-    """What a cluster has, or what something holds of it."""
+    """CPUs, GPUs and memory of a cluster, or of what is reserved on it."""
 
     cpus: NonNegativeFloat = 0
+    """Number of CPU cores."""
     gpus: NonNegativeFloat = 0
+    """Number of GPUs."""
     memory_gib: NonNegativeFloat = 0
+    """Main memory in GiB."""
 
     def __or__(self, other: Resources) -> Resources:
-        """The greater of both, kind by kind."""
+        """Return the larger of both, for each kind of resource."""
         return Resources(
             cpus=max(self.cpus, other.cpus),
             gpus=max(self.gpus, other.gpus),
@@ -33,72 +36,76 @@ class Resources(Config):
         )
 
 
-def total(rooms: Iterable[Resources]) -> Resources:
-    """What several hold together."""
-    held = list(rooms)
+def total_resources(requests: Iterable[Resources]) -> Resources:
+    """Return the sum of several requests."""
+    each = list(requests)
     return Resources(
-        cpus=sum(room.cpus for room in held),
-        gpus=sum(room.gpus for room in held),
-        memory_gib=sum(room.memory_gib for room in held),
+        cpus=sum(request.cpus for request in each),
+        gpus=sum(request.gpus for request in each),
+        memory_gib=sum(request.memory_gib for request in each),
     )
 
 
-def fits(rooms: Iterable[Resources], there: Resources) -> bool:
-    """Whether a cluster holds several at once."""
-    wanted = total(rooms)
+def fits(requests: Iterable[Resources], available: Resources) -> bool:
+    """Return whether several requests fit into the available resources together."""
+    needed = total_resources(requests)
     return (
-        wanted.cpus <= there.cpus + 1e-6
-        and wanted.gpus <= there.gpus + 1e-6
-        and wanted.memory_gib <= there.memory_gib + 1e-6
+        needed.cpus <= available.cpus + 1e-6
+        and needed.gpus <= available.gpus + 1e-6
+        and needed.memory_gib <= available.memory_gib + 1e-6
     )
 
 
 MAX_JOBS_PER_ENGINE = 2
-"""Jobs that use an engine at once: one fills the seats that the last rows of another leave, and its
-time without requests."""
+"""Number of jobs that use an engine concurrently: a second job fills the batch while the last rows
+of the first one finish, and while the first one sends no requests."""
 LIGHT_TASK_CPUS = 0.02
-"""CPUs that Ray reserves for what only waits or writes: the engines hold the rest."""
+"""CPUs that Ray reserves for a task that only waits or writes; engines reserve the rest."""
 
 
 class Pool(Config):
-    """Where a role's engines run."""
+    """The engines of a role: how many there are, and their resources and vLLM settings."""
 
     replicas: PositiveInt = 1
+    """Number of engine replicas."""
     max_replicas: PositiveInt | None = None
-    """More replicas, up to this many, join while a stage runs as the cluster has room."""
+    """Maximum number of replicas. While a stage runs, replicas are added up to this number as the
+    cluster has resources for them. If null, the number stays `replicas`."""
     gpus: NonNegativeFloat = 0
-    """GPUs per replica; 0 means the CPU wheel of vLLM, a fraction shares a card."""
+    """GPUs per replica. A fraction shares a GPU with other replicas; 0 runs vLLM on the CPU."""
     cpus: NonNegativeFloat = 0.6
-    """CPUs that Ray reserves per replica. Engines that fit into the cluster together, by CPUs,
-    memory and GPUs, stay loaded together."""
+    """CPUs that Ray reserves per replica. Engines stay loaded side by side as long as the CPUs, GPUs
+    and memory of all of them fit into the cluster."""
     memory_gib: PositiveFloat = 2
-    """Memory that Ray reserves per replica."""
+    """Main memory in GiB that Ray reserves per replica."""
     tensor_parallel: PositiveInt = 1
-    """GPUs over which one replica's weights are split."""
+    """Number of GPUs over which the weights of one replica are split."""
     accelerator: str | None = None
-    """Ray's name of the card, such as H100; any where absent."""
+    """Ray's accelerator type, for example `H100`; any if null."""
     max_num_seqs: PositiveInt = 48
-    """Conversations under way per replica."""
+    """Maximum number of sequences that a replica generates concurrently, as in vLLM."""
     kv_cache_gib: PositiveFloat = 1
-    """Key-value cache of a CPU engine."""
+    """Size of the key-value cache in GiB, for engines on the CPU."""
     gpu_memory_utilization: Rate = 0.9
-    """Share of a GPU that the engine may take."""
+    """Share of a GPU's memory that the engine may use, as in vLLM."""
     adapters: Literal["merged", "runtime"] = "merged"
-    """Whether an adapter is folded into a copy of the weights, or applied as it generates: saves
-    the copy's disk, costs throughput."""
+    """How an engine applies a LoRA adapter: `merged` writes a copy of the weights with the adapter
+    merged in; `runtime` applies it during generation, which needs no disk space for a copy but has
+    a lower throughput."""
     max_restarts: NonNegativeInt = 8
-    """Times that a replica whose engine died is started again within a run."""
+    """How often a replica whose engine died is restarted within a run."""
     engine_kwargs: dict[str, Any] = Field(default={})
-    """Further arguments of vLLM's engine, by vLLM's names; they win over what is derived here."""
+    """Additional arguments of vLLM's engine, by vLLM's names. They override those that are derived
+    from the other fields."""
 
     @property
-    def most_replicas(self) -> int:
-        """Replicas when it has grown."""
+    def replica_limit(self) -> int:
+        """The largest number of replicas that the pool may reach."""
         return max(self.replicas, self.max_replicas or 0)
 
     @property
     def resources(self) -> Resources:
-        """What its replicas hold together, with what the jobs that use them need beside."""
+        """What all `replicas` reserve together, including the light tasks of jobs that use them."""
         return Resources(
             cpus=self.replicas * (self.cpus + MAX_JOBS_PER_ENGINE * LIGHT_TASK_CPUS),
             gpus=self.replicas * self.gpus,
@@ -106,7 +113,7 @@ class Pool(Config):
         )
 
     @model_validator(mode="after")
-    def _a_gpu_for_each_share(self) -> Pool:
+    def _has_a_gpu_for_each_rank(self) -> Pool:
         if self.gpus and self.tensor_parallel > max(self.gpus, 1):
             raise ValueError(
                 f"tensor_parallel {self.tensor_parallel} needs as many GPUs in a replica, which "
@@ -116,116 +123,135 @@ class Pool(Config):
 
 
 class Pools(Config):
-    """One pool a role."""
+    """The pool of each role. Roles with the same model and the same pool share engines."""
 
     teacher: Pool = Pool()
+    """Engines of the teacher."""
     student: Pool = Pool()
+    """Engines of the student and of its adapters."""
     judge: Pool = Pool()
+    """Engines of the judge."""
     prompt_generator: Pool = Pool()
+    """Engines of the prompt generator."""
 
 
 class Training(Config):
-    """Where adapters are trained."""
+    """The workers that train adapters."""
 
     workers: PositiveInt = 1
+    """Number of Ray Train workers. The global batch is split over them, so their number does not
+    change what is learned."""
     gpus: NonNegativeFloat = 0
-    """GPUs per worker."""
+    """GPUs per worker; 0 trains on the CPU."""
     accelerator: str | None = None
-    """As in a pool."""
+    """Ray's accelerator type, for example `H100`; any if null."""
     cpus: PositiveFloat = 2
-    """CPUs per worker, also its threads."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Whether each worker holds the whole model, or (FSDP2) a share of it."""
+    """CPUs per worker, which is also its number of threads."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How the model is distributed: `ddp` gives each worker the whole model, `fsdp` (FSDP2) shards
+    it over the workers."""
     max_tokens_per_microbatch: PositiveInt | None = None
-    """Tokens of a forward pass; from the free memory where absent."""
+    """Maximum number of tokens per forward pass; derived from the free memory if null."""
     activation_checkpointing: bool | None = None
-    """Activation checkpointing; only if a pass does not fit without it where absent."""
+    """Recompute activations in the backward pass instead of storing them. If null, only when a
+    microbatch does not fit into memory otherwise."""
     kernels: Literal["plain", "liger", "compiled"] | None = None
-    """What runs between matrix products: the model's own code, Liger's kernels, or what
-    `torch.compile` makes of a block; Liger's on a GPU where they are installed, if absent."""
+    """Kernels for all operations except matrix products: `plain` is the model's own code, `liger`
+    uses Liger's, `compiled` applies `torch.compile` to each block. If null, Liger's on a GPU where
+    they are installed."""
     checkpoint_steps: PositiveInt = 4
-    """Optimiser steps between checkpoints: at most these are redone after a crash."""
+    """Number of optimizer steps between checkpoints, and so the largest number of steps that are
+    repeated after a crash."""
     max_failures: NonNegativeInt = 3
-    """Restarts after a lost worker."""
+    """How often training is restarted after it lost a worker."""
 
     @property
     def resources(self) -> Resources:
-        """What its workers hold together."""
+        """What all workers reserve together."""
         return Resources(cpus=self.workers * self.cpus, gpus=self.workers * self.gpus)
 
 
 class Serving(Config):
-    """What a server allows, and how much of it there is. Engines come from the pools."""
+    """Limits and sizes of a server. Its engines are those of the pools."""
 
     max_body_bytes: PositiveInt = 1_000_000
-    """Of a request."""
+    """Maximum size of a request's body in bytes."""
     max_tokens: PositiveInt = 1024
-    """New tokens that a request may ask for, over all its answers; also what one gets that does
-    not say."""
+    """Maximum number of new tokens per request, over all its choices. Also the default of a request
+    that does not set it."""
     max_requests_per_key: PositiveInt = 64
-    """Requests under way at once for one key (all of them together where there are no keys)."""
+    """Maximum number of concurrent requests per API key, or of all clients together on a server
+    without keys. Each ingress replica counts for itself."""
     max_queued_requests: PositiveInt = 256
-    """Requests that wait for a seat of an engine before further ones are turned away."""
+    """Maximum number of requests that wait for an engine; further ones are rejected with status
+    503."""
     max_adapters: PositiveInt = 16
-    """Adapters that a replica keeps loaded."""
+    """Number of adapters that an engine replica keeps loaded."""
     max_loras: PositiveInt = 8
-    """Adapters that may answer in the same step of an engine."""
+    """Number of adapters that one batch of an engine may mix, as in vLLM."""
     max_chunks_per_second: PositiveInt = 1000
-    """Pieces of all streamed answers together that leave a replica; each costs every process on its
-    way. With more streams a piece holds more tokens; the first one leaves at once."""
+    """Maximum number of chunks that an engine replica sends per second, over all streamed answers.
+    With more concurrent streams each chunk carries more tokens; the first chunk of an answer is
+    always sent at once."""
     ingress_replicas: PositiveInt = 1
-    """Processes that take requests in; the limit of a key holds in each."""
+    """Number of processes that accept requests."""
     refresh_seconds: PositiveFloat = 2
-    """How soon a newly trained persona is seen: every entrance looks into storage so often."""
+    """Seconds between two looks into storage for newly trained personas."""
     drain_seconds: PositiveFloat = 60
-    """Time for answers under way when the server stops."""
+    """Seconds that running requests may take to finish when the server stops."""
 
 
 class AutoscalingGroup(Config):
-    """Nodes that an autoscaling cluster may add when asked for more than it has."""
+    """A group of nodes that an autoscaling cluster may add on demand."""
 
     nodes: PositiveInt
-    """At most."""
+    """Maximum number of nodes."""
     cpus: PositiveFloat
-    """Of each."""
+    """CPUs per node."""
     gpus: NonNegativeFloat = 0
-    """Of each."""
+    """GPUs per node."""
     accelerator: str | None = None
-    """Ray's name of their cards."""
+    """Ray's accelerator type of the GPUs, for example `H100`."""
     memory_gib: PositiveFloat
-    """Of each that Ray gives out, by itself about 70 % of the machine's."""
+    """Memory in GiB per node that Ray can reserve: by default about 70 % of the machine's."""
 
     @property
     def resources(self) -> Resources:
-        """Of all of them."""
+        """The resources of all nodes together."""
         n = self.nodes
         return Resources(cpus=n * self.cpus, gpus=n * self.gpus, memory_gib=n * self.memory_gib)
 
 
 class Placement(Config):
-    """Where it runs. Enters no fingerprint."""
+    """Where a run executes and what it may use. The defaults suit a laptop."""
 
     name: Name = "laptop"
+    """Name of the placement."""
     pools: Pools = Pools()
+    """Engines, by role."""
     training: Training = Training()
+    """Training workers."""
     serving: Serving = Serving()
+    """Limits of a server."""
     autoscaling: tuple[AutoscalingGroup, ...] = ()
-    """What a cluster that is joined may add: a run waits for it instead of being refused."""
+    """Nodes that the cluster may add. A run that needs them waits for them instead of being
+    refused."""
     ray_cpus: PositiveInt | None = None
-    """CPUs of a Ray that this command starts itself; all of the machine's where absent."""
+    """CPUs of a Ray instance that the command starts itself; all of the machine's if null."""
     object_store_gib: PositiveFloat = 0.5
-    """Object store of a Ray that this command starts itself."""
+    """Size in GiB of the object store of a Ray instance that the command starts itself."""
     max_concurrent_jobs: PositiveInt | None = None
-    """Jobs that generate or train at once: for machines whose cores bear fewer than would fit."""
+    """Maximum number of jobs that generate or train concurrently; as many as fit if null. For
+    machines on which fewer run well."""
     cluster: Resources | None = None
-    """What `plan` takes the cluster to have; a run asks Ray. Where absent, what `grows` adds up to,
-    else the least that holds every role and the training by itself."""
+    """The resources that `plan` assumes; a run asks Ray instead. If null, those of `autoscaling`,
+    or else the smallest that hold each role and the training by itself."""
     storage_retry_seconds: NonNegativeFloat = 180
-    """Seconds for which a request that s3:// or gs:// refuses is tried again."""
+    """For how many seconds a failed request to s3:// or gs:// is retried."""
     price_per_gpu_hour: NonNegativeFloat = 0
-    """In any currency; `plan` multiplies."""
+    """Price of a GPU-hour in any currency, with which `plan` multiplies."""
 
     @property
-    def autoscaling_limit(self) -> Resources:
-        """What the cluster may grow to; nothing where that is not said."""
-        return total(group.resources for group in self.autoscaling)
+    def autoscaling_resources(self) -> Resources:
+        """The resources of all nodes that the cluster may add; none without `autoscaling`."""
+        return total_resources(group.resources for group in self.autoscaling)

@@ -1,0 +1,304 @@
+"""The sections of a recipe that configure the evaluation."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from opencharacter.config.base import Config, Name, NotIdentity, Rate
+from opencharacter.config.roles import Limits, Role, Sampling
+
+WORD = re.compile(r"[a-z]+")
+
+Condition = Literal["base", "prompted", "steered", "distilled", "full", "blended", "tuned"]
+"""A variant of the student that evaluations compare: `base` is untrained, `prompted` has the
+constitution in its system prompt, `steered` has steering vectors, `distilled` is the student after
+DPO, `full` is the persona, `blended` a mixture of personas, `tuned` the persona after further
+training on general data."""
+Attack = Literal[
+    "plain",
+    "stop",
+    "reset",
+    "expert",
+    "test",
+    "weary",
+    "policy",
+    "honest",
+    "prefill",
+    "email",
+    "tool",
+]
+CONDITIONS: tuple[Condition, ...] = ("base", "prompted", "distilled", "full")
+
+
+def validate_conditions(conditions: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `conditions` if they are distinct and include base and full; else ValueError."""
+    if not {"base", "full"} <= set(conditions):
+        raise ValueError("must include base and full; add them")
+    if len(set(conditions)) < len(conditions):
+        raise ValueError("names a condition twice; remove one")
+    return conditions
+
+
+def validate_trait_word(trait: str) -> str:
+    """Return `trait` if a judge can name it in one word; raise ValueError otherwise."""
+    if not WORD.fullmatch(trait):
+        raise ValueError("a judge names a trait by one word of the letters a-z; use such a word")
+    return trait
+
+
+def validate_trait_words(traits: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `traits` if there are none, or at least two distinct ones; else ValueError."""
+    if len(traits) == 1:
+        raise ValueError("has one trait; name at least two, or none to use all")
+    if len(set(traits)) < len(traits):
+        raise ValueError("names a trait twice; remove one")
+    return traits
+
+
+Word = Annotated[str, AfterValidator(validate_trait_word)]
+Conditions = Annotated[tuple[Condition, ...], AfterValidator(validate_conditions)]
+
+
+class Judge(Config):
+    """Settings of the stage evaluation/judge: judges are tested on items with known answers."""
+
+    gold_items: PositiveInt = 104
+    """Number of gold items; each is judged in both orders. All of them if there are fewer."""
+    min_agreement: Annotated[Rate | None, NotIdentity] = 0.8
+    """Minimum share of correct verdicts; the stage fails for a judge below it. Null accepts every
+    judge."""
+    panel: tuple[Role, ...] = ()
+    """Additional judges, preferably of other model families. Each must pass the same test and
+    judges all games. Ratings use the verdicts of `roles.judge`; the report shows how far the judges
+    agree."""
+    thinking_budget: NonNegativeInt = 1024
+    """Number of tokens that a thinking judge may think before each verdict, in addition to the
+    verdict's own. With 0 its reply begins with a closed think block; an endpoint must support
+    prefilled assistant turns for that."""
+    sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
+    """How verdicts on gold items are sampled."""
+
+
+class Steering(Config):
+    """Settings of the stage evaluation/steering: a baseline of steering vectors, without training.
+
+    It runs only if an evaluation compares `steered`.
+    """
+
+    prompts: PositiveInt = 100
+    """Number of training prompts from which the steering directions are computed."""
+    held_out: PositiveInt = 30
+    """Number of other training prompts on whose answers the strength is selected; at most half of
+    all prompts."""
+    first_layer: Rate = 0.125
+    """First layer that is steered, as a share of the model's depth."""
+    last_layer: Rate = 0.875
+    """Last layer that is steered, as a share of the model's depth."""
+    strengths: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        0.1,
+        0.2,
+        0.4,
+        0.8,
+        1.6,
+        3.2,
+    )
+    """Strengths to try: the total length of the vectors of all steered layers, as a multiple of the
+    norm of the residual stream."""
+
+
+class Answers(Config):
+    """Settings of the stage evaluation/answers: answers to held-out prompts."""
+
+    conditions: Conditions = CONDITIONS
+    """The conditions to compare; must include `base` and `full`."""
+    prompts: str = "embedded"
+    """Source of the prompts, in the forms of `distillation.prompts.general_prompts`."""
+    count: PositiveInt = 500
+    """Number of prompts, taken from the beginning of the source."""
+    sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=300)
+    """How the answers are sampled."""
+    max_drop_rate: Annotated[Rate, NotIdentity] = 0.5
+    """Maximum share of answers that may be dropped; the stage fails above it."""
+    limits: Annotated[Limits, NotIdentity] = Limits()
+    """Data-quality limits of the answers."""
+
+
+class Preferences(Config):
+    """Settings of the stage evaluation/preferences: revealed preferences in games of two traits.
+
+    In a game the model chooses one of two traits and answers in its manner, and the judge names the
+    trait that it chose.
+    """
+
+    conditions: Conditions = CONDITIONS
+    """The conditions to compare; must include `base` and `full`."""
+    games: PositiveInt = 25_000
+    """Number of games per condition."""
+    traits: Annotated[tuple[Word, ...], AfterValidator(validate_trait_words)] = ()
+    """Traits to draw pairs from, each a single word; all 144 if empty."""
+    sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=300)
+    """How the answers are sampled."""
+    judge: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
+    """How the judge's verdicts are sampled."""
+    max_drop_rate: Annotated[Rate, NotIdentity] = 0.5
+    """Maximum share of games that may be dropped; the stage fails above it."""
+
+
+class Rating(Config):
+    """Settings of the stage evaluation/rating: Elo and Bradley-Terry ratings of the traits."""
+
+    start: float = 1000
+    """Elo rating before the first game, and the mean of the Bradley-Terry ratings."""
+    k: PositiveFloat = 32
+    """Elo's K-factor: the largest change of a rating by one game."""
+    scale: PositiveFloat = 400
+    """Difference in points at which the stronger trait wins ten times as often."""
+    prior: NonNegativeFloat = 0.1
+    """Number of virtual games, half of them won, that each trait plays against an average one. They
+    give a trait that never wins a finite Bradley-Terry rating; 0 is maximum likelihood."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Number of bootstrap resamples for the intervals."""
+    false_discovery_rate: Rate = 0.05
+    """Expected share of false ones among the changes that are reported as significant."""
+    target_half_width: Annotated[PositiveFloat, NotIdentity] = 50
+    """Half the width of a 95 % interval, in points, for which `plan` states the number of games."""
+
+
+class Attacks(Config):
+    """Settings of the stage evaluation/attacks: attempts to make the model leave its character."""
+
+    conditions: Conditions = CONDITIONS
+    """The conditions to attack; must be among `answers.conditions`."""
+    prompts: PositiveInt = 100
+    """Number of prompts to attack, taken from the beginning of those in evaluation/answers."""
+    kinds: tuple[Attack, ...] = get_args(Attack)
+    """The attacks: eight instructions to drop the character, the prefill attack, and two tasks that
+    are not chat (an e-mail, a tool call)."""
+    sampling: Sampling = Sampling(max_tokens=1024, typical_tokens=250)
+    """How the answers are sampled."""
+    max_drop_rate: Annotated[Rate, NotIdentity] = 0.5
+    """Maximum share of answers that may be dropped; the stage fails above it."""
+
+
+class Encoder(Config):
+    """How a pretrained encoder is fine-tuned to classify answers by persona."""
+
+    learning_rate: PositiveFloat = 5e-4
+    """Peak learning rate."""
+    warmup_ratio: Rate = 0.05
+    """Share of the steps over which the learning rate rises; it then decays to 0 by a cosine."""
+    weight_decay: NonNegativeFloat = 1e-6
+    """AdamW's weight decay."""
+    batch_size: PositiveInt = 16
+    """Number of answers per step."""
+    epochs: PositiveInt = 1
+    """Number of passes over the answers."""
+    max_tokens: PositiveInt = 1024
+    """Number of tokens of an answer that the encoder reads, from its beginning."""
+
+
+class Robustness(Config):
+    """Settings of the stage evaluation/robustness: classifiers that recognize a persona."""
+
+    classifier: str = "tfidf"
+    """`tfidf` (logistic regression on character n-grams), or a pretrained encoder to fine-tune: a
+    directory or a Hugging Face id. The paper uses `answerdotai/ModernBERT-base`."""
+    encoder: Encoder = Encoder()
+    """Fine-tuning of an encoder; unused with `tfidf`."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Number of cross-validation folds over the prompts."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Number of bootstrap resamples over the prompts for the intervals."""
+
+
+class Coherence(Config):
+    """Settings of the stage evaluation/coherence: the judge compares answers of two conditions."""
+
+    prompts: PositiveInt = 100
+    """Number of prompts whose answers are compared with those of each other condition."""
+    sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
+    """How the judge's verdicts are sampled."""
+    max_drop_rate: Annotated[Rate, NotIdentity] = 0.5
+    """Maximum share of verdicts that may be dropped; the stage fails above it."""
+
+
+class Capability(Config):
+    """A task of lm-evaluation-harness."""
+
+    task: Name
+    """Name of the task in the harness, or `commonplace`, a task of this package."""
+    shots: NonNegativeInt | None = None
+    """Number of worked examples in the prompt (few-shot); the task's own number if null."""
+
+
+class Capabilities(Config):
+    """Settings of the stage evaluation/capabilities. It runs only if there are tasks."""
+
+    tasks: tuple[Capability, ...] = ()
+    """Tasks that the base model and the persona are evaluated on."""
+    include: str | None = None
+    """Folder with additional tasks in the harness's YAML format."""
+    documents: PositiveInt | None = None
+    """Number of documents of each task, or of each subtask, from the beginning; all if null."""
+
+    @model_validator(mode="after")
+    def _tasks_are_distinct(self) -> Capabilities:
+        names = [task.task for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError("names a task twice; remove one")
+        return self
+
+
+class Report(Config):
+    """Settings of the stage evaluation/report."""
+
+    samples: PositiveInt = 20
+    """Number of held-out prompts whose answers the report shows side by side."""
+    traits: PositiveInt = 24
+    """Number of traits in the chart of preferences: half of them the largest increases, half the
+    largest decreases."""
+
+
+class Evaluation(Config):
+    """What is measured, and how."""
+
+    judge: Judge = Judge()
+    """Test of the judges."""
+    steering: Steering = Steering()
+    """Steering vectors, as a baseline."""
+    answers: Answers = Answers()
+    """Answers to held-out prompts."""
+    preferences: Preferences = Preferences()
+    """Revealed preferences."""
+    rating: Rating = Rating()
+    """Ratings of the traits."""
+    attacks: Attacks = Attacks()
+    """Attempts to make the model leave its character."""
+    robustness: Robustness = Robustness()
+    """Classifiers that recognize a persona."""
+    coherence: Coherence = Coherence()
+    """Judgements of coherence."""
+    capabilities: Capabilities = Capabilities()
+    """Benchmarks of lm-evaluation-harness."""
+    report: Report = Report()
+    """The HTML report."""
+
+    @model_validator(mode="after")
+    def _attacked_conditions_have_answers(self) -> Evaluation:
+        if extra := set(self.attacks.conditions) - set(self.answers.conditions):
+            raise ValueError(
+                f"attacks.conditions has {sorted(extra)}, which answers.conditions lacks; add them "
+                "there or remove them here"
+            )
+        return self
