@@ -56,7 +56,7 @@ def serve(
     asked = Run(recipe, names or [], placement, storage, smoke)
     address = lifecycle.Address(host, port)
     accepted = lifecycle.read_keys(keys)
-    lifecycle.check_open(address, accepted, insecure)
+    lifecycle.check_address(address, accepted, insecure)
     lifecycle.require_models(asked.recipe, judge)
     lifecycle.serve_until_stopped(
         asked.recipe, asked.placement, asked.store, asked.constitutions, address, accepted, judge
@@ -78,7 +78,7 @@ def serve_config(
     from opencharacter.serving import lifecycle
 
     check_packaged(recipe, names or [], placement)
-    asked = lifecycle.Deployed(
+    asked = lifecycle.ServeOptions(
         recipe=recipe,
         storage=storage,
         constitutions=tuple(names or ()),

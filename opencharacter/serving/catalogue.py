@@ -1,10 +1,11 @@
-"""Which adapters storage holds now, by the name under which they are served.
+"""The adapters in storage, by the name under which they are served.
 
-A persona is `<student>:<persona>`, after DPO alone `<student>:<persona>:dpo`. The name stands for
-the latest revision; `@<revision>` after it says which one that is. A revision is the fingerprint of
-what the adapter was made from and a hash of its manifest, which is written anew by each training:
-two adapters never share one. A replica loads a revision from a copy that nothing overwrites, so
-that retraining never changes what an identity means.
+A persona is served as `<student>:<persona>`, and the adapter after DPO alone as
+`<student>:<persona>:dpo`. These names stand for the latest revision; `<name>@<revision>` identifies
+one revision. A revision is the fingerprint of what the adapter was trained from and a hash of its
+manifest, which every training writes anew, so no two adapters share a revision. A replica loads a
+revision from a local copy that is never overwritten, so retraining does not change what a full name
+means.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from opencharacter.config.base import NAME
 from opencharacter.runtime.store import RemoteDir, Store
 from opencharacter.text.chat import row_id
 
-STAGES = {"": "persona/merge", ":dpo": "distillation/dpo"}
-"""Where the adapter is, by what follows the persona's name."""
+ADAPTER_STAGES = {"": "persona/merge", ":dpo": "distillation/dpo"}
+"""The stage that writes an adapter, by the suffix of its served name."""
 
 log = logging.getLogger("ray.serve")
 warn_once = lru_cache(log.warning)
-"""Of what every look into storage finds again."""
+"""Logs a warning the first time only, for problems that every refresh encounters again."""
 
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """A trained adapter.
+    """One revision of a trained adapter.
 
     Args:
         model: `<student>:<persona>` or `<student>:<persona>:dpo`.
-        persona: the constitution's name.
-        revision: names this training of it, and no other.
-        dataset: its folder in storage.
-        manifest: what the training left beside it.
+        persona: name of the constitution.
+        revision: identifies this training of the adapter.
+        dataset: the adapter's folder in storage.
+        manifest: the manifest in that folder.
     """
 
     model: str
@@ -51,19 +52,19 @@ class ServedAdapter:
 
     @property
     def id(self) -> str:
-        """The name that means this revision and no other."""
+        """The full name, which identifies this revision."""
         return f"{self.model}@{self.revision}"
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Adapters of one student in one storage; picklable.
+    """The adapters of one student in storage; picklable.
 
     Args:
         store: the storage.
         student: name of the student's role.
-        base: the student's model; an adapter of another one is not served.
-        personas: names of those to serve; all that storage holds if empty.
+        base: the student's model; adapters of other models are not served.
+        personas: the personas to serve; every persona in storage if empty.
     """
 
     store: Store
@@ -71,34 +72,40 @@ class Catalogue:
     base: str
     personas: tuple[str, ...] = ()
 
-    def adapters(self, seen: Mapping[str, ServedAdapter] | None = None) -> dict[str, ServedAdapter]:
-        """What can be served now, by model name. Reads storage.
+    def adapters(
+        self, previous: Mapping[str, ServedAdapter] | None = None
+    ) -> dict[str, ServedAdapter]:
+        """Read from storage which adapters can be served, by model name.
 
         Args:
-            seen: what was found before; it stands for an adapter whose manifest cannot be read.
+            previous: an earlier result; an adapter whose manifest cannot be read is taken from it.
         """
         names = [n for n in self.store.folders(self.student) if NAME.fullmatch(n)]
-        wanted = [n for n in names if not self.personas or n in self.personas]
-        found = [self._found(name, suffix, seen or {}) for name in wanted for suffix in STAGES]
-        return {adapter.model: adapter for adapter in found if adapter}
+        personas = [n for n in names if not self.personas or n in self.personas]
+        adapters = [
+            self._read_or_previous(persona, suffix, previous or {})
+            for persona in personas
+            for suffix in ADAPTER_STAGES
+        ]
+        return {adapter.model: adapter for adapter in adapters if adapter}
 
-    def _found(
-        self, persona: str, suffix: str, seen: Mapping[str, ServedAdapter]
+    def _read_or_previous(
+        self, persona: str, suffix: str, previous: Mapping[str, ServedAdapter]
     ) -> ServedAdapter | None:
         try:
-            return self._find(persona, suffix)
-        except Exception as error:  # whatever is wrong with one manifest, the others are served
+            return self._read(persona, suffix)
+        except Exception as error:  # a broken manifest must not affect the other adapters
             model = f"{self.student}:{persona}{suffix}"
-            warn_once(f"{model}: its manifest cannot be read ({type(error).__name__}: {error})")
-            return seen.get(model)
+            warn_once(f"cannot read the manifest of {model} ({type(error).__name__}: {error})")
+            return previous.get(model)
 
-    def _find(self, persona: str, suffix: str) -> ServedAdapter | None:
-        dataset = f"{self.student}/{persona}/{STAGES[suffix]}"
+    def _read(self, persona: str, suffix: str) -> ServedAdapter | None:
+        dataset = f"{self.student}/{persona}/{ADAPTER_STAGES[suffix]}"
         try:
             manifest = self.store.manifest(dataset)
-        except FileNotFoundError:  # deleted as it was read: it is being trained again
+        except FileNotFoundError:  # deleted meanwhile, because the adapter is being retrained
             return None
-        if manifest is None or not self._is_inside(f"{dataset}/adapter"):
+        if manifest is None or not self._is_inside_storage(f"{dataset}/adapter"):
             return None
         if manifest["payload"]["roles"]["student"]["model"] != self.base:
             return None
@@ -107,15 +114,18 @@ class Catalogue:
             f"{self.student}:{persona}{suffix}", persona, revision, dataset, manifest
         )
 
-    def _is_inside(self, relative: str) -> bool:
-        """Whether a folder is within the storage root after all links are followed."""
+    def _is_inside_storage(self, relative: str) -> bool:
+        """Return whether a folder is below the storage root once symbolic links are resolved."""
         if not isinstance(self.store.fs, pafs.LocalFileSystem):
             return True  # object stores have no links
         root = Path(self.store.path()).resolve()
         return Path(self.store.path(relative)).resolve().is_relative_to(root)
 
     async def snapshot(self, id: str) -> Path:
-        """The files of one revision on this node, copied at the first call.
+        """Return a local copy of one revision's files, made by the first call on this node.
+
+        Args:
+            id: the adapter's full name.
 
         Raises:
             LookupError: if storage does not hold that revision.
@@ -125,46 +135,51 @@ class Catalogue:
     def _snapshot(self, id: str) -> Path:
         adapter = self.adapters().get(id.partition("@")[0])
         if adapter is None or adapter.id != id:
-            raise LookupError(f"model {id!r} is not in storage, or no longer")
+            raise LookupError(f"model {id!r} is not in storage, or has been replaced")
         copy = RemoteDir(self.store, f"{adapter.dataset}/adapter").copy()
-        if self.adapters().get(adapter.model) != adapter:  # replaced before it was copied
-            raise LookupError(f"model {id!r} has just been trained again; ask once more")
+        if self.adapters().get(adapter.model) != adapter:  # replaced while it was copied
+            raise LookupError(f"model {id!r} has just been replaced by a new revision; retry")
         return copy
 
 
-class Listing:
-    """A catalogue as it was last seen: looked at all the while, so that no request waits for that.
+class CatalogueCache:
+    """The latest contents of a catalogue, refreshed in the background.
+
+    Requests do not wait for storage once the first refresh has succeeded. If storage is
+    unavailable later, the adapters known so far keep serving.
 
     Args:
-        catalogue: of the student.
-        seconds: from one look into storage to the next.
+        catalogue: the adapters in storage.
+        refresh_seconds: time between two refreshes.
     """
 
-    def __init__(self, catalogue: Catalogue, seconds: float):
-        self.catalogue, self.seconds = catalogue, seconds
-        self.seen: dict[str, ServedAdapter] | None = None
-        self.looking: asyncio.Task[dict[str, ServedAdapter]] | None = None
-        self.looks: asyncio.Task[None] | None = None
+    def __init__(self, catalogue: Catalogue, refresh_seconds: float):
+        self.catalogue, self.refresh_seconds = catalogue, refresh_seconds
+        self._latest: dict[str, ServedAdapter] | None = None
+        self._refresh: asyncio.Task[dict[str, ServedAdapter]] | None = None
+        self._refresher: asyncio.Task[None] | None = None
 
     async def adapters(self) -> dict[str, ServedAdapter]:
-        """The adapters by model name; waits, and raises what storage does, until a first look."""
-        if self.looks is None:
-            self.looks = asyncio.create_task(self._keep_looking())
-        return await self.look() if self.seen is None else self.seen
+        """Return the adapters by model name.
 
-    async def look(self) -> dict[str, ServedAdapter]:
-        """The adapters as storage has them now; those who ask at once share one look."""
-        if self.looking is None or self.looking.done():
-            look = asyncio.to_thread(self.catalogue.adapters, self.seen)
-            self.looking = asyncio.create_task(look)
-        found = await asyncio.shield(self.looking)
-        self.seen = found
-        return found
+        Until a refresh has succeeded, this reads storage and raises its errors.
+        """
+        if self._refresher is None:
+            self._refresher = asyncio.create_task(self._refresh_periodically())
+        return await self.refresh() if self._latest is None else self._latest
 
-    async def _keep_looking(self) -> None:
+    async def refresh(self) -> dict[str, ServedAdapter]:
+        """Read the adapters from storage; concurrent calls share one read."""
+        if self._refresh is None or self._refresh.done():
+            read = asyncio.to_thread(self.catalogue.adapters, self._latest)
+            self._refresh = asyncio.create_task(read)
+        self._latest = adapters = await asyncio.shield(self._refresh)
+        return adapters
+
+    async def _refresh_periodically(self) -> None:
         while True:
-            await asyncio.sleep(self.seconds)
+            await asyncio.sleep(self.refresh_seconds)
             try:
-                await self.look()
-            except Exception as error:  # what was seen last is served while storage is out
-                log.warning(f"storage cannot be looked at ({type(error).__name__}: {error})")
+                await self.refresh()
+            except Exception as error:  # the adapters known so far keep serving
+                log.warning(f"cannot list adapters in storage ({type(error).__name__}: {error})")

@@ -1,8 +1,8 @@
-"""The chat page: two models side by side, and what people think of them.
+"""The chat page, which compares two models side by side, and the ratings that it collects.
 
-The page is one file, `chat.html`, without anything from elsewhere: it works offline, and its
-content policy lets the browser ask nobody but this server. All text goes in as text, never as
-markup. A rating is one row of Parquet in `<student>/evaluation/ratings/`.
+The page is served as one file: `chat.html` with `chat.css` and `chat.js` inlined. It loads nothing
+else, so it works offline, and its Content-Security-Policy lets the browser connect to this server
+only. A rating is stored as one row of Parquet in `<student>/evaluation/ratings/`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
-import re
 import uuid
 from functools import cache
 from importlib import resources
@@ -28,7 +27,7 @@ from opencharacter.serving.catalogue import ServedAdapter
 from opencharacter.serving.protocol import ApiError
 from opencharacter.text.chat import fill
 
-RATINGS = "evaluation/ratings"
+RATINGS_DATASET = "evaluation/ratings"
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -50,75 +49,100 @@ SCHEMA = pa.schema(
     ]
 )  # fmt: skip
 
-Short = Annotated[str, Field(max_length=200)]
-Long = Annotated[str, Field(max_length=100_000)]
+ShortText = Annotated[str, Field(max_length=200)]
+LongText = Annotated[str, Field(max_length=100_000)]
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Said(_Strict):
-    """A message as the page shows it."""
+class RatedMessage(_StrictModel):
+    """A message of a rated conversation."""
 
     role: Literal["user", "assistant"]
-    content: Long
+    content: LongText
 
 
-class Side(_Strict):
-    """One of the two conversations, its model by the identity that its answers named."""
+class RatedConversation(_StrictModel):
+    """One of the two conversations; `model` is the full name that the responses reported."""
 
-    model: Short
-    system: Long
-    messages: Annotated[list[Said], Field(min_length=2, max_length=200)]
+    model: ShortText
+    system: LongText
+    messages: Annotated[list[RatedMessage], Field(min_length=2, max_length=200)]
 
 
-class AnswerRating(_Strict):
-    """Which of two conversations is more in the character of a persona."""
+class ConversationRating(_StrictModel):
+    """Which of two conversations shows a persona's character more."""
 
-    persona: Short
+    persona: ShortText
     verdict: Literal["first", "second", "same"]
-    conversations: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    conversations: Annotated[list[RatedConversation], Field(min_length=2, max_length=2)]
+
+
+def asset(name: str) -> str:
+    """Read one of the page's files."""
+    return resources.files("opencharacter.serving").joinpath(name).read_text("utf-8")
 
 
 @cache
 def page() -> str:
-    """The page as text."""
-    return resources.files("opencharacter.persona").joinpath("chat.html").read_text("utf-8")
+    """Return the page with its style and script inlined."""
+    text = asset("chat.html")
+    inlined = {
+        '<link rel="stylesheet" href="chat.css">': f"<style>{asset('chat.css')}</style>",
+        '<script src="chat.js"></script>': f"<script>{asset('chat.js')}</script>",
+    }
+    for reference, element in inlined.items():
+        text = text.replace(reference, element)
+    return text
 
 
-def policy(text: str) -> str:
-    """The content policy: the page's own script and style by their hash, and this server."""
-
-    def allowed(tag: str) -> str:
-        (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        return f"{tag}-src 'sha256-{digest}'"
-
-    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
-    return (
-        f"default-src 'none'; {allowed('script')}; {allowed('style')}; {rest}; "
-        "frame-ancestors 'none'"
+def content_security_policy() -> str:
+    """Return a policy that allows the page's own style and script, and requests to this server."""
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {source_hash(asset('chat.js'))}",
+            f"style-src {source_hash(asset('chat.css'))}",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        )
     )
 
 
+def source_hash(text: str) -> str:
+    """Return the Content-Security-Policy source that allows an inline element by its content."""
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+@cache
 def headers() -> dict[str, str]:
-    """What goes with the page."""
+    """Return the page's HTTP headers."""
     return {
-        "Content-Security-Policy": policy(page()),
+        "Content-Security-Policy": content_security_policy(),
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
 
 
-def persona(adapter: ServedAdapter, given: Constitution | None) -> dict[str, Any]:
-    """What the page says of a persona.
+def describe_persona(adapter: ServedAdapter, constitution: Constitution | None) -> dict[str, Any]:
+    """Describe a persona for the page.
 
     Args:
-        adapter: what was trained.
-        given: its constitution where the server was told; a packaged one of the name otherwise.
+        adapter: the persona's adapter.
+        constitution: the constitution that the server was started with; if None, the packaged
+            constitution of that name is used.
+
+    Returns:
+        Its `description`, `traits`, `system` prompt, and `as_trained`: whether the adapter was
+        trained with exactly this constitution.
     """
-    constitution = given or packaged(adapter.persona)
+    constitution = constitution or packaged_constitution(adapter.persona)
     if constitution is None:
         return {"description": "", "traits": [], "system": "", "as_trained": False}
     return {
@@ -129,34 +153,34 @@ def persona(adapter: ServedAdapter, given: Constitution | None) -> dict[str, Any
     }
 
 
-def packaged(name: str) -> Constitution | None:
-    """The packaged constitution of a name, if there is one."""
+def packaged_constitution(name: str) -> Constitution | None:
+    """Return the packaged constitution of a name, or None."""
     try:
         return load(name) if NAME.fullmatch(name) else None
     except UserError:
         return None
 
 
-def rating(payload: dict[str, Any], rater: str) -> dict[str, Any]:
-    """A rating as a row.
+def rating_row(payload: dict[str, Any], rater: str) -> dict[str, Any]:
+    """Convert a rating to a row of the dataset.
 
     Args:
-        payload: what the page sent.
-        rater: a name for the key that came with it, empty where there are none.
+        payload: the request body.
+        rater: identifier of the API key that the request used; empty if no key is required.
 
     Raises:
-        Refused: 400, naming the field that is wrong.
+        ApiError: 400, naming the field that is invalid.
     """
     try:
-        found = AnswerRating.model_validate(payload)
+        rating = ConversationRating.model_validate(payload)
     except ValidationError as error:
         first = error.errors()[0]
         raise ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     now = datetime.datetime.now(datetime.UTC)
-    return {"id": uuid.uuid4().hex, "time": now, "rater": rater, **found.model_dump()}
+    return {"id": uuid.uuid4().hex, "time": now, "rater": rater, **rating.model_dump()}
 
 
-def keep(store: Store, student: str, row: dict[str, Any]) -> None:
-    """Write a rating beside the student's evaluation, a file each: no writer waits for another."""
+def save_rating(store: Store, student: str, row: dict[str, Any]) -> None:
+    """Write a rating to a file of its own, so that concurrent writers do not conflict."""
     table = pa.Table.from_pylist([row], schema=SCHEMA)
-    store.write_table(f"{student}/{RATINGS}", table, row["id"])
+    store.write_table(f"{student}/{RATINGS_DATASET}", table, row["id"])

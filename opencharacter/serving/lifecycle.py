@@ -1,8 +1,8 @@
-"""Starting the server, looking at it, and stopping it.
+"""Starts, inspects and stops a server.
 
-A note in the user's cache, `serving/<port>.json`, says which process of this machine serves at a
-port. At the end the application alone is removed, for others may use the same cluster; a Ray that
-this command started ends with it.
+While a server runs, a record in the user's cache, `serving/<port>.json`, says which process of this
+machine serves at a port. Stopping removes only the Serve application, because others may use the
+same cluster; a Ray instance that the command started itself ends with it.
 """
 
 from __future__ import annotations
@@ -35,102 +35,116 @@ from opencharacter.errors import StageFailed, UserError
 from opencharacter.runtime import cluster
 from opencharacter.runtime.progress import console
 from opencharacter.runtime.store import Store
-from opencharacter.serving import application, ingress, protocol
+from opencharacter.serving.access import AccessPolicy, hash_key, is_loopback
+from opencharacter.serving.application import build_application
+from opencharacter.serving.protocol import APP
 
-LOGGING = {"encoding": "JSON", "enable_access_log": False}
-"""Of the entrance and the models; the entrance writes a line for each request itself."""
-KEYS = "OPENCHARACTER_API_KEYS"
-SHORTEST_KEY = 16
-"""Characters; a shorter one can be guessed."""
+LOGGING_CONFIG = {"encoding": "JSON", "enable_access_log": False}
+"""For the ingress and the models. The ingress logs each request itself."""
+LOG_LOCATION = "logs are in /tmp/ray/session_latest/logs/serve"
+API_KEYS_VARIABLE = "OPENCHARACTER_API_KEYS"
+MIN_KEY_LENGTH = 16
+"""Characters; a shorter key can be guessed."""
+NOT_RUNNING = "NOT_RUNNING"
+HTTP_TIMEOUT_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens."""
+    """The address at which a server listens."""
 
     host: str
     port: int
 
     @property
     def url(self) -> str:
+        """The base URL."""
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
 
-class Deployed(Config):
-    """What `serve` was asked for, as a Serve config file says it."""
+class ServeOptions(Config):
+    """What to serve: the `args` of the application in a Serve config file."""
 
     recipe: str
-    """As on the command line; files must be on the cluster's nodes."""
+    """A packaged recipe's name, or a file on the cluster's nodes."""
     storage: str
-    """That the nodes see: a shared path, s3:// or gs://."""
+    """Storage that all nodes can reach: a shared path, s3:// or gs://."""
     constitutions: tuple[str, ...] = ()
-    """All that storage holds where empty."""
+    """The personas to serve; every persona in storage if empty."""
     placement: str | None = None
     judge: bool = False
     smoke: bool = False
     insecure: bool = False
-    """Serve without any key."""
+    """Serve without API keys."""
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """The application from a Serve config file; keys are in the environment of the cluster.
+    """Build the application of a Serve config file, with API keys from the environment.
+
+    Args:
+        arguments: the fields of `ServeOptions`.
 
     Raises:
-        UserError: if there is no key and `insecure` is not set.
+        UserError: if there is no API key and `insecure` is not set.
     """
-    asked = Deployed.model_validate(arguments)
+    options = ServeOptions.model_validate(arguments)
     keys = read_keys(None)
-    if not keys and not asked.insecure:
-        raise UserError(f"set {KEYS} in the environment of the cluster, or insecure: true")
-    recipe, placement = load_recipe(asked.recipe, asked.smoke), load_placement(asked.placement)
-    constitutions = load_all(list(asked.constitutions))
-    access_policy = ingress.AccessPolicy(tuple(map(ingress.hashed, keys)), local=False)
-    store = Store.at(asked.storage, placement.storage_retry_seconds)
-    return application.application(
-        recipe, placement, store, constitutions, access_policy, asked.judge
+    if not keys and not options.insecure:
+        raise UserError(
+            f"no API key; set {API_KEYS_VARIABLE} in the cluster's environment, or insecure: true"
+        )
+    recipe = load_recipe(options.recipe, options.smoke)
+    placement = load_placement(options.placement)
+    return build_application(
+        recipe,
+        placement,
+        Store.at(options.storage, placement.storage_retry_seconds),
+        load_all(list(options.constitutions)),
+        AccessPolicy(tuple(map(hash_key, keys)), local=False),
+        options.judge,
     )
 
 
-def serve_config(asked: Deployed) -> dict[str, Any]:
-    """What `serve deploy` and a RayService take, for the same application."""
+def serve_config(options: ServeOptions) -> dict[str, Any]:
+    """Return the Serve config of an application, for `serve deploy` or a RayService."""
     app = {
-        "name": protocol.APP,
+        "name": APP,
         "route_prefix": "/",
         "import_path": f"{__name__}:{build.__name__}",
-        "args": asked.model_dump(mode="json", exclude_defaults=True),
+        "args": options.model_dump(mode="json", exclude_defaults=True),
     }
     http = {"host": "0.0.0.0", "port": 8000}
-    return {"http_options": http, "logging_config": LOGGING, "applications": [app]}
+    return {"http_options": http, "logging_config": LOGGING_CONFIG, "applications": [app]}
 
 
 def read_keys(file: Path | None) -> list[str]:
-    """The keys that open the server: from a file, else from the environment; none is allowed.
+    """Read the accepted API keys from a file, or from the environment if no file is given.
 
     Raises:
-        UserError: if the file cannot be read, or a key is short.
+        UserError: if the file cannot be read or holds no key, or a key is too short.
     """
     try:
-        text = file.read_text() if file else os.environ.get(KEYS, "").replace(",", " ")
+        text = file.read_text() if file else os.environ.get(API_KEYS_VARIABLE, "").replace(",", " ")
     except OSError as error:
-        raise UserError(f"--keys {file}: {error.strerror}") from None
+        raise UserError(f"cannot read --keys {file}: {error.strerror}") from None
     keys = text.split()
     if file and not keys:
-        raise UserError(f"--keys {file}: no key in it; write one a line")
-    if any(len(key) < SHORTEST_KEY for key in keys):
-        raise UserError(f"an API key is shorter than {SHORTEST_KEY} characters; make a longer one")
+        raise UserError(f"--keys {file} contains no key; write one key per line")
+    if any(len(key) < MIN_KEY_LENGTH for key in keys):
+        raise UserError(f"an API key is shorter than {MIN_KEY_LENGTH} characters; use a longer one")
     return keys
 
 
-def check_open(address: Address, keys: list[str], insecure: bool) -> None:
-    """Refuse an address that others can reach without a key, and one that is taken.
+def check_address(address: Address, keys: list[str], insecure: bool) -> None:
+    """Check that an address is free and not open to other machines without an API key.
 
     Raises:
-        UserError: naming the remedy.
+        UserError: if it is, with the remedy.
     """
-    if not ingress.is_loopback(address.host) and not keys and not insecure:
+    if not is_loopback(address.host) and not keys and not insecure:
         raise UserError(
-            f"--host {address.host} can be reached from elsewhere and there is no API key; set "
-            f"{KEYS}, name a file with --keys, or add --insecure"
+            f"--host {address.host} is reachable from other machines, but there is no API key; "
+            f"set {API_KEYS_VARIABLE}, pass --keys FILE, or add --insecure"
         )
     with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -141,7 +155,11 @@ def check_open(address: Address, keys: list[str], insecure: bool) -> None:
 
 
 def require_models(recipe: Recipe, judge: bool) -> None:
-    """Refuse local models that are not there; hub models are downloaded when needed."""
+    """Check that local models exist; models from the hub are downloaded when needed.
+
+    Raises:
+        UserError: if one is missing.
+    """
     for role in (recipe.roles.student, *([recipe.roles.judge] if judge else [])):
         missing = models.missing_requirement(role)
         if missing and not models.is_hub(role.model):
@@ -157,109 +175,110 @@ def serve_until_stopped(
     keys: list[str],
     judge: bool,
 ) -> None:
-    """Start, say where, and return after Ctrl-C, SIGTERM or `serve stop`, with all streams ended.
+    """Serve until Ctrl-C, SIGTERM or `serve stop`; return when all responses are complete.
 
     Raises:
-        UserError: if something is served there already.
+        UserError: if the Ray cluster already runs this application.
         StageFailed: if a model does not start.
     """
-    ended = threading.Event()
+    stop_requested = threading.Event()
     console.print(f"starting {recipe.roles.student.name} ...")
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     cluster.connect(placement, recipe)
-    for name in (signal.SIGINT, signal.SIGTERM):  # now, for Ray has set its own
-        signal.signal(name, lambda *_: ended.set())
-    access_policy = ingress.AccessPolicy(
-        tuple(map(ingress.hashed, keys)), ingress.is_loopback(address.host)
-    )
-    app = application.application(recipe, placement, store, constitutions, access_policy, judge)
+    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has installed its own handlers
+        signal.signal(number, lambda *_: stop_requested.set())
+    access_policy = AccessPolicy(tuple(map(hash_key, keys)), is_loopback(address.host))
+    app = build_application(recipe, placement, store, constitutions, access_policy, judge)
     try:
-        with running(app, address):
-            console.print(f"serving at {address.url} (page) and {address.url}/v1; Ctrl-C stops")
-            while not ended.wait(1) and state() != "GONE":
+        with deployed(app, address):
+            console.print(
+                f"serving at {address.url} (chat page) and {address.url}/v1 (API); "
+                "press Ctrl-C to stop"
+            )
+            while not stop_requested.wait(1) and application_status() != NOT_RUNNING:
                 pass
-            console.print("stopping; answers under way are finished first")
+            console.print("stopping; waiting for responses in progress")
     finally:
         ray.shutdown()
 
 
 @contextlib.contextmanager
-def running(app: serve.Application, address: Address) -> Iterator[None]:
-    """The application, up and noted while the block runs.
+def deployed(app: serve.Application, address: Address) -> Iterator[None]:
+    """Run the application, with its record in the cache, while the block runs.
 
     Raises:
-        UserError: if the Ray that it would run on serves one already.
-        StageFailed: if it does not come up.
+        UserError: if the Ray cluster already runs this application.
+        StageFailed: if the application does not start.
     """
     serve.start(http_options={"host": address.host, "port": address.port})
-    if state() != "GONE":
-        raise UserError(f"this Ray cluster serves {protocol.APP} already; stop that first")
-    noted = note(address.port)
-    noted.parent.mkdir(parents=True, exist_ok=True)
-    me = psutil.Process()
-    told = {"url": address.url, "pid": me.pid, "began": me.create_time()}
-    noted.write_text(json.dumps(told))
+    if application_status() != NOT_RUNNING:
+        raise UserError(f"this Ray cluster already serves {APP}; stop that server first")
+    path = record_path(address.port)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    process = psutil.Process()
+    record = {"url": address.url, "pid": process.pid, "started": process.create_time()}
+    path.write_text(json.dumps(record))
     try:
-        serve.run(app, name=protocol.APP, route_prefix="/", logging_config=LOGGING)
+        serve.run(app, name=APP, route_prefix="/", logging_config=LOGGING_CONFIG)
         yield
     except RuntimeError as error:
-        raise StageFailed(f"the server did not start: {error}; {logs()}") from None
+        raise StageFailed(f"the server did not start: {error}; {LOG_LOCATION}") from None
     finally:
-        noted.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         with contextlib.suppress(Exception):
-            serve.delete(protocol.APP)
+            serve.delete(APP)
 
 
-def logs() -> str:
-    """Where the logs are."""
-    return "logs are in /tmp/ray/session_latest/logs/serve"
-
-
-def note(port: int) -> Path:
-    """Where it is said what runs at a port."""
+def record_path(port: int) -> Path:
+    """Return the path of the record of the server at a port."""
     return models.cache_dir() / "serving" / f"{port}.json"
 
 
-def state() -> str:
-    """The application's state in Ray's words; GONE if there is none."""
-    found = serve.status().applications.get(protocol.APP)
-    return found.status.value if found else "GONE"
+def application_status() -> str:
+    """Return the application's status in Ray's terms, or `NOT_RUNNING`."""
+    application = serve.status().applications.get(APP)
+    return application.status.value if application else NOT_RUNNING
 
 
-def server(port: int) -> tuple[psutil.Process, str]:
-    """The process that serves at a port of this machine, and its URL.
+def find_server(port: int) -> tuple[psutil.Process, str]:
+    """Return the process that serves at a port of this machine, and its URL.
 
     Raises:
-        UserError: if none does.
+        UserError: if there is none.
     """
     with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
-        told = json.loads(note(port).read_text())
-        process = psutil.Process(told["pid"])
-        if process.create_time() == told["began"]:
-            return process, told["url"]
-    raise UserError(f"nothing is served at port {port}; name another with --port")
+        record = json.loads(record_path(port).read_text())
+        process = psutil.Process(record["pid"])
+        if process.create_time() == record["started"]:
+            return process, record["url"]
+    raise UserError(f"no server at port {port}; pass another port with --port")
 
 
 def status(port: int, key: str | None) -> list[str]:
-    """Lines about a server: address, replicas of each model, logs.
+    """Describe a server in a few lines: address, replicas of each deployment, logs.
 
     Raises:
-        StageFailed: if it does not answer.
+        UserError: if there is no server at the port.
+        StageFailed: if the server does not respond.
     """
-    process, url = server(port)
+    process, url = find_server(port)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = httpx.get(f"{url}/status", headers=headers, timeout=10)
-        answer.raise_for_status()
+        response = httpx.get(f"{url}/status", headers=headers, timeout=HTTP_TIMEOUT_SECONDS)
+        response.raise_for_status()
     except httpx.HTTPError as error:
-        raise StageFailed(f"{url} (process {process.pid}) does not answer: {error}") from None
-    models = [f"{name}: {said}" for name, said in answer.json().items()]
-    return [f"{url}, process {process.pid}", *models, logs()]
+        raise StageFailed(f"{url} (process {process.pid}) does not respond: {error}") from None
+    deployments = [f"{name}: {state}" for name, state in response.json().items()]
+    return [f"{url}, process {process.pid}", *deployments, LOG_LOCATION]
 
 
 def stop(port: int) -> None:
-    """End the server at a port; returns when its streams have ended and it is gone."""
-    process, _ = server(port)
+    """Stop the server at a port; return when its responses are complete and it has exited.
+
+    Raises:
+        UserError: if there is no server at the port.
+    """
+    process, _ = find_server(port)
     process.terminate()
     with contextlib.suppress(psutil.NoSuchProcess):
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:

@@ -1,4 +1,4 @@
-"""Log lines, metrics and health of the server."""
+"""Request logs, and the health of deployments."""
 
 from __future__ import annotations
 
@@ -6,40 +6,52 @@ import asyncio
 import logging
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from opencharacter.serving.metrics import (
+    REQUEST_COUNT,
+    REQUEST_SECONDS,
+    REQUESTS_IN_FLIGHT,
+    TOKEN_COUNT,
+)
+
+READY_TIMEOUT_SECONDS = 2
+
 log = logging.getLogger("ray.serve")
-REGISTRY = CollectorRegistry()
-REQUEST_COUNT = Counter(
-    "opencharacter_requests", "Requests answered.", ["route", "model", "status"], registry=REGISTRY
-)
-REQUEST_SECONDS = Histogram(
-    "opencharacter_request_seconds", "From request to last byte.", ["route"], registry=REGISTRY
-)
-FIRST_TOKEN = Histogram(
-    "opencharacter_first_token_seconds", "To the first piece.", ["model"], registry=REGISTRY
-)
-TOKEN_COUNT = Counter(
-    "opencharacter_tokens", "Read and written.", ["model", "kind"], registry=REGISTRY
-)
-ADAPTER_LOADS = Counter(
-    "opencharacter_adapter_loads", "Into an engine.", ["model"], registry=REGISTRY
-)
-REQUESTS_IN_FLIGHT = Gauge("opencharacter_requests_under_way", "Not yet ended.", registry=REGISTRY)
-REQUESTS_WAITING = Gauge(
-    "opencharacter_requests_waiting", "Without a first token yet.", registry=REGISTRY
-)
 
 
-class Record:
-    """Around every request: its log line, its figures, and what it holds until it ends.
+def _default_fields() -> dict[str, Any]:
+    return {"route": "other", "model": "", "status": 0}
 
-    Ray gives each request its id, which is in every line of the log and in the answer's
-    `x-request-id`.
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """The state of one HTTP request.
+
+    Args:
+        fields: what its log line reports.
+        cleanup: callbacks that run when the request ends, however it ends.
+    """
+
+    fields: dict[str, Any] = field(default_factory=_default_fields)
+    cleanup: ExitStack = field(default_factory=ExitStack)
+
+    def count_tokens(self, usage: dict[str, Any] | None) -> None:
+        """Add a response's token usage to the log line and the metrics."""
+        for kind in ("prompt", "completion"):
+            tokens = (usage or {}).get(f"{kind}_tokens", 0)
+            self.fields[f"{kind}_tokens"] = tokens
+            TOKEN_COUNT.labels(self.fields["model"], kind).inc(tokens)
+
+
+class RequestRecordMiddleware:
+    """Gives each request a `RequestRecord`; counts and logs the request when it ends.
+
+    Ray assigns the request id, which is part of every log line and is returned as `x-request-id`.
     """
 
     def __init__(self, app: ASGIApp):
@@ -49,50 +61,43 @@ class Record:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        fields: dict[str, Any] = {"route": "other", "model": "", "status": 0}
-        began = time.monotonic()
+        record = RequestRecord()
+        started = time.monotonic()
 
-        async def sent(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             if message["type"] == "http.response.start":
-                fields["status"] = message["status"]
+                record.fields["status"] = message["status"]
                 nosniff = (b"x-content-type-options", b"nosniff")
                 message["headers"] = [*message.get("headers", []), nosniff]
             await send(message)
 
         REQUESTS_IN_FLIGHT.inc()
-        with ExitStack() as held:
-            held.callback(REQUESTS_IN_FLIGHT.dec)
-            scope["state"] = {"fields": fields, "held": held}
+        with record.cleanup as cleanup:
+            cleanup.callback(REQUESTS_IN_FLIGHT.dec)
+            scope["state"] = {"record": record}
             try:
-                await self.app(scope, receive, sent)
+                await self.app(scope, receive, send_and_record)
             finally:
-                note(scope, fields, time.monotonic() - began)
+                log_request(scope["method"], record.fields, time.monotonic() - started)
 
 
-def note(scope: Scope, fields: dict[str, Any], seconds: float) -> None:
-    """One line of the log, and the counters."""
+def log_request(method: str, fields: dict[str, Any], seconds: float) -> None:
+    """Count a completed request and write its log line."""
     REQUEST_COUNT.labels(fields["route"], fields["model"], fields["status"]).inc()
     REQUEST_SECONDS.labels(fields["route"]).observe(seconds)
-    line = {**fields, "seconds": round(seconds, 3)}
-    log.info("%s %s", scope["method"], fields["route"], extra={"ray_serve_extra_fields": line})
+    extra = {**fields, "seconds": round(seconds, 3)}
+    log.info("%s %s", method, fields["route"], extra={"ray_serve_extra_fields": extra})
 
 
-def count_tokens(usage: dict[str, Any] | None, fields: dict[str, Any]) -> None:
-    """Into the counters and the log line."""
-    for kind in ("prompt", "completion"):
-        fields[f"{kind}_tokens"] = (usage or {}).get(f"{kind}_tokens", 0)
-        TOKEN_COUNT.labels(fields["model"], kind).inc(fields[f"{kind}_tokens"])
-
-
-def told(deployment: Any) -> str:
-    """A deployment's state in one line."""
+def describe_deployment(deployment: Any) -> str:
+    """Describe a deployment's status and replicas in one line, in Ray's terms."""
     replicas = ", ".join(f"{n} {state}" for state, n in deployment.replica_states.items())
-    said = f" ({deployment.message})" if deployment.message else ""
-    return f"{deployment.status.value}, replicas: {replicas}{said}"
+    message = f" ({deployment.message})" if deployment.message else ""
+    return f"{deployment.status.value}, replicas: {replicas}{message}"
 
 
-async def answers(handle: DeploymentHandle) -> bool:
-    """Whether a replica of a model answers within two seconds."""
+async def is_ready(handle: DeploymentHandle) -> bool:
+    """Return whether a replica of a model responds within `READY_TIMEOUT_SECONDS`."""
     with suppress(Exception):
-        return bool(await asyncio.wait_for(handle.ready.remote(), 2))
+        return bool(await asyncio.wait_for(handle.ready.remote(), READY_TIMEOUT_SECONDS))
     return False

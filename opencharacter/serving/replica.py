@@ -1,9 +1,9 @@
-"""One model on `ray.serve.llm`, with its adapters: the only file that touches Ray's LLM internals.
+"""A model replica on `ray.serve.llm`; the only module that touches Ray's LLM internals.
 
-What is internal is `DiskMultiplexConfig`, the value that a loader of adapters must return, and
-`VLLMEngine`, which `ReplicaEngine` corrects. All else is Ray's public interface, the same in ray
-2.58 (vLLM 0.26) and 2.60 (vLLM 0.29). Importing this module imports vLLM, so it is imported where a
-model is served and nowhere else.
+Two names are internal to Ray: `DiskMultiplexConfig`, which an adapter loader must return, and
+`VLLMEngine`, which `ReplicaEngine` extends. Everything else is Ray's public API, identical in Ray
+2.58 (vLLM 0.26) and 2.60 (vLLM 0.29). Importing this module imports vLLM, so only code that serves
+a model imports it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -31,38 +32,47 @@ from opencharacter import models
 from opencharacter.config.placement import Serving
 from opencharacter.engines.backends import engine_arguments, environment
 from opencharacter.engines.spec import EngineSpec
-from opencharacter.runtime.cluster import card
+from opencharacter.runtime.cluster import accelerator_resource
 from opencharacter.serving.catalogue import Catalogue
-from opencharacter.serving.protocol import ErrorBody, ResponsePart, paced
+from opencharacter.serving.protocol import ErrorBody, ResponsePart, coalesce
 
 REQUEST_TYPES = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
 
 
-def deployment(
+def build_deployment(
     spec: EngineSpec, serving: Serving, catalogue: Catalogue | None, max_rank: int
 ) -> Application:
-    """A role's model as a Serve deployment.
+    """Build the deployment of a role's model.
 
     Args:
         spec: the model and where it runs.
-        serving: limits.
-        catalogue: where its adapters are; None for a model without any.
-        max_rank: of the adapters.
+        serving: the server's limits.
+        catalogue: the model's adapters; None for a model without adapters.
+        max_rank: largest LoRA rank of the adapters.
     """
-    bind = {"catalogue": catalogue, "max_rank": max_rank, "rate": serving.max_chunks_per_second}
     return build_llm_deployment(
-        llm_config(spec, serving, max_rank if catalogue else None),
+        build_llm_config(spec, serving, max_rank if catalogue else None),
         deployment_cls=PersonaServer,
         name_prefix="",
-        bind_kwargs=bind,
+        bind_kwargs={
+            "catalogue": catalogue,
+            "max_rank": max_rank,
+            "max_chunks_per_second": serving.max_chunks_per_second,
+        },
     )
 
 
-def llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMConfig:
-    """The same engine as everywhere in this package, as Ray configures it."""
+def build_llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMConfig:
+    """Configure Ray to run the same engine as the pipeline does.
+
+    Args:
+        spec: the model and where it runs.
+        serving: the server's limits.
+        max_rank: largest LoRA rank of the adapters; None for a model without adapters.
+    """
     pool, role = spec.pool, spec.role
     arguments = {k: v for k, v in engine_arguments(spec).items() if k != "disable_log_stats"}
-    # What a request gets that does not say, less where the context leaves less.
+    # The default for requests without max_tokens; vLLM lowers it to what the context leaves.
     arguments["override_generation_config"] = {"max_new_tokens": serving.max_tokens}
     lora = {
         "enable_lora": True,
@@ -74,15 +84,15 @@ def llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMC
     return LLMConfig(
         model_loading_config={"model_id": role.name, "model_source": source},
         engine_kwargs=arguments | (lora if max_rank else {}),
-        experimental_configs={"stream_batching_interval_ms": 0},  # `paced` does it
+        experimental_configs={"stream_batching_interval_ms": 0},  # `coalesce` batches instead
         lora_config={"max_num_adapters_per_replica": serving.max_adapters} if max_rank else None,
-        placement_group_config={"bundles": bundles(spec)},
+        placement_group_config={"bundles": placement_bundles(spec)},
         runtime_env={"env_vars": environment(spec)},
         deployment_config={
-            **replicas(spec),
+            **scaling_options(spec),
             "ray_actor_options": {
                 "num_cpus": 0,
-                "num_gpus": 0 if shards(spec) else pool.gpus,
+                "num_gpus": 0 if worker_processes(spec) else pool.gpus,
                 "memory": int(pool.memory_gib * 2**30),
             },
             "max_ongoing_requests": pool.max_num_seqs,
@@ -95,49 +105,56 @@ def llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMC
     )
 
 
-def shards(spec: EngineSpec) -> int:
-    """Processes beside the replica that hold a part of the model: none where one GPU holds it."""
-    ways = spec.pool.tensor_parallel
-    return ways if spec.pool.gpus and ways > 1 else 0
+def worker_processes(spec: EngineSpec) -> int:
+    """Return the number of tensor-parallel workers; 0 if the replica itself runs the model."""
+    size = spec.pool.tensor_parallel
+    return size if spec.pool.gpus and size > 1 else 0
 
 
-def bundles(spec: EngineSpec) -> list[dict[str, float]]:
-    """What Ray reserves beside the replica itself: one bundle a shard, or one of CPUs."""
-    pool, ways = spec.pool, shards(spec)
-    if not ways:
-        return [{"CPU": pool.cpus} | card(pool)]
-    return [{"CPU": pool.cpus / ways, "GPU": pool.gpus / ways} | card(pool)] * ways
+def placement_bundles(spec: EngineSpec) -> list[dict[str, float]]:
+    """Return the bundles that Ray reserves besides the replica: one per worker, or one of CPUs."""
+    pool, workers = spec.pool, worker_processes(spec)
+    if not workers:
+        return [{"CPU": pool.cpus} | accelerator_resource(pool)]
+    return [
+        {"CPU": pool.cpus / workers, "GPU": pool.gpus / workers} | accelerator_resource(pool)
+    ] * workers
 
 
-def replicas(spec: EngineSpec) -> dict[str, Any]:
-    """A fixed number, or as many as the load asks for where the placement lets it grow."""
+def scaling_options(spec: EngineSpec) -> dict[str, Any]:
+    """Return a fixed number of replicas, or autoscaling if the placement sets a maximum."""
     pool = spec.pool
-    if pool.most_replicas == pool.replicas:
+    if pool.replica_limit == pool.replicas:
         return {"num_replicas": pool.replicas}
     return {
         "autoscaling_config": {
             "min_replicas": pool.replicas,
-            "max_replicas": pool.most_replicas,
+            "max_replicas": pool.replica_limit,
             "target_ongoing_requests": max(1, pool.max_num_seqs * 3 // 4),
         }
     }
 
 
 class AdapterLoader:
-    """What Ray asks for an adapter that a replica has not loaded yet."""
+    """Fetches adapters that a replica has not loaded yet; Ray calls it.
+
+    Args:
+        catalogue: the adapters in storage.
+        max_rank: largest LoRA rank that the engine accepts.
+    """
 
     def __init__(self, catalogue: Catalogue, max_rank: int):
         self.catalogue, self.max_rank = catalogue, max_rank
-        self.untold: set[str] = set()
-        """Loaded, and no answer has said so yet."""
+        self.unreported: set[str] = set()
+        """Adapters that were loaded and that no response has reported yet."""
 
     async def load_model_from_config(
         self, lora_model_id: str, llm_config: LLMConfig
     ) -> DiskMultiplexConfig:
-        """Have the files of exactly this revision on this node.
+        """Copy the files of one revision to this node.
 
         Raises:
-            HTTPException: 404 where storage does not hold it, 400 where this engine cannot run it.
+            HTTPException: 404 if storage does not hold the revision, 400 if its rank is too large.
         """
         try:
             folder = await self.catalogue.snapshot(lora_model_id)
@@ -147,23 +164,23 @@ class AdapterLoader:
         if rank > self.max_rank:
             raise HTTPException(
                 400,
-                f"{lora_model_id} has rank {rank}, this server was started for {self.max_rank}; "
-                "start it again from the recipe that trained it",
+                f"{lora_model_id} has LoRA rank {rank}, but this server allows at most "
+                f"{self.max_rank}; restart it with the recipe that trained the adapter",
             )
-        self.untold.add(lora_model_id)
+        self.unreported.add(lora_model_id)
         return DiskMultiplexConfig(
             model_id=lora_model_id,
             local_path=str(folder),
             max_total_tokens=None,
-            lora_assigned_int_id=0,  # nobody reads it: vLLM numbers them itself
+            lora_assigned_int_id=0,  # unused: vLLM assigns ids itself
         )
 
 
 class ReplicaEngine(VLLMEngine):
-    """An engine that runs in its replica where one GPU is enough.
+    """An engine that runs inside its replica if one GPU is enough.
 
-    Ray runs every engine that has a GPU through vLLM's distributed executor, where each step is a
-    message to another process. That is for engines of several GPUs.
+    Ray gives every GPU engine vLLM's distributed executor, which sends a message to another process
+    at each step. Only engines on several GPUs need that.
     """
 
     def _prepare_engine_config(self, callback_ctx: Any) -> tuple[Any, Any, Any]:
@@ -174,13 +191,13 @@ class ReplicaEngine(VLLMEngine):
 
 
 class PersonaServer(LLMServer):
-    """A replica: one engine, answering with the base model or any of its adapters.
+    """A replica: one engine that serves the base model and its adapters.
 
     Args:
-        llm_config: the engine.
-        catalogue: where its adapters are; None for a model without any.
-        max_rank: of the adapters.
-        rate: messages of all streams that leave in a second.
+        llm_config: the engine's configuration.
+        catalogue: the model's adapters; None for a model without adapters.
+        max_rank: largest LoRA rank of the adapters.
+        max_chunks_per_second: chunks per second over all streamed responses of this replica.
     """
 
     async def __init__(
@@ -189,11 +206,11 @@ class PersonaServer(LLMServer):
         *,
         catalogue: Catalogue | None = None,
         max_rank: int = 0,
-        rate: int = 1,
+        max_chunks_per_second: int = 1,
     ):
-        self.rate, self.streams = rate, 0
+        self.max_chunks_per_second, self.streams = max_chunks_per_second, 0
         self.loader = AdapterLoader(catalogue, max_rank) if catalogue else None
-        self.loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.load_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         await super().__init__(
             llm_config,
             engine_cls=ReplicaEngine,
@@ -202,66 +219,80 @@ class PersonaServer(LLMServer):
         await self.warm_up(llm_config.model_id)
 
     async def warm_up(self, model: str) -> None:
-        """Make one token before anybody waits for one: the first takes seconds."""
+        """Generate one token before the first request, because the first one takes seconds."""
         hello = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
         async for _ in self.answer("chat", hello | {"max_tokens": 1}):
             pass
 
     async def ready(self) -> bool:
-        """Whether the engine is alive; raises where it is not."""
+        """Return True if the engine is healthy; raise if it is not."""
         await self.check_health()
         return True
 
     async def answer(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[ResponsePart]:
-        """Answer one request in parts (see `wire.Part`).
+        """Respond to one request.
 
-        A replica whose engine died ends at once, before a health check finds out: what would have
-        come to it then waits for the next one.
+        If the engine has died, the replica exits at once instead of at the next health check, so
+        that no further request is routed to it.
 
         Args:
             kind: `chat` or `completions`.
-            payload: the body, its `model` the one that this deployment knows.
+            payload: the validated request; its `model` is the name that the engine knows.
+
+        Yields:
+            The parts of the response (see `protocol.ResponsePart`).
         """
         try:
-            async for part in self.parts(kind, payload):
+            async for part in self._generate(kind, payload):
                 yield part
         except EngineDeadError:
             os._exit(1)
 
-    async def parts(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[ResponsePart]:
-        """The same, but for an engine that died."""
+    async def _generate(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[ResponsePart]:
         try:
             request = REQUEST_TYPES[kind].model_validate(payload)
-            async with self.loading[payload["model"]]:  # two first requests would load it twice
-                stream = await getattr(self, kind)(request)
-        except ValidationError as error:
-            first = error.errors()[0]
-            yield ErrorBody(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        except (ValueError, VLLMValidationError) as error:
+            yield to_error_body(error)
             return
+        try:
+            async with self.load_locks[payload["model"]]:  # load an adapter once only
+                stream = await getattr(self, kind)(request)
         except HTTPException as error:
             yield ErrorBody(error.status_code, str(error.detail))
             return
-        if self.loader and payload["model"] in self.loader.untold:
-            self.loader.untold.remove(payload["model"])
+        if self.loader and payload["model"] in self.loader.unreported:
+            self.loader.unreported.remove(payload["model"])
             yield {"loaded": payload["model"]}
         self.streams += 1
         try:
-            async for items in paced(stream, lambda: self.streams / self.rate):
-                for part in joined(items):
-                    yield part_of(part)
+            async for batch in coalesce(stream, lambda: self.streams / self.max_chunks_per_second):
+                for item in join_events(batch):
+                    yield to_response_part(item)
         finally:
             self.streams -= 1
 
 
-def joined(items: list[Any]) -> list[Any]:
-    """What leaves together: events as one text, all else by itself."""
+def to_error_body(error: Exception) -> ErrorBody:
+    """Describe why vLLM rejects a request.
+
+    Args:
+        error: pydantic's error, or vLLM's own, which is not always a ValueError.
+    """
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ErrorBody(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    return ErrorBody(400, str(error), param=getattr(error, "parameter", None))
+
+
+def join_events(items: list[Any]) -> list[Any]:
+    """Join consecutive server-sent events into one string; keep everything else as it is."""
     flat = [part for item in items for part in (item if isinstance(item, list) else [item])]
-    kinds = groupby(flat, key=lambda part: isinstance(part, str))
-    return [part for text, run in kinds for part in (["".join(run)] if text else run)]
+    groups = groupby(flat, key=lambda part: isinstance(part, str))
+    return [part for is_text, group in groups for part in (["".join(group)] if is_text else group)]
 
 
-def part_of(item: Any) -> ResponsePart:
-    """What Ray's server gives, as a part of the answer."""
+def to_response_part(item: Any) -> ResponsePart:
+    """Convert what Ray's LLM server yields to a part of the response."""
     if isinstance(item, str):
         return item
     if hasattr(item, "error"):
