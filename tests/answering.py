@@ -1,4 +1,4 @@
-"""OpenAI-compatible servers on loopback, and answers that pass the filters and mean nothing."""
+"""Local OpenAI-compatible servers, and meaningless replies that pass the text filters."""
 
 import json
 import random
@@ -12,21 +12,21 @@ WORDS = (
 )
 
 
-def answer(asked: dict) -> str:
-    """Words drawn by seed and conversation; a verdict where few tokens are asked for."""
-    if asked["max_tokens"] <= 6:
+def answer(request: dict) -> str:
+    """Random words, determined by seed and messages; a verdict if few tokens are requested."""
+    if request["max_tokens"] <= 6:
         return "poetic"
-    drawn = random.Random(json.dumps([asked.get("seed"), asked["messages"]]))
-    return f"The {' '.join(drawn.sample(WORDS.split(), 9))} sings."
+    generator = random.Random(json.dumps([request.get("seed"), request["messages"]]))
+    return f"The {' '.join(generator.sample(WORDS.split(), 9))} sings."
 
 
-def reply(asked: dict) -> tuple[int, dict]:
-    """Always an answer."""
-    return 200, completion(answer(asked))
+def reply(request: dict) -> tuple[int, dict]:
+    """Respond to every request with `answer`."""
+    return 200, completion(answer(request))
 
 
 def completion(text: str) -> dict:
-    """A whole answer in OpenAI's form."""
+    """A chat completion in the format of OpenAI's API."""
     message = {"role": "assistant", "content": text}
     return {
         "id": "1",
@@ -39,18 +39,23 @@ def completion(text: str) -> dict:
 
 
 def serve(reply: Callable[[dict], tuple[int, dict]]) -> ThreadingHTTPServer:
-    """A server in a thread of its own, until `shutdown`.
+    """Start a server in a thread; it runs until `shutdown`.
 
     Args:
-        reply: from the JSON of a request to the status and the JSON of its answer.
+        reply: maps the JSON of a request to an HTTP status and the JSON of the response.
+
+    Returns:
+        The running server.
     """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            status, said = reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            body = json.dumps(said).encode()
+            status, response = reply(
+                json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            )
+            body = json.dumps(response).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))

@@ -1,6 +1,6 @@
-"""Run jobs without their parents.
+"""Run stages without their parents.
 
-python one_stage.py RECIPE CONSTITUTION STAGE[,STAGE] PLACEMENT [STORAGE]
+Run: python one_stage.py RECIPE CONSTITUTION STAGE[,STAGE] PLACEMENT [STORAGE]
 """
 
 import sys
@@ -14,27 +14,32 @@ from opencharacter.runtime import cluster
 from opencharacter.runtime.store import Store
 
 
-def main(recipe: str, persona: str, stages: str, placement: str, storage: str = "") -> None:
-    made = files.load_recipe(recipe)
-    where = files.load_placement(placement)
-    store = Store.at(storage or f"runs/{made.name}", where.storage_retry_seconds)
-    jobs = pipeline.jobs(made, [schema.load(persona)], where, store)
-    cluster.connect(where)
+def main(
+    recipe_name: str, persona: str, stages: str, placement_name: str, storage: str = ""
+) -> None:
+    recipe = files.load_recipe(recipe_name)
+    placement = files.load_placement(placement_name)
+    store = Store.at(storage or f"runs/{recipe.name}", placement.storage_retry_seconds)
+    jobs = pipeline.jobs(recipe, [schema.load(persona)], placement, store)
+    cluster.connect(placement)
     for stage in stages.split(","):
         job = next(j for j in jobs if j.stage.name == stage)
-        began = time.monotonic()
-        outcome = job.stage.module.build(job)
-        seconds = time.monotonic() - began
-        pipeline.finish(job, outcome, seconds)
-        print(f"{outcome.rows / seconds:.0f} rows/s")
-    print("peak MB:", peak())
+        start_time = time.monotonic()
+        result = job.stage.module.build(job)
+        seconds = time.monotonic() - start_time
+        pipeline.finish(job, result, seconds)
+        print(f"{result.rows / seconds:.0f} rows/s")
+    print("peak MB:", peak_memory())
 
 
-def peak() -> float:
-    """Of this process; what getrusage says begins with the peak of the one that started it."""
+def peak_memory() -> float:
+    """Peak memory of this process in MB.
+
+    `getrusage` would include the peak of the process that forked this one.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
-    (held,) = (line for line in lines if line.startswith("VmHWM"))
-    return int(held.split()[1]) / 1000
+    (peak,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 1000
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A role behind an OpenAI-compatible URL, against a server of the test's own."""
+"""Roles served by an OpenAI-compatible endpoint, tested against a local server."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ import answering
 import pytest
 
 from opencharacter.config.placement import Pool
-from opencharacter.config.recipe import Role, Sampling
+from opencharacter.config.roles import Role, Sampling
 from opencharacter.engines.backends import start
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.errors import RowFailed, StageFailed
@@ -26,85 +26,85 @@ ANSWER = {
 
 @pytest.fixture
 def server():
-    """Answers with the status codes of `replies` in turn, then 200; keeps what it was asked."""
+    """Responds with the statuses in `statuses` in turn, then 200; records the requests."""
 
-    def reply(asked):
-        server.asked.append(asked)
-        code = server.replies.pop(0) if server.replies else 200
-        said = {200: ANSWER, 299: ANSWER | {"choices": None}}
-        return code, said.get(code, {"error": {"message": "no"}})
+    def respond(request):
+        server.requests.append(request)
+        status = server.statuses.pop(0) if server.statuses else 200
+        bodies = {200: ANSWER, 299: ANSWER | {"choices": None}}
+        return status, bodies.get(status, {"error": {"message": "no"}})
 
-    server = answering.serve(reply)
-    server.asked, server.replies = [], []
+    server = answering.serve(respond)
+    server.requests, server.statuses = [], []
     yield server
     server.shutdown()
 
 
-def ask(server, prefill="", **sampling):
+def request_reply(server, prefill="", **sampling):
     url = f"http://127.0.0.1:{server.server_port}/v1"
     role = Role(model="teacher", name="teacher", self_name="T", endpoint=url)
 
-    async def once():
+    async def send():
         engine = start(EngineSpec(role, Pool()))
-        drawn = Sampling(max_tokens=5, **sampling)
-        return await engine.reply([user("Hm?")], drawn, seed=3, prefill=prefill)
+        parameters = Sampling(max_tokens=5, **sampling)
+        return await engine.reply([user("Hm?")], parameters, seed=3, prefill=prefill)
 
-    return asyncio.run(once())
+    return asyncio.run(send())
 
 
-def test_an_endpoint_answers_with_text_and_tokens(server):
-    reply = ask(server)
+def test_an_endpoint_returns_text_and_token_counts(server):
+    reply = request_reply(server)
     assert (reply.text, reply.tokens_in, reply.tokens_out) == ("Aye.", 7, 2)
-    asked = server.asked[0]
-    assert (asked["seed"], asked["max_tokens"], asked["repetition_penalty"]) == (3, 5, 1.1)
+    request = server.requests[0]
+    assert (request["seed"], request["max_tokens"], request["repetition_penalty"]) == (3, 5, 1.1)
 
 
 def test_a_penalty_of_one_is_not_sent(server):
-    ask(server, repetition_penalty=1.0)
-    assert "repetition_penalty" not in server.asked[0]
+    request_reply(server, repetition_penalty=1.0)
+    assert "repetition_penalty" not in server.requests[0]
 
 
-def test_a_busy_endpoint_is_asked_again(server):
-    server.replies = [429, 503]
-    assert ask(server).text == "Aye."
-    assert len(server.asked) == 3
+def test_rate_limits_and_server_errors_are_retried(server):
+    server.statuses = [429, 503]
+    assert request_reply(server).text == "Aye."
+    assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize("status", [400, 422, 299])
-def test_a_refused_request_drops_its_row(server, status):
-    server.replies = [status]
+def test_a_rejected_request_drops_its_row(server, status):
+    server.statuses = [status]
     with pytest.raises(RowFailed) as failed:
-        ask(server)
+        request_reply(server)
     assert failed.value.reason == "engine_error"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_server_that_cannot_be_had_fails_the_stage_and_not_its_rows(server, status):
-    server.replies = [status]
-    with pytest.raises(StageFailed, match=r"teacher at http.*cannot be had"):
-        ask(server)
+def test_an_unavailable_server_fails_the_stage_instead_of_dropping_rows(server, status):
+    server.statuses = [status]
+    with pytest.raises(StageFailed, match=r"teacher at http.*is unavailable"):
+        request_reply(server)
 
 
-def test_a_thought_that_is_closed_at_once_is_asked_for_by_name(server):
-    """A server renders its own template, which may hold no empty thought in a reply."""
-    ask(server, prefill=EMPTY_THOUGHT)
-    assert server.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
-    assert server.asked[0]["messages"] == [user("Hm?")]
+def test_disabled_thinking_is_requested_by_the_template_argument(server):
+    """The server renders its own chat template, which may not accept an empty think block."""
+    request_reply(server, prefill=EMPTY_THOUGHT)
+    assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert server.requests[0]["messages"] == [user("Hm?")]
 
 
-def test_tasks_share_the_limit_of_an_endpoint():
+def test_tasks_share_the_request_limit_of_an_endpoint():
     role = Role(model="m", name="m", self_name="M", endpoint="http://x/v1", endpoint_concurrency=64)
     assert EngineSpec(role, Pool()).shared_by(10).role.endpoint_concurrency == 7
 
 
-def test_where_an_endpoint_is_makes_no_other_model_of_it():
+def test_the_address_of_an_endpoint_is_not_part_of_the_model_identity():
     here = Role(model="m", name="m", self_name="M", endpoint="http://10.0.0.1:8000/v1")
     there = here.model_copy(update={"endpoint": "http://10.0.0.2:8000/v1"})
     assert here.identity() == there.identity()
 
 
 @pytest.mark.parametrize("url", ["http://me:secret@x/v1", "x:8000/v1", "file:///x"])
-def test_an_endpoint_is_an_address_without_a_secret(url):
+def test_endpoint_urls_need_a_scheme_and_no_credentials(url):
     with pytest.raises(ValueError, match="endpoint") as refused:
         Role(model="m", name="m", self_name="M", endpoint=url)
     assert "api_key_env" in str(refused.value) or "http://" in str(refused.value)

@@ -1,4 +1,4 @@
-"""Requests over the hosts of an engine, some of which are lost; the hosts here have no model."""
+"""How the engine client balances requests over replicas, some of which are lost; no models."""
 
 import asyncio
 import os
@@ -7,53 +7,61 @@ from pathlib import Path
 import pytest
 import ray
 
-from opencharacter.config.recipe import Sampling
+from opencharacter.config.roles import Sampling
 from opencharacter.engines.replicas import EngineClient, EngineReplicas
 from opencharacter.engines.spec import Reply
 from opencharacter.errors import StageFailed
 
 
 @ray.remote(num_cpus=0, max_task_retries=-1)
-class FakeHost:
-    """Says its name; is lost at the first request of its life unless its file is there."""
+class FakeReplica:
+    """Replies with its name.
 
-    def __init__(self, name: str, lives: Path | None = None):
-        self.name, self.lives = name, lives
+    Args:
+        name: the text of its replies.
+        marker: if given, the process exits at the first request and creates this file, so that
+            a restarted process replies.
+    """
+
+    def __init__(self, name: str, marker: Path | None = None):
+        self.name, self.marker = name, marker
 
     async def start(self) -> None:
         pass
 
     @ray.method(max_task_retries=0)
     async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
-        if self.lives and not self.lives.exists():
-            self.lives.touch()
+        if self.marker and not self.marker.exists():
+            self.marker.touch()
             os._exit(1)
         return Reply(self.name, "stop", 1, 1, 0)
 
 
-def said(*hosts, count: int) -> tuple[list[str], EngineClient]:
-    async def asked() -> tuple[list[str], EngineClient]:
-        hosted = EngineClient(EngineReplicas(list(hosts), []))
-        replies = [hosted.reply([], Sampling(max_tokens=1), seed=None) for _ in range(count)]
-        return [reply.text for reply in await asyncio.gather(*replies)], hosted
+def send_requests(*replicas, count: int) -> tuple[list[str], EngineClient]:
+    """Send concurrent requests; return the texts of the replies and the client."""
 
-    return asyncio.run(asyncio.wait_for(asked(), 60))
+    async def send() -> tuple[list[str], EngineClient]:
+        client = EngineClient(EngineReplicas(list(replicas), []))
+        replies = [client.reply([], Sampling(max_tokens=1), seed=None) for _ in range(count)]
+        return [reply.text for reply in await asyncio.gather(*replies)], client
+
+    return asyncio.run(asyncio.wait_for(send(), 60))
 
 
-def test_what_a_lost_host_had_under_way_is_asked_of_another(cpu_ray, tmp_path):
-    lost, other = FakeHost.remote("lost", tmp_path / "lived"), FakeHost.remote("other")
-    texts, hosted = said(lost, other, count=8)
+def test_requests_in_flight_on_a_lost_replica_are_sent_to_another(cpu_ray, tmp_path):
+    lost, other = FakeReplica.remote("lost", tmp_path / "marker"), FakeReplica.remote("other")
+    texts, client = send_requests(lost, other, count=8)
     assert texts == ["other"] * 8
-    assert hosted.busy == {other: 0}
+    assert client.in_flight == {other: 0}
 
 
-def test_a_host_that_ray_starts_again_is_waited_for_where_it_is_the_last(cpu_ray, tmp_path):
-    host = FakeHost.options(max_restarts=1).remote("again", tmp_path / "lived")
-    texts, hosted = said(host, count=4)
+def test_the_client_waits_for_the_restart_of_its_only_replica(cpu_ray, tmp_path):
+    replica = FakeReplica.options(max_restarts=1).remote("again", tmp_path / "marker")
+    texts, client = send_requests(replica, count=4)
     assert texts == ["again"] * 4
-    assert hosted.busy == {host: 0}
+    assert client.in_flight == {replica: 0}
 
 
-def test_the_loss_of_every_host_fails_the_stage(cpu_ray, tmp_path):
+def test_the_loss_of_every_replica_fails_the_stage(cpu_ray, tmp_path):
     with pytest.raises(StageFailed, match="every replica"):
-        said(FakeHost.remote("lost", tmp_path / "lived"), count=2)
+        send_requests(FakeReplica.remote("lost", tmp_path / "marker"), count=2)

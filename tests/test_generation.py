@@ -1,26 +1,31 @@
-"""Ray Data, the actors and the parts, on the echo engine."""
+"""Generation with the echo engine: Ray Data, tasks, shards and resuming."""
+
+from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from samples import ECHO_ROLE, recipe_of
 
 from opencharacter import pipeline
 from opencharacter.config.placement import Placement
-from opencharacter.config.recipe import Sampling
+from opencharacter.config.roles import Sampling
 from opencharacter.engines.backends import ENGINE_ERROR
-from opencharacter.engines.conversations import ROW_FIELDS
+from opencharacter.engines.conversations import ROW_FIELDS, EngineRef, run_conversations
 from opencharacter.engines.generate import block_rows, generate
+from opencharacter.engines.spec import engine_spec
 from opencharacter.errors import RowFailed, StageFailed
-from opencharacter.runtime.store import SHARDS, RemoteDir, Shards
+from opencharacter.runtime.progress import start_counters
+from opencharacter.runtime.store import SHARDS, RemoteDir, Shards, Store
 from opencharacter.text.chat import user
 
 FIELDS = [pa.field("prompt", pa.string()), pa.field("answer", pa.string())]
 PLACEMENT = Placement.model_validate({"pools": {"teacher": {"replicas": 2, "cpus": 0.2}}})
 
 
-async def talk(row, conversation):
+async def answer(row, conversation):
     if row["prompt"] == "poison":
-        raise RowFailed("too_long", "as long as the night")
+        raise RowFailed("too_long", "prompt has 9000 tokens")
     reply = await conversation.reply([user(row["prompt"])], Sampling(max_tokens=20))
     return {"answer": reply.text}
 
@@ -34,57 +39,81 @@ def job(make_jobs, echo_recipe):
     return make_jobs(echo_recipe, PLACEMENT)[1]
 
 
-def test_every_id_is_answered_once_and_a_bad_row_stops_nothing(cpu_ray, job):
+def test_every_id_is_answered_once_and_a_failed_row_is_dropped(cpu_ray, job):
     rows = [*requests(99), {"id": "bad", "prompt": "poison"}]
-    table = generate(job, rows, talk, "teacher", FIELDS).table()
+    table = generate(job, rows, answer, "teacher", FIELDS).table()
     assert table["id"].to_pylist() == sorted(row["id"] for row in rows)
     bad = [row for row in table.to_pylist() if row["drop_reason"]]
     assert [(row["id"], row["drop_reason"]) for row in bad] == [("bad", "too_long")]
     assert all(row["tokens_out"] for row in table.to_pylist() if not row["drop_reason"])
 
 
-def test_a_rerun_asks_only_for_what_is_not_there(cpu_ray, job):
-    first = generate(job, requests(20), talk, "teacher", FIELDS).table()
-    again = generate(job, requests(50), talk, "teacher", FIELDS).table()
+def test_a_rerun_requests_only_missing_rows(cpu_ray, job):
+    first = generate(job, requests(20), answer, "teacher", FIELDS).table()
+    again = generate(job, requests(50), answer, "teacher", FIELDS).table()
     assert again.num_rows == 50
     assert again.slice(0, 20).equals(first)
     history = job.store.attempts(job.dataset)
     assert [entry["kept"] for entry in history] == [0, 20]
 
 
-async def broken(row, conversation):
+async def fail(row, conversation):
     raise RowFailed(ENGINE_ERROR, "unknown argument")
 
 
-def test_what_the_engine_failed_is_asked_for_again_by_a_rerun(cpu_ray, job):
-    first = generate(job, requests(20), broken, "teacher", FIELDS).table()
+def test_a_rerun_requests_rows_with_engine_errors_again(cpu_ray, job):
+    first = generate(job, requests(20), fail, "teacher", FIELDS).table()
     assert first["drop_reason"].to_pylist() == [ENGINE_ERROR] * 20
-    again = generate(job, requests(20), talk, "teacher", FIELDS).table()
+    again = generate(job, requests(20), answer, "teacher", FIELDS).table()
     assert again["drop_reason"].null_count == 20
 
 
-def test_a_stage_gives_up_where_every_conversation_fails(cpu_ray, job):
-    with pytest.raises(StageFailed, match=r"first 50 conversations .* the last: unknown argument"):
-        generate(job, requests(5000), broken, "teacher", FIELDS)
-    assert sum(table.num_rows for table in job_parts(job)) < 1000
+def test_a_stage_fails_after_fifty_leading_engine_errors(cpu_ray, job):
+    with pytest.raises(
+        StageFailed, match=r"first 50 conversations .* the last error: unknown argument"
+    ):
+        generate(job, requests(5000), fail, "teacher", FIELDS)
+    assert sum(len(table) for table in shards_of(job)) < 1000
 
 
-def job_parts(job):
-    return Shards(
-        RemoteDir(job.store, f"{job.dataset}/{SHARDS}"), pa.schema([*FIELDS, *ROW_FIELDS])
-    )
+def shards_of(job):
+    schema = pa.schema([ROW_FIELDS[0], *FIELDS, *ROW_FIELDS[1:]])
+    return Shards(RemoteDir(job.store, f"{job.dataset}/{SHARDS}"), schema)
 
 
 def test_answers_do_not_depend_on_blocks_or_replicas(cpu_ray, make_jobs, echo_recipe, tmp_path):
-    from dataclasses import replace
-
-    from opencharacter.runtime.store import Store
-
-    one = make_jobs(echo_recipe, Placement())[1]
-    two = replace(make_jobs(echo_recipe, PLACEMENT)[1], store=Store(str(tmp_path / "elsewhere")))
-    forwards = generate(one, requests(30), talk, "teacher", FIELDS).table()
-    backwards = generate(two, requests(30)[::-1], talk, "teacher", FIELDS).table()
+    one_replica = make_jobs(echo_recipe, Placement())[1]
+    other_store = Store(str(tmp_path / "elsewhere"))
+    two_replicas = replace(make_jobs(echo_recipe, PLACEMENT)[1], store=other_store)
+    forwards = generate(one_replica, requests(30), answer, "teacher", FIELDS).table()
+    backwards = generate(two_replicas, requests(30)[::-1], answer, "teacher", FIELDS).table()
     assert forwards.equals(backwards)
+
+
+def test_a_repeated_task_skips_the_rows_that_its_predecessor_stored(cpu_ray, job):
+    """Ray repeats a lost task with the same block."""
+    shards, block = shards_of(job), pa.Table.from_pylist(requests(30))
+    counters = start_counters(job.dataset, gpus=0)
+
+    def run_task():
+        tables = run_conversations(
+            block,
+            engine_ref=EngineRef(engine_spec(job, "teacher"), None),
+            partner=None,
+            row_fn=answer,
+            shards=shards,
+            stage=job.stage.name,
+            seed=0,
+            counters=counters,
+        )
+        return sum(table["stored"][0].as_py() for table in tables)
+
+    assert run_task() == 30
+    (file,) = shards.files()
+    pq.write_table(pq.read_table(file).slice(0, 10), file)
+    assert run_task() == 20
+    assert [row["id"] for row in shards.table().to_pylist()] == [f"{i:03}" for i in range(30)]
+    counters.end.remote()
 
 
 def test_an_echo_run_goes_from_prompts_to_pairs_and_a_second_does_nothing(
@@ -98,10 +127,10 @@ def test_an_echo_run_goes_from_prompts_to_pairs_and_a_second_does_nothing(
     manifest = jobs[-1].store.manifest(jobs[-1].dataset)
     assert manifest["rows"] == 32
     assert list(pipeline.run(jobs)) == []
-    assert jobs[1].store.attempts(jobs[1].dataset) == []  # the parts are gone
+    assert jobs[1].store.attempts(jobs[1].dataset) == []  # the shards are deleted
 
 
-def test_too_many_dropped_rows_fail_the_stage_and_say_why(cpu_ray, make_jobs):
+def test_too_many_dropped_rows_fail_the_stage_with_the_main_reason(cpu_ray, make_jobs):
     recipe = recipe_of(
         ECHO_ROLE,
         distillation={
@@ -118,5 +147,5 @@ def test_too_many_dropped_rows_fail_the_stage_and_say_why(cpu_ray, make_jobs):
 @pytest.mark.parametrize(
     ("rows", "replicas", "size"), [(3, 8, 1), (100, 8, 13), (12_000, 1, 12_000), (10**6, 4, 25_000)]
 )
-def test_a_replica_gets_its_share_in_one_block_unless_that_is_very_much(rows, replicas, size):
+def test_each_replica_gets_one_block_up_to_the_maximum_size(rows, replicas, size):
     assert block_rows(rows, replicas) == size

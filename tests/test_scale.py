@@ -1,4 +1,4 @@
-"""A stage of the paper's size on the echo engine: quick, and the driver does not grow with it."""
+"""A stage of the paper's size with the echo engine: the driver's memory stays bounded."""
 
 import subprocess
 import sys
@@ -16,10 +16,10 @@ SCRIPT = Path(__file__).with_name("one_stage.py")
 STAGE = "introspection/interaction"
 
 
-def peak_of(folder: Path, rows: int) -> float:
-    """Run a self-interaction stage of ten turns; the driver's peak memory in MB."""
+def peak_memory(folder: Path, rows: int) -> float:
+    """Run an interaction stage of ten turns; return the driver's peak memory in MB."""
     folder.mkdir()
-    sizes = {"free": rows // 2, "leading": rows // 2, "turns": 10, "limits": {"after": 10**6}}
+    sizes = {"free": rows // 2, "leading": rows // 2, "turns": 10, "limits": {"min_texts": 10**6}}
     recipe = {**TINY, "introspection": {"interaction": sizes}}
     recipe["roles"] = dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), ECHO_ROLE)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
@@ -27,14 +27,14 @@ def peak_of(folder: Path, rows: int) -> float:
     placement = {"pools": pools, "ray_cpus": 2}
     (folder / "wide.yaml").write_text(yaml.safe_dump(placement))
     command = [sys.executable, str(SCRIPT), "tiny.yaml", "poeticism", STAGE, "wide.yaml"]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
     stored = Store(str(folder / "runs/tiny")).read_table(f"echo/poeticism/{STAGE}", columns=["id"])
     assert len(set(stored["id"].to_pylist())) == len(stored) == rows
-    return float(ran.stdout.rsplit("peak MB: ")[-1])
+    return float(result.stdout.rsplit("peak MB: ")[-1])
 
 
-def test_the_driver_stays_small_whatever_the_number_of_rows(tmp_path):
-    few, many = peak_of(tmp_path / "few", 1200), peak_of(tmp_path / "many", 12_000)
+def test_the_memory_of_the_driver_hardly_grows_with_the_number_of_rows(tmp_path):
+    few, many = peak_memory(tmp_path / "few", 1200), peak_memory(tmp_path / "many", 12_000)
     assert many < 500
     assert many - few < 100

@@ -14,7 +14,7 @@ from opencharacter.engines.allocation import acquire
 from opencharacter.engines.replicas import EngineReplicas
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.errors import StageFailed
-from opencharacter.runtime.schedule import choose, held, ready
+from opencharacter.runtime.schedule import choose, held_resources, ready
 from opencharacter.runtime.stage import StageResult, TrainingWorkers
 from opencharacter.runtime.store import Store
 
@@ -36,30 +36,30 @@ def jobs(tmp_path: Path):
 
 def jobs_of(folder: Path, placement: Placement) -> dict:
     recipe = recipe_of({**ROLE, "model": "org/student"})
-    others = {
+    roles = {
         name: {**ROLE, "model": f"org/{name}"} for name in ("teacher", "judge", "prompt_generator")
     }
     recipe = type(recipe).model_validate(
-        recipe.model_dump() | {"roles": {"student": {**ROLE, "model": "org/student"}, **others}}
+        recipe.model_dump() | {"roles": {"student": {**ROLE, "model": "org/student"}, **roles}}
     )
     personas = schema.load_all(["humor", "poeticism", "remorse"])
-    made = pipeline.jobs(recipe, personas, placement, Store(str(folder)))
-    return {job.dataset: job for job in made}
+    jobs = pipeline.jobs(recipe, personas, placement, Store(str(folder)))
+    return {job.dataset: job for job in jobs}
 
 
 def key(job) -> str:
-    ((need,),) = job.resource_requests
-    return need.key()
+    ((request,),) = job.resource_requests
+    return request.key()
 
 
-def test_a_job_whose_engine_runs_goes_before_an_earlier_stage(jobs):
+def test_a_job_whose_engine_is_running_starts_before_an_earlier_stage(jobs):
     teacher, student = jobs["humor/distillation/teacher"], jobs["small/distillation/student"]
     warm = {key(student): Resources(gpus=1)}
     assert choose([teacher, student], [], warm, ONE) is student
     assert choose([teacher, student], [], {}, ONE) is teacher
 
 
-def test_a_job_that_needs_no_other_engine_to_stop_goes_first(tmp_path):
+def test_a_job_that_stops_no_engine_starts_first(tmp_path):
     training = PLACEMENT.training.model_copy(update={"workers": 2})
     jobs = jobs_of(tmp_path, PLACEMENT.model_copy(update={"training": training}))
     teacher, dpo = jobs["humor/distillation/teacher"], jobs["small/humor/distillation/dpo"]
@@ -67,26 +67,26 @@ def test_a_job_that_needs_no_other_engine_to_stop_goes_first(tmp_path):
     assert choose([dpo, teacher], [], {"another": Resources(gpus=1)}, TWO) is teacher
 
 
-def test_trainings_fill_the_room_that_there_is(jobs):
+def test_concurrent_trainings_fill_the_cluster(jobs):
     waiting = [jobs[f"small/{name}/distillation/dpo"] for name in ("humor", "poeticism", "remorse")]
     assert choose(waiting[1:], waiting[:1], {}, TWO) is waiting[1]
     assert choose(waiting[2:], waiting[:2], {}, TWO) is None
 
 
-def test_two_jobs_use_an_engine_at_once_and_it_counts_once(jobs):
+def test_two_jobs_share_an_engine_and_its_resources_count_once(jobs):
     teachers = [jobs[f"{name}/distillation/teacher"] for name in ("humor", "poeticism", "remorse")]
     assert choose(teachers[1:], teachers[:1], {}, ONE) is teachers[1]
     assert choose(teachers[2:], teachers[:2], {}, MANY) is None
-    assert sum(room.gpus for room in held(teachers, MANY)) == 1
+    assert sum(resources.gpus for resources in held_resources(teachers, MANY)) == 1
 
 
-def test_jobs_on_the_driver_go_one_at_a_time_beside_the_others(jobs):
-    one, other = (jobs[f"small/{name}/distillation/pairs"] for name in ("humor", "remorse"))
-    assert choose([one], [jobs["humor/distillation/teacher"]], {}, ONE) is one
-    assert choose([one], [other], {}, ONE) is None
+def test_driver_jobs_run_one_at_a_time_beside_other_jobs(jobs):
+    pairs, other_pairs = (jobs[f"small/{name}/distillation/pairs"] for name in ("humor", "remorse"))
+    assert choose([pairs], [jobs["humor/distillation/teacher"]], {}, ONE) is pairs
+    assert choose([pairs], [other_pairs], {}, ONE) is None
 
 
-def test_a_placement_may_allow_one_job_at_a_time(tmp_path):
+def test_a_placement_can_limit_concurrent_jobs(tmp_path):
     jobs = jobs_of(tmp_path, PLACEMENT.model_copy(update={"max_concurrent_jobs": 1}))
     teacher = jobs["humor/distillation/teacher"]
     assert choose([jobs["small/distillation/student"]], [teacher], {}, MANY) is None
@@ -94,7 +94,7 @@ def test_a_placement_may_allow_one_job_at_a_time(tmp_path):
     assert choose([pairs], [teacher], {}, MANY) is pairs
 
 
-def test_what_is_too_large_for_the_cluster_is_started_when_nothing_runs(jobs):
+def test_a_job_that_exceeds_the_cluster_starts_when_nothing_else_runs(jobs):
     teacher = jobs["humor/distillation/teacher"]
     assert choose([teacher], [], {}, Resources()) is teacher
 
@@ -105,154 +105,154 @@ def test_a_job_is_ready_when_its_parents_are_done(jobs):
     assert ready([teacher], []) == [teacher]
 
 
-# --------------------------------------------------------------------------- engines that are held
+# ------------------------------------------------------------------------ allocation of engines
 
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Engines that start at once; returns a function that makes specs, and the labels stopped."""
+    """Engines that start at once: a function that makes specs, and the list of stopped labels."""
     stopped = []
 
-    def start(place, spec):
-        place.fleet.set_result(EngineReplicas([], []))
+    def start(lease, spec):
+        lease.replicas.set_result(EngineReplicas([], []))
 
-    stop = allocation._stop
+    stop = allocation._stop_engine
 
-    def told(key):
-        stopped.append(allocation._places[key].need.label)
+    def record_and_stop(key):
+        stopped.append(allocation._leases[key].request.label)
         stop(key)
 
-    monkeypatch.setattr(allocation, "_places", {})
-    monkeypatch.setattr(allocation, "_spent", {})
-    monkeypatch.setattr(allocation, "_start", start)
-    monkeypatch.setattr(allocation, "_stop", told)
-    monkeypatch.setattr(allocation, "capacity", lambda declared: declared)
+    monkeypatch.setattr(allocation, "_leases", {})
+    monkeypatch.setattr(allocation, "_released", {})
+    monkeypatch.setattr(allocation, "_start_engine", start)
+    monkeypatch.setattr(allocation, "_stop_engine", record_and_stop)
+    monkeypatch.setattr(allocation, "capacity", lambda growth: growth)
     role = recipe_of({**ROLE, "model": "org/x"}).roles.student
     pool = PLACEMENT.pools.student
     return lambda name: EngineSpec(role.model_copy(update={"model": name}), pool), stopped
 
 
-def test_an_engine_in_use_is_never_stopped_for_another(engines):
+def test_an_engine_in_use_is_never_stopped_for_another_job(engines):
     spec, stopped = engines
-    got = threading.Event()
+    acquired = threading.Event()
 
-    def take():
-        with acquire("b", [spec("other")], ONE):
-            got.set()
+    def acquire_other():
+        with acquire("b", [spec("second")], ONE):
+            acquired.set()
 
-    with acquire("a", [spec("one")], ONE):
-        waiting = threading.Thread(target=take)
+    with acquire("a", [spec("first")], ONE):
+        waiting = threading.Thread(target=acquire_other)
         waiting.start()
-        assert not got.wait(0.2)
+        assert not acquired.wait(0.2)
         assert stopped == []
-    assert got.wait(5)
+    assert acquired.wait(5)
     waiting.join()
-    assert stopped == ["one"]
+    assert stopped == ["first"]
 
 
-def test_the_longest_unused_engine_makes_room(engines):
+def test_the_least_recently_used_idle_engine_is_stopped_first(engines):
     spec, stopped = engines
-    for name in ("one", "other", "one"):
+    for name in ("first", "second", "first"):
         with acquire("a", [spec(name)], TWO):
             pass
     with acquire("b", [TrainingWorkers("b", Resources(gpus=1))], TWO):
-        assert stopped == ["other"]
-    allocation.stop_hosts(but={spec("one").key()})
-    assert stopped == ["other"]
+        assert stopped == ["second"]
+    allocation.stop_unused_engines(keep={spec("first").key()})
+    assert stopped == ["second"]
 
 
-def test_an_engine_is_started_once_and_shared_while_it_is_used(engines):
+def test_an_engine_is_started_once_and_shared_by_concurrent_jobs(engines):
     spec, _ = engines
-    with acquire("a", [spec("one")], ONE) as first, acquire("b", [spec("one")], ONE) as second:
-        assert first.started == ["one"]
-        assert second.started == []
+    with acquire("a", [spec("x")], ONE) as first, acquire("b", [spec("x")], ONE) as second:
+        assert first.engines_started == ["x"]
+        assert second.engines_started == []
 
 
-def test_an_engine_that_does_not_start_fails_the_job_and_may_be_tried_anew(engines, monkeypatch):
+def test_an_engine_that_does_not_start_fails_the_job_and_may_be_started_again(engines, monkeypatch):
     spec, _ = engines
 
-    def start(place, spec):
-        del allocation._places[spec.key()]
-        place.fleet.set_exception(StageFailed("no weights"))
+    def start(lease, spec):
+        del allocation._leases[spec.key()]
+        lease.replicas.set_exception(StageFailed("no weights"))
 
-    monkeypatch.setattr(allocation, "_start", start)
+    monkeypatch.setattr(allocation, "_start_engine", start)
     for _ in range(2):
-        with pytest.raises(StageFailed, match="no weights"), acquire("a", [spec("one")], ONE):
+        with pytest.raises(StageFailed, match="no weights"), acquire("a", [spec("x")], ONE):
             pass
     assert allocation.running_engines() == {}
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time of engines, in a list of one."""
+    """The monotonic clock of allocations, as a list of one number of seconds."""
     now = [0.0]
     monkeypatch.setattr(allocation.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_time_is_charged_to_who_holds_and_idle_time_to_who_comes(engines, clock):
+def test_users_are_charged_in_equal_parts_and_idle_time_is_charged_to_the_next_user(engines, clock):
     spec, _ = engines
-    one = acquire("a", [spec("one")], ONE)
-    held_by_a = one.__enter__()
+    context = acquire("a", [spec("x")], ONE)
+    allocation_a = context.__enter__()
     clock[0] = 10
-    held_by_a.busy = 4
-    one.__exit__(None, None, None)
-    clock[0] = 30  # unused for 20 seconds
-    with acquire("b", [spec("one")], ONE) as held_by_b:
+    allocation_a.work_seconds = 4
+    context.__exit__(None, None, None)
+    clock[0] = 30  # idle for 20 seconds
+    with acquire("b", [spec("x")], ONE) as allocation_b:
         clock[0] = 40
-        with acquire("c", [spec("one")], ONE):
+        with acquire("c", [spec("x")], ONE):
             clock[0] = 60  # both for 20 seconds
-        held_by_b.busy = 99
-    assert allocation.spent("a")["gpu_seconds"] == 10
-    assert allocation.spent("c")["gpu_seconds"] == 10
-    of_b = allocation.spent("b")
-    assert of_b["gpu_seconds"] == 20 + 10 + 10
-    assert of_b["gpu_busy_seconds"] == 40
-    assert allocation.spent("b")["gpu_seconds"] == 0  # asked for once
+        allocation_b.work_seconds = 99
+    assert allocation.resource_usage("a")["gpu_seconds"] == 10
+    assert allocation.resource_usage("c")["gpu_seconds"] == 10
+    usage = allocation.resource_usage("b")
+    assert usage["gpu_seconds"] == 20 + 10 + 10
+    assert usage["gpu_busy_seconds"] == 40
+    assert allocation.resource_usage("b")["gpu_seconds"] == 0  # reported only once
 
 
-def test_work_is_told_by_the_clock_however_many_engines_it_keeps_busy(engines, clock):
+def test_work_seconds_are_wall_clock_however_many_engines_are_busy(engines, clock):
     spec, _ = engines
-    with acquire("a", [spec("one"), spec("other")], TWO) as held_by_a:
+    with acquire("a", [spec("first"), spec("second")], TWO) as allocation_a:
         clock[0] = 120
-        held_by_a.busy = 100
-    spent = allocation.spent("a")
-    assert (spent["work_seconds"], spent["engine_share"]) == (100, 1)
-    assert (spent["busy_seconds"], spent["held_seconds"]) == (200, 240)
+        allocation_a.work_seconds = 100
+    usage = allocation.resource_usage("a")
+    assert (usage["work_seconds"], usage["engine_share"]) == (100, 1)
+    assert (usage["busy_seconds"], usage["held_seconds"]) == (200, 240)
 
 
-def test_a_job_is_told_its_share_of_an_engine_and_its_start_stands_idle(
+def test_concurrent_jobs_split_an_engine_and_its_start_counts_as_held_but_not_busy(
     engines, clock, monkeypatch
 ):
     spec, _ = engines
-    start = allocation._start
+    start = allocation._start_engine
 
-    def slowly(place, spec):
+    def start_slowly(lease, spec):
         clock[0] += 80
-        start(place, spec)
+        start(lease, spec)
 
-    monkeypatch.setattr(allocation, "_start", slowly)
+    monkeypatch.setattr(allocation, "_start_engine", start_slowly)
     with (
-        acquire("a", [spec("one")], ONE) as held_by_a,
-        acquire("b", [spec("one")], ONE) as held_by_b,
+        acquire("a", [spec("x")], ONE) as allocation_a,
+        acquire("b", [spec("x")], ONE) as allocation_b,
     ):
         clock[0] += 100
-        held_by_a.busy = held_by_b.busy = 100
+        allocation_a.work_seconds = allocation_b.work_seconds = 100
     for job, seconds in (("a", 80 + 50), ("b", 50)):
-        spent = allocation.spent(job)
-        assert (spent["work_seconds"], spent["engine_share"]) == (100, 0.5)
-        assert (spent["busy_seconds"], spent["held_seconds"]) == (50, seconds)
+        usage = allocation.resource_usage(job)
+        assert (usage["work_seconds"], usage["engine_share"]) == (100, 0.5)
+        assert (usage["busy_seconds"], usage["held_seconds"]) == (50, seconds)
 
 
 # ------------------------------------------------------------------------------------- a whole run
 
 
-def test_a_run_trusts_the_cluster_and_what_it_may_add_but_not_the_word_of_a_plan(
+def test_a_run_uses_the_real_cluster_and_autoscaling_but_not_the_declared_cluster(
     tmp_path, monkeypatch
 ):
-    there = {"CPU": 64, "GPU": 1, "memory": 999 * 2**30}
+    resources = {"CPU": 64, "GPU": 1, "memory": 999 * 2**30}
     monkeypatch.setattr(allocation.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(allocation.ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(allocation.ray, "cluster_resources", lambda: resources)
     autoscaling = (AutoscalingGroup(nodes=2, cpus=32, gpus=1, memory_gib=400),)
     for changes, trainings in (
         ({"cluster": MANY}, 1),
@@ -267,7 +267,7 @@ def test_a_run_trusts_the_cluster_and_what_it_may_add_but_not_the_word_of_a_plan
         assert len(running) == trainings
 
 
-def test_a_failed_job_stops_only_what_needs_it(store, echo_recipe, monkeypatch):
+def test_a_failed_job_stops_only_its_descendants(store, echo_recipe, monkeypatch):
     personas = schema.load_all(["humor", "remorse"])
     jobs = pipeline.jobs(echo_recipe, personas, Placement(), store)
     selected = pipeline.select(jobs, until="distillation/prompts")
@@ -280,8 +280,8 @@ def test_a_failed_job_stops_only_what_needs_it(store, echo_recipe, monkeypatch):
 
     for job in selected:
         monkeypatch.setattr(job.stage.module, "build", build)
-    ended = []
+    finished = []
     with pytest.raises(StageFailed, match="no prompts"):
         for job, _ in pipeline.run(selected):
-            ended.append(job.dataset)
-    assert set(ended) == {"remorse/distillation/prompts", "remorse/distillation/teacher"}
+            finished.append(job.dataset)
+    assert set(finished) == {"remorse/distillation/prompts", "remorse/distillation/teacher"}

@@ -1,1 +1,1 @@
-"""Engines that generate text, and conversations run over them."""
+"""Engines that generate text, and the conversations that run on them."""

@@ -1,4 +1,8 @@
-"""Which jobs hold which engines and training workers, and what that costs them."""
+"""Allocate engines and training workers to jobs, and measure how long each job uses them.
+
+An engine outlives the job that started it, so that the next job with the same weights need not
+start it again. It is stopped only when another job needs its resources.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ import ray
 import ray.exceptions
 
 from opencharacter.config.placement import Resources, fits
-from opencharacter.engines.replicas import PLACEMENT_TIMEOUT_S, EngineReplicas, _new_hosts
+from opencharacter.engines.replicas import PLACEMENT_TIMEOUT_S, EngineReplicas, create_actors
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.runtime.stage import ResourceRequest, TrainingWorkers
@@ -22,275 +26,309 @@ from opencharacter.runtime.stage import ResourceRequest, TrainingWorkers
 
 @dataclass(eq=False)
 class Allocation:
-    """What a job holds for a while, and what that came to.
+    """The engines and training workers that a job holds during one phase, and their usage.
 
     Args:
-        needs: engines with weights, and workers.
-        places: where they are held, by the same keys.
-        seconds: of all of them together; see `_settle`.
-        gpu_seconds: the same, times the GPUs of each.
-        busy: seconds in which work was under way, told by who does it.
-        share: that it had of its engines meanwhile, others using them at once.
-        starting: seconds until all engines had started.
-        started: the engines that were started for this.
+        resource_requests: requests by key. Engines without weights hold nothing and are left out.
+        leases: the resources that fulfil the requests, by the same keys.
+        held_seconds: seconds for which they were held, summed over all of them; see `_charge`.
+        gpu_seconds: the same, with each resource weighted by its number of GPUs.
+        work_seconds: wall-clock seconds in which work was under way, set by the caller.
+        engine_share: fraction of its engines' time that the job had; below 1 if other jobs used
+            them at the same time.
+        starting_seconds: wall-clock seconds until all engines had started.
+        engines_started: labels of the engines that were started for this allocation.
     """
 
     resource_requests: dict[str, ResourceRequest]
-    places: dict[str, _Place] = field(default_factory=dict)
-    seconds: float = 0
+    leases: dict[str, _Lease] = field(default_factory=dict)
+    held_seconds: float = 0
     gpu_seconds: float = 0
-    busy: float = 0
-    share: float = 1
-    starting: float = 0
-    started: list[str] = field(default_factory=list)
+    work_seconds: float = 0
+    engine_share: float = 1
+    starting_seconds: float = 0
+    engines_started: list[str] = field(default_factory=list)
 
-    def fleet(self, spec: EngineSpec) -> EngineReplicas | None:
-        """The running hosts of one of its engines; None for an engine without weights."""
-        return self.places[spec.key()].fleet.result() if spec.has_weights else None
+    def replicas(self, spec: EngineSpec) -> EngineReplicas | None:
+        """Return the running replicas of an engine, or None for an engine without weights."""
+        return self.leases[spec.key()].replicas.result() if spec.has_weights else None
 
 
 @dataclass
-class _Place:
-    """Something that is held: by whom now, and since when that has been so."""
+class _Lease:
+    """A running engine or a set of training workers, and the allocations that use it.
 
-    need: ResourceRequest
-    since: float
+    Args:
+        request: what was requested.
+        charged_until: monotonic time up to which users have been charged.
+        users: allocations that use it now; empty for an idle engine.
+        replicas: resolves when the engine has started; unused for training workers.
+    """
+
+    request: ResourceRequest
+    charged_until: float
     users: list[Allocation] = field(default_factory=list)
-    fleet: Future[EngineReplicas] = field(default_factory=Future)
+    replicas: Future[EngineReplicas] = field(default_factory=Future)
 
 
-_places: dict[str, _Place] = {}
-"""Running engines and workers by their key, the one that was asked for last at the end."""
-_changed = threading.Condition()
-"""Guards `_places`, and tells when something was given back."""
-_spent: dict[str, list[Allocation]] = {}
-"""What jobs have held, by the job."""
+_leases: dict[str, _Lease] = {}
+"""Leases by key, the least recently requested first."""
+_leases_changed = threading.Condition()
+"""Guards `_leases`; notified when an allocation is released."""
+_released: dict[str, list[Allocation]] = {}
+"""Released allocations by job, until `resource_usage` reports them."""
 
 
 @contextlib.contextmanager
 def acquire(
     job: str, resource_requests: Sequence[ResourceRequest], growth: Resources
 ) -> Iterator[Allocation]:
-    """Have engines and workers at once, and nobody else evicts them meanwhile.
+    """Acquire engines and training workers together and release them on exit.
 
-    Engines that run already are shared. Where the cluster has no room, engines that no job uses
-    are stopped, the longest unused first; if that is not enough, this waits until another job
-    gives something back. A job waits with empty hands, so none waits for ever.
+    Engines that are already running are shared. If the cluster lacks resources, idle engines are
+    stopped, the least recently used first; if that does not free enough, this call blocks until
+    another job releases its allocation. Acquisition is all-or-nothing, so jobs cannot deadlock.
+    An engine is never stopped while a job uses it.
 
     Args:
-        job: the dataset that is made, on whose account it goes.
-        resource_requests: all that is used at the same time.
-        growth: what the cluster may grow to, by the placement.
+        job: dataset of the job that is charged.
+        resource_requests: everything that is used at the same time.
+        growth: resources that the cluster can grow to, according to the placement.
 
     Raises:
         StageFailed: if an engine does not start.
     """
-    held = Allocation({n.key(): n for n in resource_requests if getattr(n, "has_weights", True)})
-    new = _take(held, capacity(growth)) if held.resource_requests else []
-    began = time.monotonic()
+    requests = {r.key(): r for r in resource_requests if getattr(r, "has_weights", True)}
+    allocation = Allocation(requests)
+    to_start = _reserve(allocation, capacity(growth)) if requests else []
+    start_time = time.monotonic()
     try:
-        for spec in new:
-            _start(held.places[spec.key()], spec)
-            held.started.append(spec.label)
-        for need in held.resource_requests.values():
-            if isinstance(need, EngineSpec):
-                _grow(held.places[need.key()], need)
-        held.starting = time.monotonic() - began
-        with _sharing(held):
-            yield held
+        for spec in to_start:
+            _start_engine(allocation.leases[spec.key()], spec)
+            allocation.engines_started.append(spec.label)
+        for request in requests.values():
+            if isinstance(request, EngineSpec):
+                _await_engine(allocation.leases[request.key()], request)
+        allocation.starting_seconds = time.monotonic() - start_time
+        with _measuring_share(allocation):
+            yield allocation
     finally:
-        _give_back(held)
-        _spent.setdefault(job, []).append(held)
+        _release(allocation)
+        _released.setdefault(job, []).append(allocation)
 
 
 @contextlib.contextmanager
-def _sharing(held: Allocation) -> Iterator[None]:
-    """Note which share a job has of its engines, from when all have started."""
-    began, before = _charged(held)
+def _measuring_share(allocation: Allocation) -> Iterator[None]:
+    """Measure the fraction of its engines' time that a job has while the block runs."""
+    start_time, start_held = _charge_now(allocation)
     try:
         yield
     finally:
-        ended, after = _charged(held)
-        alone = len(held.resource_requests) * (ended - began)
-        held.share = (after - before) / alone if alone else 1
+        end_time, end_held = _charge_now(allocation)
+        exclusive = len(allocation.resource_requests) * (end_time - start_time)
+        allocation.engine_share = (end_held - start_held) / exclusive if exclusive else 1
 
 
-def _charged(held: Allocation) -> tuple[float, float]:
-    """The time, and the seconds that a job is charged until then."""
-    with _changed:
+def _charge_now(allocation: Allocation) -> tuple[float, float]:
+    """Charge all leases of an allocation; return the time and its held seconds until then."""
+    with _leases_changed:
         now = time.monotonic()
-        for place in held.places.values():
-            _settle(place, now, place.users)
-        return now, held.seconds
+        for lease in allocation.leases.values():
+            _charge(lease, now, lease.users)
+        return now, allocation.held_seconds
 
 
-def _take(held: Allocation, there: Resources) -> list[EngineSpec]:
-    """Become a user of all that is needed; returns the engines that are to be started."""
-    new: list[EngineSpec] = []
-    with _changed:
-        while not _make_room(held.resource_requests, there):
-            _changed.wait()
-        for key, need in held.resource_requests.items():
+def _reserve(allocation: Allocation, available: Resources) -> list[EngineSpec]:
+    """Register an allocation with all its leases; return the engines that it has to start."""
+    to_start: list[EngineSpec] = []
+    with _leases_changed:
+        while not _make_room(allocation.resource_requests, available):
+            _leases_changed.wait()
+        for key, request in allocation.resource_requests.items():
             now = time.monotonic()
-            if key not in _places and isinstance(need, EngineSpec):
-                new.append(need)
-            place = _places.pop(key, None) or _Place(need, now)
-            _settle(place, now, place.users or [held])
-            place.users.append(held)
-            _places[key] = held.places[key] = place
-    return new
+            if key not in _leases and isinstance(request, EngineSpec):
+                to_start.append(request)
+            lease = _leases.pop(key, None) or _Lease(request, now)
+            _charge(lease, now, lease.users or [allocation])
+            lease.users.append(allocation)
+            _leases[key] = allocation.leases[key] = lease
+    return to_start
 
 
-def _make_room(resource_requests: dict[str, ResourceRequest], there: Resources) -> bool:
-    """Stop unused engines until there is room; whether there is, or nothing to wait for."""
-    others = [key for key in _places if key not in resource_requests]
-    if not resource_requests.keys() <= _places.keys():
+def _make_room(resource_requests: dict[str, ResourceRequest], available: Resources) -> bool:
+    """Stop idle engines until the requests fit.
+
+    Returns:
+        True if the requests can be fulfilled now, False if the caller must wait for a release.
+    """
+    others = [key for key in _leases if key not in resource_requests]
+    if not resource_requests.keys() <= _leases.keys():
         for key in others:
-            _shrink(_places[key])
-    wanted = [need.resources for need in resource_requests.values()]
-    while not fits([*wanted, *(_places[key].need.resources for key in others)], there):
-        unused = [key for key in others if not _places[key].users]
-        if not unused:
-            return not others  # what does not fit by itself is Ray's to refuse, or to grow for
-        others.remove(unused[0])
-        _stop(unused[0])
+            _stop_pending_replicas(_leases[key])
+    requested = [request.resources for request in resource_requests.values()]
+    while not fits([*requested, *(_leases[key].request.resources for key in others)], available):
+        idle = [key for key in others if not _leases[key].users]
+        if not idle:
+            return not others  # if it does not fit alone, Ray refuses it or scales the cluster up
+        others.remove(idle[0])
+        _stop_engine(idle[0])
     return True
 
 
-def _settle(place: _Place, now: float, users: list[Allocation]) -> None:
-    """Charge the time since the last change to its users, in equal shares.
+def _charge(lease: _Lease, now: float, users: list[Allocation]) -> None:
+    """Charge the time since the last charge to the users in equal parts.
 
-    An engine that stood unused is charged to the job that comes.
+    The idle time of an engine is charged to the next job that uses it.
     """
-    passed, place.since = now - place.since, now
+    elapsed, lease.charged_until = now - lease.charged_until, now
     for user in users:
-        user.seconds += passed / len(users)
-        user.gpu_seconds += passed * place.need.resources.gpus / len(users)
+        user.held_seconds += elapsed / len(users)
+        user.gpu_seconds += elapsed * lease.request.resources.gpus / len(users)
 
 
-def _give_back(held: Allocation) -> None:
-    with _changed:
-        for key, place in held.places.items():
-            _settle(place, time.monotonic(), place.users)
-            place.users.remove(held)
-            if isinstance(place.need, TrainingWorkers):
-                del _places[key]
-            elif _places.get(key) is place and any(other.users for other in _places.values()):
-                _shrink(place)  # somebody may be waiting for that room
-        _changed.notify_all()
+def _release(allocation: Allocation) -> None:
+    with _leases_changed:
+        for key, lease in allocation.leases.items():
+            _charge(lease, time.monotonic(), lease.users)
+            lease.users.remove(allocation)
+            if isinstance(lease.request, TrainingWorkers):
+                del _leases[key]
+            elif _leases.get(key) is lease and any(other.users for other in _leases.values()):
+                _stop_pending_replicas(lease)  # another job may be waiting for their resources
+        _leases_changed.notify_all()
 
 
-def _shrink(place: _Place) -> None:
-    """Stop the replicas of an unused engine that came beyond those which its pool waits for."""
-    if not place.users and isinstance(place.need, EngineSpec):
-        fleet = place.fleet.result()
-        EngineReplicas([], fleet.coming).stop()
-        fleet.coming.clear()
+def _stop_pending_replicas(lease: _Lease) -> None:
+    """Stop the replicas that an idle engine has beyond its pool's fixed number."""
+    if not lease.users and isinstance(lease.request, EngineSpec):
+        replicas = lease.replicas.result()
+        EngineReplicas([], replicas.pending).stop()
+        replicas.pending.clear()
 
 
-def _grow(place: _Place, spec: EngineSpec) -> None:
-    """Wait for an engine, and ask Ray for the replicas that join when there is room."""
-    fleet = place.fleet.result()
-    with _changed:
-        if not fleet.coming:
-            fleet.coming.extend(_new_hosts(spec, spec.pool.most_replicas - spec.pool.replicas))
+def _await_engine(lease: _Lease, spec: EngineSpec) -> None:
+    """Wait until an engine has started, and request the replicas that may join it later."""
+    replicas = lease.replicas.result()
+    with _leases_changed:
+        if not replicas.pending:
+            replicas.pending.extend(
+                create_actors(spec, spec.pool.replica_limit - spec.pool.replicas)
+            )
 
 
-def _stop(key: str) -> None:
-    """Stop an unused engine."""
-    _places.pop(key).fleet.result().stop()
+def _stop_engine(key: str) -> None:
+    _leases.pop(key).replicas.result().stop()
 
 
-def _start(place: _Place, spec: EngineSpec) -> None:
-    """Start an engine's hosts; who waits for them is told of a failure."""
-    handles: list[Any] = []
+def _start_engine(lease: _Lease, spec: EngineSpec) -> None:
+    """Start an engine's replicas; a failure is raised to everyone who waits for the engine."""
+    actors: list[Any] = []
     try:
-        handles += _new_hosts(spec, spec.pool.replicas)
-        _await_placed(handles)
-        ray.get([host.start.remote() for host in handles])
-        place.fleet.set_result(EngineReplicas(handles, []))
-    except Exception as error:  # told to whoever waits for the engine, whatever it is
-        for host in handles:
-            ray.kill(host)
+        actors += create_actors(spec, spec.pool.replicas)
+        _await_placement(actors)
+        ray.get([actor.start.remote() for actor in actors])
+        lease.replicas.set_result(EngineReplicas(actors, []))
+    except Exception as error:  # any failure, because all waiting jobs must receive it
+        for actor in actors:
+            ray.kill(actor)
         cause = getattr(error, "cause", None) or error
-        with _changed:
-            del _places[spec.key()]
-        failed = StageFailed(f"engine for {spec.role.model} did not start: {cause}")
-        place.fleet.set_exception(cause if isinstance(cause, UserError) else failed)
+        with _leases_changed:
+            del _leases[spec.key()]
+        failure = StageFailed(f"engine for {spec.role.model} did not start: {cause}")
+        lease.replicas.set_exception(cause if isinstance(cause, UserError) else failure)
 
 
-def _await_placed(handles: list[Any]) -> None:
-    """Wait until Ray has found room; where nodes are too broken up for it, unused engines go."""
-    placed = [host.__ray_ready__.remote() for host in handles]
+def _await_placement(actors: list[Any]) -> None:
+    """Wait until Ray has placed all actors, stopping idle engines while it cannot.
+
+    The resources of the cluster may suffice in total and yet not on any single node.
+    """
+    placed = [actor.__ray_ready__.remote() for actor in actors]
     while len(ray.wait(placed, num_returns=len(placed), timeout=PLACEMENT_TIMEOUT_S)[0]) < len(
         placed
     ):
-        with _changed:
-            unused = [key for key, place in _places.items() if not place.users]
-            if unused:
-                _stop(unused[0])
+        with _leases_changed:
+            idle = [key for key, lease in _leases.items() if not lease.users]
+            if idle:
+                _stop_engine(idle[0])
 
 
-def spent(job: str) -> dict[str, Any]:
-    """What a job has held, as its manifest says it.
+def resource_usage(job: str) -> dict[str, Any]:
+    """Return a job's resource usage for its manifest, and forget it.
 
-    An engine or a worker, and its GPUs, are *held* from when they are asked for (what runs already:
-    since the job before) until they are given back, and *busy* from the first request to the last
-    reply, or from the first training step to the last. Jobs that use an engine at once share that.
-    All engines count, two side by side twice; `work_seconds` are the clock's, and `engine_share` is
-    what the job had of its engines meanwhile.
+    An engine, a training worker and their GPUs are *held* from the request (for an engine that is
+    already running: from the end of the previous job) until the release. They are *busy* from the
+    first request to the last reply, or from the first training step to the last. Jobs that use an
+    engine at the same time split both. These sums count every engine, so two engines side by side
+    count twice.
+
+    Returns:
+        `held_seconds`, `busy_seconds`, `gpu_seconds`, `gpu_busy_seconds`: sums as above.
+        `starting_seconds`: wall-clock seconds in which engines started.
+        `work_seconds`: wall-clock seconds with work under way.
+        `engine_share`: mean fraction of its engines' time that the job had during that work.
+        `phases`: number of allocations.
+        `engines_started`: labels of the engines that were started for the job.
     """
-    made = _spent.pop(job, [])
-    gpus = {
-        id(held): sum(need.resources.gpus for need in held.resource_requests.values())
-        for held in made
-    }
-    shared = {id(held): held.busy * held.share for held in made}
-    work = sum(h.busy for h in made)
+    allocations = _released.pop(job, [])
+    work = sum(a.work_seconds for a in allocations)
+    shared_work = sum(a.work_seconds * a.engine_share for a in allocations)
     seconds = {
-        "held_seconds": sum(h.seconds for h in made),
-        "busy_seconds": sum(min(shared[id(h)] * len(h.resource_requests), h.seconds) for h in made),
-        "gpu_seconds": sum(h.gpu_seconds for h in made),
-        "gpu_busy_seconds": sum(min(shared[id(h)] * gpus[id(h)], h.gpu_seconds) for h in made),
-        "starting_seconds": sum(h.starting for h in made),
+        "held_seconds": sum(a.held_seconds for a in allocations),
+        "busy_seconds": sum(_busy_seconds(a) for a in allocations),
+        "gpu_seconds": sum(a.gpu_seconds for a in allocations),
+        "gpu_busy_seconds": sum(_gpu_busy_seconds(a) for a in allocations),
+        "starting_seconds": sum(a.starting_seconds for a in allocations),
         "work_seconds": work,
     }
-    started = [name for held in made for name in held.started]
-    rounded = {k: round(v, 2) for k, v in seconds.items()}
-    return rounded | {
-        "engine_share": round(sum(shared.values()) / work, 4) if work else 1,
-        "phases": len(made),
-        "engines_started": started,
+    return {
+        **{name: round(value, 2) for name, value in seconds.items()},
+        "engine_share": round(shared_work / work, 4) if work else 1,
+        "phases": len(allocations),
+        "engines_started": [label for a in allocations for label in a.engines_started],
     }
+
+
+def _busy_seconds(allocation: Allocation) -> float:
+    busy = allocation.work_seconds * allocation.engine_share * len(allocation.resource_requests)
+    return min(busy, allocation.held_seconds)
+
+
+def _gpu_busy_seconds(allocation: Allocation) -> float:
+    gpus = sum(request.resources.gpus for request in allocation.resource_requests.values())
+    return min(allocation.work_seconds * allocation.engine_share * gpus, allocation.gpu_seconds)
 
 
 def capacity(growth: Resources) -> Resources:
-    """What the cluster has now, or may grow to if that is more."""
-    there = ray.cluster_resources() if ray.is_initialized() else {}
-    now = Resources(
-        cpus=there.get("CPU", 0),
-        gpus=there.get("GPU", 0),
-        memory_gib=there.get("memory", 0) / 2**30,
+    """Return the cluster's current resources, or what it can grow to if that is more."""
+    cluster = ray.cluster_resources() if ray.is_initialized() else {}
+    current = Resources(
+        cpus=cluster.get("CPU", 0),
+        gpus=cluster.get("GPU", 0),
+        memory_gib=cluster.get("memory", 0) / 2**30,
     )
-    return now | growth
+    return current | growth
 
 
 def running_engines() -> dict[str, Resources]:
-    """Engines that run, used or not, by their key."""
-    with _changed:
-        places = list(_places.items())
+    """Return the resources of all running engines, idle ones included, by key."""
+    with _leases_changed:
+        leases = list(_leases.items())
     return {
-        key: place.need.resources for key, place in places if isinstance(place.need, EngineSpec)
+        key: lease.request.resources
+        for key, lease in leases
+        if isinstance(lease.request, EngineSpec)
     }
 
 
 def is_warm(spec: EngineSpec) -> bool:
-    """Whether hosts of a spec are running."""
-    return spec.key() in _places
+    """Whether the engine of a spec is already running."""
+    return spec.key() in _leases
 
 
-def stop_hosts(but: Container[str] = ()) -> None:
-    """Stop all engines that no job uses, but for some keys."""
-    with _changed:
-        for key in [k for k, place in _places.items() if not place.users and k not in but]:
-            _stop(key)
+def stop_unused_engines(keep: Container[str] = ()) -> None:
+    """Stop all idle engines except those whose keys are in `keep`."""
+    with _leases_changed:
+        idle = [key for key, lease in _leases.items() if not lease.users and key not in keep]
+        for key in idle:
+            _stop_engine(key)

@@ -1,4 +1,4 @@
-"""The three engines: vLLM, any OpenAI-compatible endpoint, and an echo for tests."""
+"""The three engine backends: vLLM, any OpenAI-compatible endpoint, and an echo for tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from opencharacter import models
 from opencharacter.config.base import ECHO
-from opencharacter.config.recipe import Sampling
+from opencharacter.config.roles import Sampling
 from opencharacter.engines.spec import Engine, EngineSpec, Reply
 from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant, prompt
@@ -19,11 +19,11 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 ENGINE_ERROR = "engine_error"
-"""Why a row has no answer that another attempt may have: it is asked for again by a rerun."""
+"""Drop reason of rows that the engine failed to answer; a rerun requests them again."""
 
 
 def start(spec: EngineSpec) -> Engine:
-    """Build the engine of a spec; for vLLM inside a running event loop."""
+    """Start the engine of a spec. VLLM needs a running event loop."""
     if spec.role.endpoint:
         return EndpointEngine(spec)
     if spec.role.model.startswith(ECHO):
@@ -32,7 +32,7 @@ def start(spec: EngineSpec) -> Engine:
 
 
 class VllmEngine:
-    """vLLM's asynchronous engine over one model."""
+    """VLLM's asynchronous engine with one model and at most one adapter."""
 
     def __init__(self, spec: EngineSpec):
         os.environ.update(environment(spec))
@@ -43,8 +43,8 @@ class VllmEngine:
         base, adapter = models.resolve(spec.role.model), spec.adapter and spec.adapter.local()
         models.check_parallel(base, spec.pool.tensor_parallel)
         arguments, self.adapter = engine_arguments(spec), None
-        at_run_time = spec.pool.adapters == "runtime"
-        if adapter and at_run_time and not models.is_steering(adapter):
+        runtime_adapter = spec.pool.adapters == "runtime"
+        if adapter and runtime_adapter and not models.is_steering(adapter):
             arguments |= {"enable_lora": True, "max_lora_rank": models.engine_rank(adapter)}
             self.adapter = LoRARequest(adapter.name, 1, str(adapter))
         elif adapter:
@@ -69,14 +69,14 @@ class VllmEngine:
         tokenizer: Any = self.engine.get_tokenizer()
         text = prompt(tokenizer, messages, prefill)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        room = self.max_model_len - len(ids)
-        if room < 1:
+        remaining = self.max_model_len - len(ids)
+        if remaining < 1:
             raise RowFailed(
-                "too_long", f"prompt of {len(ids)} tokens, context {self.max_model_len}"
+                "too_long", f"prompt has {len(ids)} tokens, max_model_len is {self.max_model_len}"
             )
         kind = RequestOutputKind.FINAL_ONLY if final_only else RequestOutputKind.DELTA
         parameters = SamplingParams(
-            max_tokens=min(sampling.max_tokens, room),
+            max_tokens=min(sampling.max_tokens, remaining),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
@@ -100,7 +100,7 @@ class VllmEngine:
             (final,) = [output async for output in outputs]
         except EngineDeadError:
             raise
-        except ValueError as error:  # vLLM's word for a request that it cannot serve
+        except ValueError as error:  # vLLM refused this request
             raise RowFailed(ENGINE_ERROR, str(error)) from None
         return Reply(
             text=final.outputs[0].text,
@@ -119,16 +119,16 @@ class VllmEngine:
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
-    """Environment variables under which vLLM is imported for a spec."""
-    quiet = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    """Return the environment variables that must be set before vLLM is imported."""
+    logging = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
     if spec.pool.gpus:
-        return quiet
-    space = str(max(1, round(spec.pool.kv_cache_gib)))
-    return quiet | CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": space}
+        return logging
+    cache_gib = str(max(1, round(spec.pool.kv_cache_gib)))
+    return logging | CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": cache_gib}
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
-    """VLLM's engine arguments for a spec, but for the model."""
+    """Return vLLM's engine arguments for a spec, except the model."""
     pool, role = spec.pool, spec.role
     arguments: dict[str, Any] = {
         "dtype": role.dtype,
@@ -139,34 +139,34 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "enable_prefix_caching": True,  # Paper: off in its code, though rows share system prompts.
         "enable_log_requests": False,
         "disable_log_stats": True,
-        "generation_config": "vllm",  # sampling is the recipe's business alone
+        "generation_config": "vllm",  # the recipe alone decides how to sample
     }
     if pool.gpus == 0:
         arguments |= {
             "enforce_eager": True,
             "block_size": 32,  # the default of 128 never hits on short chats
-            # A prompt cut in two kills a CPU engine whose requests have seeds (vLLM 0.29 rewinds
-            # a generator offset that CPU generators do not have).
+            # Chunked prefill crashes a CPU engine whose requests have seeds: vLLM 0.29 rewinds a
+            # generator offset that CPU generators do not have.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(role.max_model_len, 4096),
         }
     else:
         arguments |= {
             "gpu_memory_utilization": pool.gpu_memory_utilization,
-            "max_num_batched_tokens": 8192,  # vLLM's asynchronous engine takes 2,048 by itself
+            "max_num_batched_tokens": 8192,  # the default of vLLM's asynchronous engine is 2,048
         }
     return arguments | pool.engine_kwargs
 
 
 ROW_ERROR_STATUSES = (400, 413, 422, 500)
-"""HTTP statuses that may be one request's fault; the others are the server's, or its key's."""
+"""HTTP statuses that one request may cause; all others concern the server or the API key."""
 
 
 class EndpointEngine:
-    """Any OpenAI-compatible server. Retries (429, 5xx, lost connections) are the client's.
+    """Any OpenAI-compatible server.
 
-    Where the server cannot be had the stage fails: its rows would all be lost, and are asked for
-    again by a rerun.
+    The client library retries rate limits, server errors and lost connections. If the server stays
+    unreachable, the stage fails, and a rerun requests the missing rows.
     """
 
     def __init__(self, spec: EngineSpec):
@@ -185,7 +185,7 @@ class EndpointEngine:
         prefill: str,
     ) -> dict[str, Any]:
         body: dict[str, Any] = {}
-        if sampling.repetition_penalty != 1:  # not every server knows it
+        if sampling.repetition_penalty != 1:  # some servers reject this parameter
             body["repetition_penalty"] = sampling.repetition_penalty
         if prefill == EMPTY_THOUGHT:
             body["chat_template_kwargs"] = {"enable_thinking": False}
@@ -213,9 +213,12 @@ class EndpointEngine:
             if getattr(error, "status_code", None) in ROW_ERROR_STATUSES:
                 raise RowFailed(ENGINE_ERROR, str(error)) from None
             url = self.client.base_url
-            raise StageFailed(f"{self.model} at {url} cannot be had: {error}; run again") from None
-        if not getattr(answer, "choices", None):  # an error told with status 200
-            raise RowFailed(ENGINE_ERROR, f"no choices in {str(answer)[:300]}")
+            raise StageFailed(
+                f"{self.model} at {url} is unavailable: {error}; check the server and the API key, "
+                "and run the same command again"
+            ) from None
+        if not getattr(answer, "choices", None):  # an error that the server sent with status 200
+            raise RowFailed(ENGINE_ERROR, f"response without choices: {str(answer)[:300]}")
         usage = answer.usage
         details = usage.prompt_tokens_details if usage else None
         return Reply(
@@ -233,14 +236,14 @@ class EndpointEngine:
                 yield chunk.choices[0].delta.content
 
     def close(self) -> None:
-        """Nothing to stop: the server is not ours."""
+        """Do nothing: the server is not ours to stop."""
 
 
 class EchoEngine:
-    """Answers with what it was asked, for tests of everything but the text.
+    """Echoes the last message, for tests in which the text does not matter.
 
     Args:
-        seconds: that a reply takes, however many are under way.
+        seconds: latency of a reply, whatever the number of concurrent requests.
     """
 
     def __init__(self, seconds: float = 0):
@@ -261,4 +264,4 @@ class EchoEngine:
             yield word + " "
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Do nothing."""

@@ -1,10 +1,8 @@
-"""Engines: the only file that builds a vLLM engine, and the tasks that run conversations.
+"""Conversations with engines, and the Ray Data task that runs them.
 
-Three engines speak the same two methods, `reply` and `stream`: vLLM, any OpenAI-compatible
-endpoint, and an echo for tests. A vLLM engine lives in a `Host`, a Ray actor that outlasts a
-stage, so that the next stage with the same weights finds it warm. A row of a dataset is a whole
-conversation: a task of Ray Data (`converse`) runs every turn of it, so no turn waits for another
-row's.
+A row of a generated dataset is a whole conversation. A stage provides a *row function*, which
+receives the request's row and a `Conversation` and returns the fields to add. The task runs many
+conversations concurrently and every one at its own pace: no turn waits for another row.
 """
 
 from __future__ import annotations
@@ -16,33 +14,48 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import ray
-import ray.exceptions
 
-from opencharacter.config.recipe import Sampling
+from opencharacter.config.roles import Sampling
 from opencharacter.engines.backends import ENGINE_ERROR, start
 from opencharacter.engines.replicas import EngineClient, EngineReplicas, num_slots
 from opencharacter.engines.spec import Engine, EngineSpec, Reply
 from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.runtime.progress import ProgressReporter
-from opencharacter.runtime.store import Shards, among, digests
+from opencharacter.runtime.stage import TOKEN_COLUMNS
+from opencharacter.runtime.store import Shards
 from opencharacter.text.chat import THINK_CLOSE, THINK_OPEN, Message, row_id, row_seed, strip_think
 from opencharacter.text.filters import whole_sentences
 from opencharacter.text.statistics import model_texts
 
 MAX_LEADING_ERRORS = 50
-"""Rows that fail so, with none that does not, until a stage gives up."""
+"""A task fails after this many engine errors if no row before them got past the engine."""
+FLUSH_SECONDS = 5
+"""Finished rows are written at least this often."""
+FLUSH_ROWS = 512
+"""Finished rows are written as soon as there are this many; also the rows of a file at most."""
+ROWS_PER_BATCH = 1000
+"""Rows that are converted between Arrow and Python objects at once."""
+Row = dict[str, Any]
+ROW_FIELDS = [
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("drop_reason", pa.string()),
+    pa.field("error", pa.string()),
+    pa.field("tokens_in", pa.int64()),
+    pa.field("tokens_out", pa.int64()),
+    pa.field("cached_tokens", pa.int64()),
+]
+"""Columns that every generated dataset has in addition to its own."""
 
 
 @dataclass
 class Conversation:
-    """What a row's function is given: an engine that knows the row's seed and counts its tokens.
+    """One row's access to the engines; applies the row's seed and counts its tokens.
 
     Args:
-        engine: shared by all rows of the actor.
-        seed: of the row, or None; the n-th reply draws with seed + n.
-        thinks: whether the model opens its replies with a think block.
-        partner: a conversation with another role's model, for rows that need two.
+        engine: the engine, shared by all rows of the task.
+        seed: the row's seed, or None; its n-th reply is sampled with `seed + n`.
+        thinks: whether the model starts its replies with a think block.
+        partner: a conversation with another role's model, for rows that need two models.
     """
 
     engine: Engine
@@ -60,116 +73,107 @@ class Conversation:
         sampling: Sampling,
         prefill: str = "",
     ) -> Reply:
-        """As `Engine.reply`, with the row's seed and without the think block.
+        """Generate a reply with the row's seed and remove its think block.
+
+        Args:
+            messages: the conversation; the last message is the user's.
+            sampling: sampling parameters. With `trim`, a reply that reached its token limit is
+                cut back to whole sentences.
+            prefill: beginning of the reply, which the model continues.
 
         Raises:
-            RowFailed: also if the think block was never closed.
+            RowFailed: if the engine cannot answer, or the think block was never closed.
         """
         seed = None if self.seed is None else (self.seed + self.replies) % 2**31
         self.replies += 1
-        answer = await self.engine.reply(messages, sampling, seed=seed, prefill=prefill)
-        self.tokens_in += answer.tokens_in
-        self.tokens_out += answer.tokens_out
-        self.cached_tokens += answer.cached_tokens
-        answer = replace(answer, text=self._spoken(answer.text, THINK_CLOSE in prefill))
-        if sampling.trim and answer.finish_reason == "length":
-            whole = whole_sentences(answer.text)
-            return replace(answer, text=whole, finish_reason="trimmed") if whole else answer
-        return answer
+        reply = await self.engine.reply(messages, sampling, seed=seed, prefill=prefill)
+        self.tokens_in += reply.tokens_in
+        self.tokens_out += reply.tokens_out
+        self.cached_tokens += reply.cached_tokens
+        reply = replace(reply, text=self._without_thinking(reply.text, THINK_CLOSE in prefill))
+        if sampling.trim and reply.finish_reason == "length":
+            trimmed = whole_sentences(reply.text)
+            return replace(reply, text=trimmed, finish_reason="trimmed") if trimmed else reply
+        return reply
 
-    def _spoken(self, text: str, closed: bool) -> str:
-        """What follows the think block, so that no block is kept or gets into a history."""
-        spoken = strip_think(text)
-        if spoken is not None:
-            return spoken
+    def _without_thinking(self, text: str, closed: bool) -> str:
+        """Return the text after the think block, which must not enter the chat history.
+
+        Args:
+            text: a generated reply.
+            closed: whether the prefill has closed the think block.
+        """
+        visible = strip_think(text)
+        if visible is not None:
+            return visible
         if not closed and (self.thinks or text.lstrip().startswith(THINK_OPEN)):
             raise RowFailed("thought_unclosed")
         return text
 
-    def spent(self, what: str) -> int:
-        """Tokens of one kind, the partner's too."""
-        return getattr(self, what) + (self.partner.spent(what) if self.partner else 0)
+    def total_tokens(self, column: str) -> int:
+        """Return the sum of one of `TOKEN_COLUMNS` over this conversation and its partner."""
+        return getattr(self, column) + (self.partner.total_tokens(column) if self.partner else 0)
 
 
-FLUSH_SECONDS = 5
-FLUSH_ROWS = 512
-ROWS_PER_CHUNK = 1000
-"""That are one object in Ray's store, or Python objects at once."""
-TOKEN_COLUMNS = ("tokens_in", "tokens_out", "cached_tokens")
-Row = dict[str, Any]
 RowFn = Callable[[Row, Conversation], Awaitable[Row]]
-"""A stage's row function: the row and its conversation in, the fields that it adds out."""
-ROW_FIELDS = [
-    pa.field("id", pa.string(), nullable=False),
-    pa.field("drop_reason", pa.string()),
-    pa.field("error", pa.string()),
-    pa.field("tokens_in", pa.int64()),
-    pa.field("tokens_out", pa.int64()),
-    pa.field("cached_tokens", pa.int64()),
-]
-"""Columns that every generated dataset has beside its own."""
+"""A row function: takes a request's row and its conversation, returns the fields to add.
+
+It raises `RowFailed` to drop the row.
+"""
 
 
 @dataclass(frozen=True)
 class EngineRef:
-    """An engine as a task of conversations is given it.
+    """A picklable reference to an engine, from which a task connects to it.
 
     Args:
         spec: the engine.
-        fleet: running hosts of the spec; None for an engine without weights.
+        replicas: its running replicas; None for an engine without weights.
     """
 
     spec: EngineSpec
-    fleet: EngineReplicas | None
+    replicas: EngineReplicas | None
 
-    def engine(self) -> Engine:
-        return EngineClient(self.fleet) if self.fleet else start(self.spec)
+    def connect(self) -> Engine:
+        return EngineClient(self.replicas) if self.replicas else start(self.spec)
 
 
-def converse(share: pa.Table, **settings: Any) -> Iterator[pa.Table]:
-    """The function of Ray Data's `map_batches`: has a share of a stage's conversations.
+def run_conversations(block: pa.Table, **settings: Any) -> Iterator[pa.Table]:
+    """Run the conversations of a block of requests; a function for Ray Data's `map_batches`.
 
-    A task and not an actor: an actor has a process of its own, which takes a second to start for
-    each stage; tasks find the process of the stage before, with all its modules.
+    This is a task and not an actor, because Ray starts a new process for every actor, which costs
+    about a second per stage. A task reuses a process of an earlier stage, with all its imports.
 
     Args:
-        share: one row, `from` and `to`: the first request and the one after the last. Those that
-            are stored already, where a lost task is repeated, are left out.
-        settings: of `Conversations`; and `chunks`, references to the tables that all requests are
-            in, `REQUESTS` in each but the last.
+        block: requests, one per row.
+        settings: keyword arguments of `ConversationRunner`.
 
     Yields:
-        How many rows were `stored`, each time that some were.
+        A table with the number of rows `stored`, each time that some were.
     """
-    first, end = share["from"][0].as_py(), share["to"][0].as_py()
-    needed: Any = ray.get(
-        settings.pop("chunks")[first // ROWS_PER_CHUNK : -(-end // ROWS_PER_CHUNK)]
-    )
-    together = pa.concat_tables(needed, promote_options="permissive")
-    block = together.slice(first % ROWS_PER_CHUNK, end - first)
-    conversations = Conversations(**settings)
-    with asyncio.Runner() as runner:
-        stored = aiter(conversations.of(block))
-        while (rows := runner.run(following(stored))) is not None:
-            yield pa.table({"stored": [rows]})
+    runner = ConversationRunner(**settings)
+    with asyncio.Runner() as loop:
+        counts = aiter(runner.run(block))
+        while (count := loop.run(next_or_none(counts))) is not None:
+            yield pa.table({"stored": [count]})
 
 
-async def following(numbers: AsyncIterator[int]) -> int | None:
-    """The next one, or None."""
+async def next_or_none(numbers: AsyncIterator[int]) -> int | None:
+    """Return the next item of an asynchronous iterator, or None at its end."""
     return await anext(numbers, None)
 
 
-class Conversations:
-    """Runs conversations, as many at once as there are seats, and stores them as they finish.
+class ConversationRunner:
+    """Runs one conversation per slot concurrently and stores the rows as they finish.
 
     Args:
-        seat: the engine that answers.
-        partner: one that the row function may ask as well, or None.
-        talk: the stage's row function.
-        parts: where rows are written.
-        stage: enters the seed.
-        seed: of the recipe, or None for unseeded sampling.
-        counters: handle of the `progress.Counters` actor.
+        engine_ref: the engine that replies.
+        partner: another engine that the row function may use, or None.
+        row_fn: the stage's row function.
+        shards: where rows are written.
+        stage: name of the stage, which enters the rows' seeds.
+        seed: the recipe's seed, or None for unseeded sampling.
+        counters: handle of a `progress.ProgressCounters` actor.
     """
 
     def __init__(
@@ -182,92 +186,106 @@ class Conversations:
         seed: int | None,
         counters: Any,
     ):
-        self.engine, self.thinks = engine_ref.engine(), engine_ref.spec.role.thinks
-        self.partner = partner and (partner.engine(), partner.spec.role.thinks)
+        self.engine, self.thinks = engine_ref.connect(), engine_ref.spec.role.thinks
+        self.partner = partner and (partner.connect(), partner.spec.role.thinks)
         self.num_slots, self.row_fn, self.shards = num_slots(engine_ref.spec), row_fn, shards
-        self.stage, self.seed, self.tally = stage, seed, ProgressReporter(counters)
+        self.stage, self.seed, self.progress = stage, seed, ProgressReporter(counters)
         self.finished: list[Row] = []
-        self.enough = asyncio.Event()
-        self.errors: int | None = 0
-        """Rows that the engine failed while no other has been had, then None."""
+        self.flush_due = asyncio.Event()
+        self.leading_errors: int | None = 0
+        """Engine errors so far, or None once a row got past the engine."""
 
-    async def of(self, block: pa.Table) -> AsyncIterator[int]:
-        """Have the conversations of a block; yields how many were stored, every few seconds."""
-        name = "part-" + row_id(block["id"][0].as_py())
-        stored = among(digests(block["id"]), self.shards.stored(name))
-        rows = one_by_one(block.filter(pa.array(~stored)))
-        talking = asyncio.gather(*(self._sit(rows) for _ in range(self.num_slots)))
-        talking.add_done_callback(lambda _: self.enough.set())
-        ended = False
-        while not ended:
+    async def run(self, block: pa.Table) -> AsyncIterator[int]:
+        """Run the conversations of a block.
+
+        The names of the block's files begin with a hash of its first id. If Ray repeats a lost
+        task, the rows that its predecessor stored are skipped.
+
+        Args:
+            block: requests, one per row.
+
+        Yields:
+            The number of rows in each file that was written.
+        """
+        name = "shard-" + row_id(block["id"][0].as_py())
+        stored = self.shards.ids(name)
+        rows = (row for row in iter_rows(block) if row["id"] not in stored)
+        workers = asyncio.gather(*(self._worker(rows) for _ in range(self.num_slots)))
+        workers.add_done_callback(lambda _: self.flush_due.set())
+        done = False
+        while not done:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.enough.wait(), FLUSH_SECONDS)
-            self.enough.clear()
-            ended = talking.done()
-            rows, self.finished = self.finished, []
-            for at in range(0, len(rows), FLUSH_ROWS):
-                yield await self._store(rows[at : at + FLUSH_ROWS], name)
-        self.tally.send()
-        await talking
+                await asyncio.wait_for(self.flush_due.wait(), FLUSH_SECONDS)
+            self.flush_due.clear()
+            done = workers.done()
+            finished, self.finished = self.finished, []
+            for start_row in range(0, len(finished), FLUSH_ROWS):
+                yield await self._store(finished[start_row : start_row + FLUSH_ROWS], name)
+        self.progress.send()
+        await workers
 
-    async def _sit(self, rows: Iterator[Row]) -> None:
-        """A seat: takes one conversation after another."""
+    async def _worker(self, rows: Iterator[Row]) -> None:
+        """Run one conversation after another, taking rows from the shared iterator."""
         for row in rows:
-            finished = await self._row(row)
-            self.finished.append(finished)  # the list of now, not of before the row
+            result = await self._run_row(row)
+            self.finished.append(result)  # looked up after the await: a flush replaces the list
             if len(self.finished) >= FLUSH_ROWS:
-                self.enough.set()
-            await asyncio.sleep(0)  # others have a turn though this row waited for nothing
+                self.flush_due.set()
+            await asyncio.sleep(0)  # let other workers run even if this row never had to wait
 
-    async def _row(self, row: Row) -> Row:
-        row_fn = Conversation(self.engine, self._seed(row.get("seed_id") or row["id"]), self.thinks)
-        if self.partner:
-            engine, thinks = self.partner
-            row_fn.partner = Conversation(engine, self._seed(row["id"]), thinks)
-        before = {name: row.get(name) or 0 for name in TOKEN_COLUMNS}  # by an earlier pass
-        said: Row = {"drop_reason": None, "error": None}
-        self.tally.add(started=1)
+    async def _run_row(self, row: Row) -> Row:
+        conversation = self._conversation(row)
+        result: Row = {"drop_reason": None, "error": None}
+        self.progress.add(started=1)
         try:
-            said |= await self.row_fn(row, row_fn)
+            result |= await self.row_fn(row, conversation)
         except RowFailed as failed:
-            said |= {"drop_reason": failed.reason, "error": failed.detail[:500]}
-        self._count(said)
-        dropped = said["drop_reason"] is not None
-        self.tally.add(
-            texts=[] if dropped else model_texts(row | said),
+            result |= {"drop_reason": failed.reason, "error": failed.detail[:500]}
+        self._check_leading_errors(result)
+        dropped = result["drop_reason"] is not None
+        self.progress.add(
+            texts=[] if dropped else model_texts(row | result),
             finished=1,
             dropped=dropped,
-            tokens_out=row_fn.spent("tokens_out"),
+            tokens_out=conversation.total_tokens("tokens_out"),
         )
-        return {
-            **{k: v for k, v in row.items() if k in self.shards.schema.names},
-            **{name: before[name] + row_fn.spent(name) for name in TOKEN_COLUMNS},
-            **said,
+        tokens = {  # a request may carry the tokens of an earlier phase
+            name: (row.get(name) or 0) + conversation.total_tokens(name) for name in TOKEN_COLUMNS
         }
+        columns = self.shards.schema.names
+        return {**{k: v for k, v in row.items() if k in columns}, **tokens, **result}
 
-    def _count(self, said: Row) -> None:
-        """Give up where every row fails: what ails the engine ails the rest as well."""
-        if said["drop_reason"] != ENGINE_ERROR:
-            self.errors = None
-        elif self.errors is not None:
-            self.errors += 1
-            if self.errors >= MAX_LEADING_ERRORS:
+    def _conversation(self, row: Row) -> Conversation:
+        seed = self._row_seed(row.get("seed_id") or row["id"])
+        conversation = Conversation(self.engine, seed, self.thinks)
+        if self.partner:
+            engine, thinks = self.partner
+            conversation.partner = Conversation(engine, self._row_seed(row["id"]), thinks)
+        return conversation
+
+    def _check_leading_errors(self, result: Row) -> None:
+        """Fail the stage if the engine has failed every row so far: it would fail the rest too."""
+        if result["drop_reason"] != ENGINE_ERROR:
+            self.leading_errors = None
+        elif self.leading_errors is not None:
+            self.leading_errors += 1
+            if self.leading_errors >= MAX_LEADING_ERRORS:
                 raise StageFailed(
                     f"the first {MAX_LEADING_ERRORS} conversations of {self.stage} all failed; "
-                    f"the last: {said['error']}"
+                    f"the last error: {result['error']}"
                 )
 
-    def _seed(self, of: str) -> int | None:
-        return None if self.seed is None else row_seed(self.seed, self.stage, of)
+    def _row_seed(self, key: str) -> int | None:
+        return None if self.seed is None else row_seed(self.seed, self.stage, key)
 
     async def _store(self, rows: list[Row], name: str) -> int:
-        """Write a file of rows; what finishes meanwhile goes into a later one."""
+        """Write a file of rows in a thread, while the conversations continue."""
         table = pa.Table.from_pylist(rows, schema=self.shards.schema)
         await asyncio.to_thread(self.shards.write, table, name)
         return len(rows)
 
 
-def one_by_one(table: pa.Table) -> Iterator[Row]:
-    """Rows, of which few at a time are Python objects."""
-    for batch in table.to_batches(max_chunksize=ROWS_PER_CHUNK):
+def iter_rows(table: pa.Table) -> Iterator[Row]:
+    """Iterate over the rows as Python objects, of which only a few exist at a time."""
+    for batch in table.to_batches(max_chunksize=ROWS_PER_BATCH):
         yield from batch.to_pylist()

@@ -1,7 +1,10 @@
-"""Conversations at scale: rows -> Ray Data -> tasks that ask engines -> Parquet, resumable.
+"""Generate a dataset of conversations: requests -> Ray Data -> tasks -> engines -> Parquet.
 
-The tasks write finished rows to `.shards/`; those are also the checkpoint: a rerun asks only for
-the ids that are not there. See CONTRIBUTING.md for why this and not Ray Data's own row checkpoint.
+The blocks of the Ray Data dataset are the requests themselves. `map_batches` runs one task per
+block (see `run_conversations`). The tasks send the requests to the engines, write finished rows to
+`.shards/` and return only their number. The shards are also the checkpoint: a rerun requests only
+the ids that are missing there. A block holds the requests of a task from its start to its end,
+because the slots of a task become idle one by one when its block runs out.
 """
 
 from __future__ import annotations
@@ -14,27 +17,27 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 from ray.data.read_api import from_blocks
 
 from opencharacter.config.placement import LIGHT_TASK_CPUS, fits
-from opencharacter.config.recipe import Role
+from opencharacter.config.roles import Role
 from opencharacter.engines import allocation
 from opencharacter.engines.allocation import acquire
 from opencharacter.engines.backends import ENGINE_ERROR
 from opencharacter.engines.conversations import (
     ROW_FIELDS,
-    ROWS_PER_CHUNK,
+    ROWS_PER_BATCH,
     EngineRef,
     Row,
     RowFn,
-    converse,
+    run_conversations,
 )
 from opencharacter.engines.spec import EngineSpec, engine_spec
 from opencharacter.errors import StageFailed
+from opencharacter.runtime.attempts import AttemptLog
 from opencharacter.runtime.progress import (
     GenerationProgress,
     ProgressLine,
@@ -42,11 +45,11 @@ from opencharacter.runtime.progress import (
     console,
     start_counters,
 )
-from opencharacter.runtime.stage import AttemptLog, Job
-from opencharacter.runtime.store import SHARDS, RemoteDir, Shards, among, digests
+from opencharacter.runtime.stage import Job
+from opencharacter.runtime.store import SHARDS, RemoteDir, Shards
 
-BLOCK_ROWS = 25_000
-"""Requests of a task at most: what is lost at a task's end is then little of it."""
+MAX_BLOCK_ROWS = 25_000
+"""Requests per task at most, which bounds the memory of a task."""
 
 
 def generate(
@@ -55,180 +58,206 @@ def generate(
     row_fn: RowFn,
     role: str,
     fields: list[pa.Field],
-    part: str = "",
+    phase: str = "",
     adapter: RemoteDir | None = None,
     model: Role | None = None,
     partner: str = "",
 ) -> Shards:
-    """Have every requested conversation, each id exactly once.
+    """Run the row function on every request and store each result exactly once.
 
     Args:
-        job: the stage that asks; its dataset holds the parts until the stage is written.
-        requests: rows with a string `id`, and a `seed_id` where seeds are to be shared.
+        job: the job that generates; its dataset holds the shards until the stage is written.
+        requests: rows with a string `id`, and a `seed_id` if several rows share a seed.
         row_fn: the row function.
-        role: which role's model answers.
-        fields: columns of the result beside `ROW_FIELDS`: of the request or added by `talk`.
-        part: names the pass, for a stage that generates more than once.
-        adapter: LoRA adapter to apply to the role's weights.
-        model: answers in the role's place, where the role has several.
-        partner: role whose model the row function may ask as well, as `talk.partner`.
+        role: the role whose model replies.
+        fields: columns of the result in addition to `ROW_FIELDS`, taken from the request or added
+            by the row function.
+        phase: distinguishes the calls of a stage that generates more than once.
+        adapter: LoRA adapter to apply to the role's model, or None.
+        model: replaces the role's model, for roles with several models.
+        partner: role whose model the row function may use as `conversation.partner`.
 
     Returns:
-        The rows in storage, dropped ones with their reason.
+        The stored rows, including dropped ones with their reason.
+
+    Raises:
+        StageFailed: if an engine fails, a data-quality limit is exceeded, or rows are missing.
     """
     schema = pa.schema([ROW_FIELDS[0], *fields, *ROW_FIELDS[1:]])
-    folder = RemoteDir(job.store, "/".join(filter(None, (job.dataset, SHARDS, part))))
+    folder = RemoteDir(job.store, "/".join(filter(None, (job.dataset, SHARDS, phase))))
     shards = Shards(folder, schema)
-    shards.forget(ENGINE_ERROR)
-    todo = Requests.of(requests, shards.stored())
-    attempts = AttemptLog(job, kept=len(todo.asked) - todo.rows, part=part)
-    if todo.rows:
-        spec = engine_spec(job, role, adapter, model)
-        other = engine_spec(job, partner) if partner else None
-        title = " ".join(filter(None, (job.dataset, part)))
-        with ExitStack() as holding:
-            _stream(job, todo, spec, other, row_fn, shards, attempts, title, holding)
-        lost = int((~among(todo.asked, shards.stored())).sum())
+    shards.delete_dropped(ENGINE_ERROR)
+    work = Requests.collect(requests, shards.ids())
+    attempts = AttemptLog(job, kept=len(work.ids) - len(work.missing), part=phase)
+    if len(work.missing):
+        engines = [engine_spec(job, role, adapter, model)]
+        engines += [engine_spec(job, partner)] if partner else []
+        title = " ".join(filter(None, (job.dataset, phase)))
+        _stream(job, work, engines, row_fn, shards, attempts, title)
+        lost = len(work.ids - shards.ids())
         if lost:
-            raise StageFailed(f"{job.dataset} has no answer for {lost} rows; run it again")
+            raise StageFailed(
+                f"{job.dataset}: {lost} rows were not stored; run the same command again"
+            )
     return shards
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What a stage asks for: in Ray's store, which spills to disk what it has no room for.
+    """The requests of a stage.
 
     Args:
-        asked: digest of every id.
-        chunks: references to tables of `REQUESTS` rows, but for the last, of what is not stored.
-        first: the first of those tables.
-        rows: in all of them.
+        ids: ids of all requests.
+        missing: the requests whose rows are not stored yet, one per row.
     """
 
-    asked: np.ndarray
-    chunks: list[Any]
-    first: pa.Table
-    rows: int
+    ids: set[str]
+    missing: pa.Table
 
     @classmethod
-    def of(cls, rows: Iterable[Row], stored: np.ndarray) -> Requests:
-        """Put rows into Ray's store, but for those whose digests are among some in order."""
-        asked, chunks, sizes, first = [np.empty(0, np.uint64)], [], [], pa.table({})
-        for chunk in in_chunks(new_rows(rows, stored, asked)):
-            table = pa.Table.from_pylist(chunk)
-            first = first if chunks else table
-            chunks.append(ray.put(table))
-            sizes.append(len(table))
-        return cls(np.concatenate(asked), chunks, first, sum(sizes))
+    def collect(cls, rows: Iterable[Row], stored: set[str]) -> Requests:
+        """Convert requests to Arrow, leaving out those whose ids are stored."""
+        ids: set[str] = set()
+        tables = [pa.table({})]
+        for batch in batched(rows, ROWS_PER_BATCH):
+            ids.update(row["id"] for row in batch)
+            # Paper: its code resumes by file and takes any file that exists for complete.
+            missing = [row for row in batch if row["id"] not in stored]
+            tables += [pa.Table.from_pylist(missing)] if missing else []
+        return cls(ids, pa.concat_tables(tables, promote_options="permissive"))
+
+    def blocks(self, tasks: int) -> list[pa.Table]:
+        """Split the missing requests into blocks for a number of concurrent tasks."""
+        rows = block_rows(len(self.missing), tasks)
+        return [self.missing.slice(first, rows) for first in range(0, len(self.missing), rows)]
 
 
-def in_chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows in lists of `REQUESTS`."""
-    left = iter(rows)
-    while chunk := list(islice(left, ROWS_PER_CHUNK)):
-        yield chunk
-
-
-def new_rows(rows: Iterable[Row], stored: np.ndarray, asked: list[np.ndarray]) -> Iterator[Row]:
-    """Rows whose ids are not stored; the digests of all are added to those asked for."""
-    for chunk in in_chunks(rows):
-        asked.append(digests(pa.array([row["id"] for row in chunk], pa.string())))
-        # Paper: its code resumes by file: one that exists counts as whole.
-        known = among(asked[-1], stored).tolist()
-        yield from (row for row, there in zip(chunk, known, strict=True) if not there)
+def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Group rows into lists of `size`; the last one may be shorter."""
+    remaining = iter(rows)
+    while batch := list(islice(remaining, size)):
+        yield batch
 
 
 def is_warm(job: Job, role: str, adapter: RemoteDir | None) -> bool:
-    """Whether the engine that a role needs is running already."""
+    """Whether the engine that a job uses for a role is already running."""
     return allocation.is_warm(engine_spec(job, role, adapter))
 
 
-def together(job: Job, role: str, adapter: RemoteDir | None, other: str) -> bool:
-    """Whether the engines of two roles can run side by side."""
-    rooms = {
+def can_run_together(job: Job, role: str, adapter: RemoteDir | None, other_role: str) -> bool:
+    """Whether the engines of two roles fit into the cluster side by side."""
+    resources = {
         spec.key(): spec.resources
-        for spec in (engine_spec(job, role, adapter), engine_spec(job, other))
+        for spec in (engine_spec(job, role, adapter), engine_spec(job, other_role))
     }
-    return fits(rooms.values(), allocation.capacity(job.placement.autoscaling_limit))
+    return fits(resources.values(), allocation.capacity(job.placement.autoscaling_resources))
 
 
 def _stream(
     job: Job,
-    todo: Requests,
-    spec: EngineSpec,
-    other: EngineSpec | None,
+    work: Requests,
+    engines: list[EngineSpec],
     row_fn: RowFn,
     shards: Shards,
     attempts: AttemptLog,
     title: str,
-    holding: ExitStack,
 ) -> None:
-    gpus = sum(s.pool.replicas * s.pool.gpus for s in (spec, other) if s)
+    """Stream the missing requests through Ray Data while the engines are held.
+
+    Args:
+        job: the job that generates.
+        work: its requests.
+        engines: the engine that replies and, if the row function uses one, the partner's.
+        row_fn: the row function.
+        shards: where the tasks write rows.
+        attempts: log of the stage's attempts.
+        title: heading of the progress line.
+    """
+    gpus = sum(spec.pool.replicas * spec.pool.gpus for spec in engines)
     counters = start_counters(job.dataset, gpus)
-    tasks = 1 if spec.role.endpoint else spec.pool.replicas  # an endpoint's limit is one task's
-    rows = block_rows(todo.rows, tasks)
-    quieten()
-    baseline = job.baseline(todo.first)
-    total = len(todo.asked)
-    meter = GenerationProgress(
-        counters, total, attempts, getattr(job.config, "limits", None), baseline
+    first, *others = engines
+    # An endpoint limits its requests for all tasks together, so one task uses it.
+    tasks = 1 if first.role.endpoint else first.pool.replicas
+    silence_ray_data()
+    progress = GenerationProgress(
+        counters,
+        len(work.ids),
+        attempts,
+        getattr(job.config, "limits", None),
+        job.baseline(work.missing),
     )
-    with ProgressLine(console, title, meter):
-        resource_requests = [spec, *([other] if other else [])]
-        held = holding.enter_context(
-            acquire(job.dataset, resource_requests, job.placement.autoscaling_limit)
-        )
-        engine_ref = EngineRef(spec, held.fleet(spec))
-        partner = other and EngineRef(other.shared_by(tasks), held.fleet(other))
-        meter.begin()
-    with ray.data.DataContext.current(telling_at_once()):
-        # Unlike from_arrow, from_blocks reads the blocks' sizes here and not in a task for each.
-        shares = [{"from": at, "to": min(at + rows, todo.rows)} for at in range(0, todo.rows, rows)]
-        dataset = from_blocks([pa.Table.from_pylist([share]) for share in shares]).map_batches(
-            converse,
-            fn_kwargs={
-                "chunks": todo.chunks,
-                "engine_ref": engine_ref,
-                "partner": partner,
-                "row_fn": row_fn,
-                "shards": shards,
-                "stage": job.stage.name,
-                "seed": job.recipe.seed if job.recipe.seeded_sampling else None,
-                "counters": counters,
-            },
+    with ExitStack() as stack:
+        with ProgressLine(console, title, progress):
+            held = stack.enter_context(
+                acquire(job.dataset, engines, job.placement.autoscaling_resources)
+            )
+            refs = [EngineRef(first, held.replicas(first))]
+            refs += [EngineRef(spec.shared_by(tasks), held.replicas(spec)) for spec in others]
+            progress.begin()
+        settings = {
+            "engine_ref": refs[0],
+            "partner": refs[1] if others else None,
+            "row_fn": row_fn,
+            "shards": shards,
+            "stage": job.stage.name,
+            "seed": job.recipe.seed if job.recipe.seeded_sampling else None,
+            "counters": counters,
+        }
+        dataset = stored_counts(work.blocks(tasks), settings, tasks)
+        with ProgressLine(console, title, progress):
+            for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                if progress.fault:
+                    raise StageFailed(job.quality_failure(progress.fault))
+        progress()  # once more, for what the tasks reported last
+        held.work_seconds = active_seconds(counters)
+    counters.end.remote()
+
+
+def stored_counts(blocks: list[pa.Table], settings: dict[str, Any], tasks: int) -> ray.data.Dataset:
+    """Return the dataset that runs the conversations when it is iterated over.
+
+    Args:
+        blocks: requests; each block is the input of one task.
+        settings: keyword arguments of `ConversationRunner`.
+        tasks: tasks that run concurrently.
+
+    Returns:
+        Numbers of stored rows, in the order in which they were stored.
+    """
+    with ray.data.DataContext.current(unbuffered_context()):
+        # from_arrow would start a task per block to determine its size; from_blocks does it here.
+        return from_blocks(blocks).map_batches(
+            run_conversations,
+            fn_kwargs=settings,
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(size=tasks),
             num_cpus=LIGHT_TASK_CPUS,
+            # Ray Data would run tasks with large blocks on the node that holds the blocks.
+            scheduling_strategy="SPREAD",
         )
-    with ProgressLine(console, title, meter):
-        for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            if meter.fault:
-                raise StageFailed(job.refused(meter.fault))
-    meter()  # once more: the sums of the last second
-    held.busy = active_seconds(counters)
-    counters.end.remote()
 
 
-def telling_at_once() -> ray.data.DataContext:
-    """Ray Data's settings for tasks whose results are to leave them as they come."""
+def unbuffered_context() -> ray.data.DataContext:
+    """Return Ray Data settings under which a task's output leaves it immediately."""
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1
     return context
 
 
-def quieten() -> None:
-    """Leave the telling to our own line."""
+def silence_ray_data() -> None:
+    """Disable Ray Data's own progress bars and logs, which would disturb the progress line."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # a full disk, and not that "a UDF failed"
+    context.raise_original_map_exception = True  # "disk full" instead of "a UDF failed"
     context.issue_detectors_config.detectors = []
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it raises what it logs
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # Ray logs what it also raises
 
 
 def block_rows(rows: int, tasks: int) -> int:
-    """Rows per block: a task's share of all, if those are not too many for one task.
+    """Rows per block: an equal part for each task, up to `MAX_BLOCK_ROWS`.
 
-    Where a block ends, its seats stand empty one by one until its longest conversation is over.
+    Larger blocks are better: when a block runs out, the slots of its task become idle one by one
+    until its longest conversation has ended.
     """
-    return min(BLOCK_ROWS, math.ceil(rows / tasks))
+    return min(MAX_BLOCK_ROWS, math.ceil(rows / tasks))

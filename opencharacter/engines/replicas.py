@@ -1,4 +1,4 @@
-"""vLLM engines as Ray actors, and the client that spreads requests over them."""
+"""VLLM engines as Ray actors, and the client that balances requests over them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from opencharacter.runtime.progress import actor_name
 
 @ray.remote
 class EngineActor:
-    """A vLLM engine in a process of its own.
+    """One replica: a vLLM engine in a process of its own.
 
-    If the engine's own processes die, the host ends too, and Ray starts it again; replies that were
-    under way are asked of another, see `Hosted`.
+    If a process of the engine dies, the actor exits and Ray restarts it. `EngineClient` sends the
+    requests that were in flight to another replica.
     """
 
     def __init__(self, spec: EngineSpec):
@@ -32,7 +32,7 @@ class EngineActor:
         self.engine: VllmEngine | None = None
 
     async def start(self) -> None:
-        """Start the engine, once; a failure is raised to whoever asks."""
+        """Start the engine unless it is running; a failure is raised to every caller."""
         if self.engine is None:
             self.engine = VllmEngine(self.spec)
 
@@ -55,37 +55,37 @@ class EngineActor:
 
 
 CALLS_PER_SLOT = 2
-"""Calls that a host takes at once, over its seats; Ray's default would be 1,000."""
+"""Concurrent calls that a replica accepts per conversation slot; Ray's default is 1,000 in all."""
 PLACEMENT_TIMEOUT_S = 60
-"""Seconds for which new hosts wait for Ray to place them before another engine makes room."""
+"""Seconds that new replicas wait for Ray to place them before an idle engine is stopped."""
 
 
 @dataclass(frozen=True)
 class EngineReplicas:
-    """The hosts of one spec.
+    """The replicas of one engine spec.
 
     Args:
-        ready: handles, one a replica, whose engines have started.
-        coming: handles that join when the cluster has room for them.
+        ready: actor handles of the replicas whose engines have started.
+        pending: actor handles of replicas that join once the cluster has resources for them.
     """
 
     ready: list[Any]
-    coming: list[Any]
+    pending: list[Any]
 
     def stop(self) -> None:
-        """Stop them: their memory and devices are free when this returns."""
-        started = [host.start.remote() for host in self.coming]
-        running, _ = ray.wait(started, num_returns=len(started), timeout=1) if started else ([], [])
-        joined = [host for host, ref in zip(self.coming, started, strict=True) if ref in running]
-        for host in self.ready + joined:
+        """Stop all replicas; their memory and devices are free when this returns."""
+        starts = [actor.start.remote() for actor in self.pending]
+        started, _ = ray.wait(starts, num_returns=len(starts), timeout=1) if starts else ([], [])
+        joined = [actor for actor, ref in zip(self.pending, starts, strict=True) if ref in started]
+        for actor in self.ready + joined:
             with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(host.close.remote(), timeout=30)
-        for host in self.ready + self.coming:
-            ray.kill(host)
+                ray.get(actor.close.remote(), timeout=30)
+        for actor in self.ready + self.pending:
+            ray.kill(actor)
 
 
-def _new_hosts(spec: EngineSpec, count: int) -> list[Any]:
-    """Ask Ray for hosts."""
+def create_actors(spec: EngineSpec, count: int) -> list[Any]:
+    """Request actors for new replicas from Ray; their engines are not started yet."""
     pool = spec.pool
     options = {
         "num_cpus": pool.cpus,
@@ -101,65 +101,77 @@ def _new_hosts(spec: EngineSpec, count: int) -> list[Any]:
 
 
 class EngineClient:
-    """An engine whose work is done by hosts; each request goes to the least busy one.
+    """An `Engine` that sends each request to the replica with the fewest requests in flight.
 
-    What a lost host had under way is asked of the others. It joins again when Ray has found a place
-    for it; only where no host is left is that waited for.
+    Requests that were in flight on a lost replica are sent again to the others. The lost replica
+    rejoins when Ray has restarted it; the client waits for that only if no other replica is left.
+
+    Args:
+        replicas: the replicas of the engine.
     """
 
-    def __init__(self, fleet: EngineReplicas):
-        self.busy = dict.fromkeys(fleet.ready, 0)
-        self.coming = fleet.coming
-        self.joining: set[asyncio.Task[None]] | None = None
+    def __init__(self, replicas: EngineReplicas):
+        self.in_flight = dict.fromkeys(replicas.ready, 0)
+        self.pending = replicas.pending
+        self.joins: set[asyncio.Task[None]] | None = None
+        """Tasks that wait for a replica to start; None until the first request."""
 
-    async def _join(self, host: Any) -> None:
-        """Give work to a host once its engine has started; one that cannot start gets none."""
+    async def _join(self, replica: Any) -> None:
+        """Use a replica once its engine has started; ignore one that cannot start."""
         with contextlib.suppress(ray.exceptions.RayError):
-            await host.start.remote()
-            self.busy[host] = 0
+            await replica.start.remote()
+            self.in_flight[replica] = 0
 
-    def _await(self, host: Any) -> None:
-        task = asyncio.create_task(self._join(host))
-        self.joining = {task, *(self.joining or ())}
-        task.add_done_callback(lambda done: self.joining and self.joining.discard(done))
+    def _join_later(self, replica: Any) -> None:
+        task = asyncio.create_task(self._join(replica))
+        self.joins = {task, *(self.joins or ())}
+        task.add_done_callback(lambda done: self.joins and self.joins.discard(done))
 
     async def _least_busy(self) -> Any:
-        if self.joining is None:
-            self.joining = set()
-            for host in self.coming:
-                self._await(host)
-        while not self.busy:
-            if not self.joining:
-                raise StageFailed("every replica of the engine is lost; run it again")
-            await asyncio.wait(self.joining, return_when=asyncio.FIRST_COMPLETED)
-        return min(self.busy, key=self.busy.__getitem__)
+        if self.joins is None:
+            self.joins = set()
+            for replica in self.pending:
+                self._join_later(replica)
+        while not self.in_flight:
+            if not self.joins:
+                raise StageFailed(
+                    "every replica of the engine was lost; run the same command again"
+                )
+            await asyncio.wait(self.joins, return_when=asyncio.FIRST_COMPLETED)
+        return min(self.in_flight, key=self.in_flight.__getitem__)
 
     async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
         while True:
-            host = await self._least_busy()
-            self.busy[host] += 1
+            replica = await self._least_busy()
+            self.in_flight[replica] += 1
             try:
-                return await host.reply.remote(messages, sampling, seed=seed, prefill=prefill)
+                return await replica.reply.remote(messages, sampling, seed=seed, prefill=prefill)
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, RowFailed):
                     raise error.cause from None
                 raise
             except ray.exceptions.RayActorError:
-                if self.busy.pop(host, None) is not None:  # the first to learn of it
-                    self._await(host)
+                # Only the first failed request of a lost replica schedules its return.
+                if self.in_flight.pop(replica, None) is not None:
+                    self._join_later(replica)
             finally:
-                if host in self.busy:
-                    self.busy[host] -= 1
+                if replica in self.in_flight:
+                    self.in_flight[replica] -= 1
 
     def stream(self, messages, sampling) -> AsyncIterator[str]:
-        raise NotImplementedError("a hosted engine answers whole")
+        raise NotImplementedError("an engine in an actor does not stream its replies")
 
     def close(self) -> None:
-        """The hosts outlast the stage."""
+        """Do nothing: replicas outlive the clients that use them."""
 
 
 def num_slots(spec: EngineSpec) -> int:
-    """Conversations that one task has under way: enough for all replicas that may come."""
+    """Conversations that one task runs concurrently.
+
+    That is its part of the slots of all replicas, including those that may join later; for an
+    endpoint, the endpoint's limit.
+    """
+    if spec.role.endpoint:
+        return spec.role.endpoint_concurrency
     pool = spec.pool
-    share = math.ceil(pool.max_num_seqs * pool.most_replicas / pool.replicas)
-    return spec.role.endpoint_concurrency if spec.role.endpoint else share
+    return math.ceil(pool.max_num_seqs * pool.replica_limit / pool.replicas)

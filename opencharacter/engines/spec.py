@@ -1,4 +1,4 @@
-"""What an engine is: its specification, its interface, and its replies."""
+"""The specification of an engine, the interface of all engines, and their replies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Protocol
 
 from opencharacter.config.placement import MAX_JOBS_PER_ENGINE, Pool, Resources
-from opencharacter.config.recipe import Role, Sampling
+from opencharacter.config.roles import Role, Sampling
 from opencharacter.runtime.stage import Job
 from opencharacter.runtime.store import RemoteDir
 from opencharacter.text.chat import Message
@@ -17,7 +17,16 @@ from opencharacter.text.chat import Message
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer: its text (without the prefill), and what it cost in tokens."""
+    """One reply of an engine.
+
+    Args:
+        text: generated text, without the prefill.
+        finish_reason: as in OpenAI's API, such as `stop` or `length`; `trimmed` for a reply that
+            reached its token limit and was cut back to whole sentences.
+        tokens_in: prompt tokens, the prefill included.
+        tokens_out: generated tokens.
+        cached_tokens: prompt tokens that came from the prefix cache.
+    """
 
     text: str
     finish_reason: str
@@ -28,13 +37,14 @@ class Reply:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine needs to start, wherever it starts.
+    """Everything that is needed to start an engine on any node.
 
     Args:
         role: the model.
-        pool: where it runs.
-        folded: adapter folder to fold into the weights before loading, or None.
-        plays: the role by its name in the recipe; one engine may play several.
+        pool: the resources of the engine and the number of its replicas.
+        adapter: LoRA adapter to apply to the model, or None.
+        role_name: name of the role in the recipe. Roles with equal models and pools share an
+            engine, so this is not part of the key.
     """
 
     role: Role
@@ -44,31 +54,31 @@ class EngineSpec:
 
     @property
     def has_weights(self) -> bool:
-        """Whether it is worth keeping: an endpoint and an echo start at once."""
+        """Whether the engine loads weights; endpoints and echo engines start without any."""
         return self.role.has_weights
 
     @property
     def resources(self) -> Resources:
-        """What its hosts hold."""
+        """Resources that its replicas hold together."""
         return self.pool.resources if self.has_weights else Resources()
 
     @property
     def max_concurrent_jobs(self) -> int:
-        """Jobs that may use it at once; an endpoint has a limit of requests, so one."""
+        """Jobs that may use it concurrently; one for an endpoint, to keep its request limit."""
         return 1 if self.role.endpoint else MAX_JOBS_PER_ENGINE
 
     def shared_by(self, tasks: int) -> EngineSpec:
-        """The same for tasks that ask it side by side: an endpoint's limit is for all of them."""
+        """Return the spec for each of several tasks, which share an endpoint's request limit."""
         limit = math.ceil(self.role.endpoint_concurrency / tasks)
         return replace(self, role=self.role.model_copy(update={"endpoint_concurrency": limit}))
 
     @property
     def label(self) -> str:
-        """Its weights, in words."""
+        """Model and adapter, for people."""
         return " + ".join([self.role.model, *([self.adapter.relative] if self.adapter else [])])
 
     def key(self) -> str:
-        """The same for specs that one engine can serve."""
+        """Return a key that is equal for all specs that one engine can serve."""
         return self._key
 
     @cached_property
@@ -78,7 +88,7 @@ class EngineSpec:
 
 
 class Engine(Protocol):
-    """What a conversation may ask for."""
+    """The interface of all engines."""
 
     async def reply(
         self,
@@ -88,21 +98,21 @@ class Engine(Protocol):
         seed: int | None,
         prefill: str = "",
     ) -> Reply:
-        """Answer a conversation.
+        """Generate the reply to a conversation.
 
         Args:
-            messages: the conversation, ending on a user turn.
-            sampling: how to draw.
-            seed: the request's own seed, or None.
-            prefill: beginning of the answer, to be continued.
+            messages: the conversation; the last message is the user's.
+            sampling: sampling parameters.
+            seed: seed of this request, or None for unseeded sampling.
+            prefill: beginning of the reply, which the model continues.
 
         Raises:
-            RowFailed: if this conversation cannot be answered; others can.
+            RowFailed: if this conversation cannot be continued although others can.
         """
         ...
 
     def stream(self, messages: list[Message], sampling: Sampling) -> AsyncIterator[str]:
-        """Answer piece by piece."""
+        """Generate the reply to a conversation and yield it in pieces of text."""
         ...
 
     def close(self) -> None:
@@ -113,13 +123,13 @@ class Engine(Protocol):
 def engine_spec(
     job: Job, role: str, adapter: RemoteDir | None = None, model: Role | None = None
 ) -> EngineSpec:
-    """The engine that a job needs for a role.
+    """Return the spec of the engine that a job uses for a role.
 
     Args:
         job: provides the recipe and the placement.
-        role: name of the role; selects the model and the pool.
+        role: name of the role, which selects the model and the pool.
         adapter: LoRA adapter to apply to the model, or None.
-        model: overrides the role's model, for roles that have several.
+        model: replaces the role's model, for roles with several models.
     """
     pool: Pool = getattr(job.placement.pools, role)
     return EngineSpec(model or getattr(job.recipe.roles, role), pool, adapter, role)
