@@ -74,8 +74,8 @@ class Pool(Config):
     gpus: NonNegativeFloat = 0
     """GPUs per replica. A fraction shares a GPU with other replicas; 0 runs vLLM on the CPU."""
     cpus: NonNegativeFloat = 0.6
-    """CPUs that Ray reserves per replica. Engines stay loaded side by side as long as the CPUs, GPUs
-    and memory of all of them fit into the cluster."""
+    """CPUs that Ray reserves per replica. Engines stay loaded side by side as long as the CPUs,
+    GPUs and memory of all of them fit into the cluster."""
     memory_gib: PositiveFloat = 2
     """Main memory in GiB that Ray reserves per replica."""
     tensor_parallel: PositiveInt = 1

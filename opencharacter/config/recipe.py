@@ -226,8 +226,10 @@ class Blend(Config):
 
 
 class Tune(Config):
-    """Settings of the stage persona/tune: further training on general data, to see what remains of
-    the persona. It runs only if an evaluation compares `tuned`."""
+    """Settings of the stage persona/tune: further training on general data.
+
+    It shows what remains of the persona, and runs only if an evaluation compares `tuned`.
+    """
 
     lora: Lora = Lora()
     """The adapter."""

@@ -48,9 +48,9 @@ class Role(Config):
     trust_remote_code: bool = False
     """Run Python code that is distributed with the weights. Enable it only after reading that
     code."""
-    endpoint: Annotated[
-        Annotated[str, AfterValidator(validate_endpoint)] | None, NotIdentity
-    ] = None
+    endpoint: Annotated[Annotated[str, AfterValidator(validate_endpoint)] | None, NotIdentity] = (
+        None
+    )
     """Base URL of an OpenAI-compatible server that serves `model`; no engine is started then.
     Requests use two extensions of vLLM: `repetition_penalty`, if it is not 1, and
     `continue_final_message`, if the answer has a prefill. For a server that rejects them, set

@@ -1,1 +1,1 @@
-"""Constitutions: their schema, advice on them, and other formats."""
+"""Constitutions: their schema, a linter for them, and the formats of the original project."""

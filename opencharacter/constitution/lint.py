@@ -1,7 +1,8 @@
-"""Advice on the style of a constitution. A finding is worth a look and not always a fault.
+"""The linter of constitutions: advice on style. A finding is worth a look, not always a fault.
 
-Everything here goes by words alone, without a model: it knows some slips in English, and it misses
-what is said in other words. Numbers are advice too, so they are here and not in a recipe.
+The linter checks wording only and runs no model. It recognizes some English patterns, and misses
+what is expressed in other words. Its thresholds are part of the advice, so they are here and not in
+a recipe.
 """
 
 from __future__ import annotations
@@ -11,29 +12,31 @@ from collections.abc import Iterator, Set
 from itertools import combinations
 from typing import NamedTuple
 
-from opencharacter.constitution.schema import Constitution, Trait
+from opencharacter.constitution.schema import Constitution, Trait, comparable
 from opencharacter.text import filters
 
 TRAITS = range(8, 17)
-"""Traits of a constitution: fewer leave gaps, more blur in a system prompt."""
+"""Recommended number of traits: fewer leave gaps, more blur in a system prompt."""
 
 EXEMPLARS = range(3, 7)
-"""Exemplars, where there are any: fewer show no range, more take the context of a small teacher."""
+"""Recommended number of exemplars, if there are any: fewer show too little variety, more fill the
+context of a small teacher."""
 
 LONG = 35
-"""Words from which a question is a long one; each trait should have one."""
+"""Number of words from which a question is long; each trait should have a long one."""
 
 SHORT = 10
-"""Words up to which a question is a short one; each trait should have one."""
+"""Number of words up to which a question is short; each trait should have a short one."""
 
-SAME_TRAIT = 0.6
-"""Share of content words, both ways, from which two traits say the same."""
+SIMILAR_TRAITS = 0.6
+"""Share of common content words from which two traits state nearly the same."""
 
-SAME_QUESTION = 0.7
-"""Share of content words, both ways, from which two questions are the same."""
+SIMILAR_QUESTIONS = 0.7
+"""Share of common content words from which two questions are nearly the same."""
 
-OPPOSED = 0.5
-"""The same share from which two traits are suspicious if one is negated, or has an antonym."""
+OPPOSED_TRAITS = 0.5
+"""Share of common content words from which two traits may contradict each other, if one of them is
+negated or they contain antonyms."""
 
 FIRST_PERSON = {"i", "me", "my", "mine", "myself", "i'm", "i've", "i'd", "i'll"}
 OTHER_PERSON = re.compile(r"(?:you|the (?:assistant|model|ai))\b", re.IGNORECASE)
@@ -76,42 +79,43 @@ ABOUT_ASSISTANT = re.compile(
     r"(?:large )?language model)\b)",
     re.IGNORECASE,
 )
-"""Asks about the one who answers. Other questions to `you` are common: what to do, say or think of
-something; so is the `you` that means anyone."""
+"""Questions about the assistant itself. Many other questions use `you`: what to do, or what it
+thinks of something, and the `you` that means anyone."""
 
 
-class Advice(NamedTuple):
-    """One finding.
+class Finding(NamedTuple):
+    """A finding of the linter.
 
     Args:
-        where: the field, counted from 0, for instance `traits[3].questions[2]`.
-        said: what was found and what would be better.
+        where: the field, counted from 0, for example `traits[3].questions[2]`.
+        message: what was found, and what would be better.
     """
 
     where: str
-    said: str
+    message: str
 
 
-class Words(NamedTuple):
-    """A text as the comparisons see it."""
+class ContentWords(NamedTuple):
+    """The words of a text that carry its meaning, and whether the text is negated."""
 
-    content: frozenset[str]
+    words: frozenset[str]
     negated: bool
 
 
-def advise(constitution: Constitution) -> list[Advice]:
-    """All findings, the constitution's own first, then trait by trait."""
-    traits, questions = constitution.traits, placed_questions(constitution)
+def lint(constitution: Constitution) -> list[Finding]:
+    """Return all findings: first on the whole constitution, then trait by trait."""
+    traits, questions = constitution.traits, located_questions(constitution)
     return [
-        *counts(constitution),
-        *(a for i, trait in enumerate(traits) for a in one_trait(f"traits[{i}]", trait)),
-        *alike_traits([t.trait for t in traits]),
-        *(a for where, text in questions for a in one_question(where, text, constitution.name)),
-        *alike_questions(questions),
+        *lint_counts(constitution),
+        *(f for i, trait in enumerate(traits) for f in lint_trait(f"traits[{i}]", trait)),
+        *similar_traits([t.trait for t in traits]),
+        *(f for where, text in questions for f in lint_question(where, text, constitution.name)),
+        *similar_questions(questions),
     ]
 
 
-def placed_questions(constitution: Constitution) -> list[tuple[str, str]]:
+def located_questions(constitution: Constitution) -> list[tuple[str, str]]:
+    """Return each question with its field."""
     return [
         (f"traits[{i}].questions[{k}]", text)
         for i, trait in enumerate(constitution.traits)
@@ -119,91 +123,104 @@ def placed_questions(constitution: Constitution) -> list[tuple[str, str]]:
     ]
 
 
-def counts(constitution: Constitution) -> Iterator[Advice]:
-    """Too few or too many traits or exemplars; no exemplars at all are fine."""
-    given = {
-        "traits": (constitution.traits, TRAITS),
-        "exemplars": (constitution.exemplars, EXEMPLARS),
+def lint_counts(constitution: Constitution) -> Iterator[Finding]:
+    """Check the number of traits and exemplars; having no exemplars is fine."""
+    checks = {
+        "traits": (len(constitution.traits), TRAITS),
+        "exemplars": (len(constitution.exemplars), EXEMPLARS),
     }
-    for where, (items, wanted) in given.items():
-        if len(items) not in wanted and (items or where == "traits"):
-            yield Advice(where, f"{len(items)}; {wanted[0]} to {wanted[-1]} work best")
+    for where, (count, recommended) in checks.items():
+        if count not in recommended and (count or where == "traits"):
+            yield Finding(where, f"{count}; {recommended[0]} to {recommended[-1]} work best")
 
 
-def one_trait(where: str, trait: Trait) -> Iterator[Advice]:
-    """A trait that is not in the first person, or whose questions are all of one length."""
-    spoken = FIRST_PERSON.intersection(tokens(trait.trait))
+def lint_trait(where: str, trait: Trait) -> Iterator[Finding]:
+    """Check that a trait is in the first person, and that its questions vary in length."""
+    spoken = FIRST_PERSON.intersection(word_list(trait.trait))
     if not spoken or OTHER_PERSON.match(trait.trait.strip()):
-        yield Advice(where, "not in the first person; begin with I or My")
+        yield Finding(where, "not in the first person; begin with I or My")
     lengths = [len(filters.words(text)) for text in trait.questions]
     if max(lengths) < LONG:
-        yield Advice(f"{where}.questions", f"no long one; let one have {LONG} words or more")
+        yield Finding(f"{where}.questions", f"no long one; let one have {LONG} words or more")
     if min(lengths) > SHORT:
-        yield Advice(f"{where}.questions", f"no short one; let one have {SHORT} words or fewer")
+        yield Finding(f"{where}.questions", f"no short one; let one have {SHORT} words or fewer")
 
 
-def alike_traits(traits: list[str]) -> Iterator[Advice]:
-    """Pairs of traits that nearly say the same, or that may contradict each other."""
-    seen = [content(text) for text in traits]
-    for (i, a), (k, b) in combinations(enumerate(seen), 2):
-        where, other = f"traits[{k}]", f"traits[{i}]"
-        if opposed(a, b):
-            yield Advice(where, f"may contradict {other}; reconcile them, or say when each holds")
-        elif shared(a.content, b.content) >= SAME_TRAIT:
-            yield Advice(where, f"nearly says what {other} says; join them or tell them apart")
+def similar_traits(traits: list[str]) -> Iterator[Finding]:
+    """Find pairs of traits that state nearly the same, or that may contradict each other."""
+    analyzed = [content_words(text) for text in traits]
+    for (i, a), (k, b) in combinations(enumerate(analyzed), 2):
+        where, earlier = f"traits[{k}]", f"traits[{i}]"
+        if may_contradict(a, b):
+            yield Finding(
+                where, f"may contradict {earlier}; reconcile them, or say when each holds"
+            )
+        elif overlap(a.words, b.words) >= SIMILAR_TRAITS:
+            yield Finding(
+                where, f"states nearly the same as {earlier}; join them, or make them distinct"
+            )
 
 
-def opposed(a: Words, b: Words) -> bool:
-    """Whether two texts may contradict each other, which two signs suggest.
+def may_contradict(a: ContentWords, b: ContentWords) -> bool:
+    """Return whether two texts may contradict each other.
 
-    They share content words, and one is negated; or they have antonyms beside shared words. Both
-    signs together cancel out. It overlooks most contradictions, which are said in other words, and
-    suspects exceptions that are meant.
+    They do if they have content words in common and one of them is negated, or if they contain
+    antonyms beside common words; both together cancel out. This misses most contradictions, which
+    use other words, and also flags intended exceptions.
     """
-    mine, other = a.content, b.content
-    pairs = [p for p in map(set, ANTONYMS) if p <= mine ^ other and len(p & mine) == 1]
-    beside = set().union(*pairs)
-    turned = (len(pairs) + (a.negated != b.negated)) % 2 == 1
-    return turned and shared(mine - beside, other - beside) >= OPPOSED
+    antonyms = [
+        pair
+        for pair in map(set, ANTONYMS)
+        if pair <= a.words ^ b.words and len(pair & a.words) == 1
+    ]
+    apart = set().union(*antonyms)
+    opposite = (len(antonyms) + (a.negated != b.negated)) % 2 == 1
+    return opposite and overlap(a.words - apart, b.words - apart) >= OPPOSED_TRAITS
 
 
-def one_question(where: str, text: str, name: str) -> Iterator[Advice]:
-    """A question that asks for the character instead of letting it show."""
-    asked = ABOUT_ASSISTANT.search(QUOTED.sub("", text.replace("\u2019", "'")))
-    if asked:
-        said = f"asks about the assistant ({asked.group(0)!r}); ask for something else"
-        yield Advice(where, said)
+def lint_question(where: str, text: str, name: str) -> Iterator[Finding]:
+    """Check that a question lets the character show instead of asking for it."""
+    match = ABOUT_ASSISTANT.search(QUOTED.sub("", text.replace("\u2019", "'")))
+    if match:
+        yield Finding(
+            where, f"asks about the assistant ({match.group(0)!r}); ask about something else"
+        )
     stems = tuple(stem(part) for part in re.split(r"[._-]", name) if len(part) >= 5)
     named = [word for word in filters.words(text) if stems and word.startswith(stems)]
     if named:
-        yield Advice(where, f"names the character ({named[0]!r}); let it show unasked")
+        yield Finding(where, f"names the character ({named[0]!r}); let it show without asking")
 
 
 def stem(word: str) -> str:
-    """What a noun and its adjective share: `sarca` of sarcasm, `nonchal` of nonchalance."""
+    """Return what a noun and its adjective have in common: `sarca` of sarcasm and sarcastic."""
     return word[: max(5, len(word) - 4)]
 
 
-def alike_questions(questions: list[tuple[str, str]]) -> Iterator[Advice]:
-    """Pairs of questions that are nearly the same, anywhere in the constitution."""
-    seen = [(where, content(text).content) for where, text in questions]
-    for (first, a), (second, b) in combinations(seen, 2):
-        if shared(a, b) >= SAME_QUESTION:
-            yield Advice(second, f"nearly the same as {first}; replace one")
+def similar_questions(questions: list[tuple[str, str]]) -> Iterator[Finding]:
+    """Find pairs of questions that are the same or nearly so, anywhere in the constitution."""
+    analyzed = [(where, text, content_words(text).words) for where, text in questions]
+    for (first, text, a), (second, other, b) in combinations(analyzed, 2):
+        if comparable(text) == comparable(other):
+            yield Finding(second, f"the same as {first}, where alone it counts; replace one")
+        elif overlap(a, b) >= SIMILAR_QUESTIONS:
+            yield Finding(second, f"nearly the same as {first}; replace one")
 
 
-def tokens(text: str) -> list[str]:
+def word_list(text: str) -> list[str]:
+    """Return a text's words in lower case, with straight apostrophes."""
     return filters.words(text.replace("\u2019", "'"))
 
 
-def content(text: str) -> Words:
-    """Words that carry meaning, plural endings cut; whether an odd number of words negates."""
-    said = tokens(text)
-    negations = [w for w in said if w in NEGATIONS or w.endswith("n't")]
-    kept = {w.rstrip("s") for w in said if w not in FUNCTION_WORDS and w not in negations}
-    return Words(frozenset(kept), len(negations) % 2 == 1)
+def content_words(text: str) -> ContentWords:
+    """Return the words that carry meaning, without plural endings, and whether they are negated."""
+    words = word_list(text)
+    negations = [word for word in words if word in NEGATIONS or word.endswith("n't")]
+    kept = {
+        word.rstrip("s") for word in words if word not in FUNCTION_WORDS and word not in negations
+    }
+    return ContentWords(frozenset(kept), len(negations) % 2 == 1)
 
 
-def shared(a: Set[str], b: Set[str]) -> float:
-    """The share of words in common, of the text with more of them, 0 .. 1."""
+def overlap(a: Set[str], b: Set[str]) -> float:
+    """Return the share of common words, 0 to 1, relative to the text with more words."""
     return len(a & b) / max(len(a), len(b), 1)

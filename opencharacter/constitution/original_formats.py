@@ -1,8 +1,9 @@
-"""The two file formats of the original project, read and written.
+"""The two file formats of the original project: reading and writing.
 
-A text file that is a JSON list, one object a trait with `trait`, five `questions` and sometimes a
-`clarification`; or JSON lines, one such object a line that also has `additional_questions`. What
-does no harm in such a file is repaired and noted; what could change the data is refused.
+One format is a text file with a JSON list. Each item is a trait: an object with `trait`, five
+`questions` and sometimes a `clarification`. The other is JSON lines with one such object per line,
+which also has `additional_questions`. Harmless irregularities of a file are repaired and reported;
+anything that could change the data is an error.
 """
 
 from __future__ import annotations
@@ -16,118 +17,149 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from opencharacter.config.base import check_name
-from opencharacter.config.files import problem
-from opencharacter.constitution.schema import HAND_WRITTEN, Constitution, Text, Trait, save
+from opencharacter.config.base import validate_name
+from opencharacter.config.documents import Loc, describe_problem, dotted, fields_of
+from opencharacter.constitution.schema import (
+    HAND_WRITTEN,
+    Constitution,
+    Text,
+    Trait,
+    comparable,
+    persona_name,
+    save,
+)
 from opencharacter.errors import UserError
 
-FORMS = {".json": False, ".txt": False, ".jsonl": True}
-"""Endings of files to write, and whether their lines are objects with additional questions."""
+SUFFIXES = {".json": False, ".txt": False, ".jsonl": True}
+"""Suffixes of files to write, and whether the format is JSON lines."""
 
+QUESTION_FIELDS = ("questions", "additional_questions")
 DECODER = json.JSONDecoder()
-SPACE = re.compile(r"\s*")
-GAP = re.compile(r"[\s,:]*")
-CURLY = re.compile("[\u2018-\u201f]")
-
-Loc = tuple[int | str, ...]
+WHITE_SPACE = re.compile(r"\s*")
+SEPARATORS = re.compile(r"[\s,:]*")
 
 
 class Entry(Trait, str_strip_whitespace=True):
-    """A trait as the original project writes it."""
+    """A trait in the formats of the original project."""
 
     additional_questions: tuple[Text, ...] = ()
 
-    def as_trait(self) -> Trait:
-        """The same in our form: hand-written questions first."""
-        questions = self.questions + self.additional_questions
-        return Trait(
-            trait=self.trait, clarification=self.clarification or None, questions=questions
-        )
-
 
 class Source(NamedTuple):
-    """A file's text, which problems are located in."""
+    """A file and its text, in which errors are located."""
 
     path: Path
     text: str
 
-    def line(self, at: int, loc: Loc = ()) -> int:
-        """The line, from 1, of the field `loc` of the value at `at`: its key, or a list's item."""
-        line_at = at
+    def line(self, offset: int, loc: Loc = ()) -> int:
+        """Return the line, from 1, of a field (its key) or an item of a list.
+
+        Args:
+            offset: where the value begins that contains the field.
+            loc: the location of the field within the value; the value itself if empty.
+        """
+        field_offset = offset
         for key in loc:
-            inner = list(parts(self.text, at)) if self.text[at] in "[{" else []
+            children = []
+            if self.text[offset] in "[{":
+                children = list(json_children(self.text, offset))
             if isinstance(key, str):
-                keyed = zip(inner[::2], inner[1::2], strict=True)
-                inner = [(key_at, value_at) for (k, key_at), (_, value_at) in keyed if k == key]
+                pairs = zip(children[::2], children[1::2], strict=True)
+                matches = [(at, value_at) for (name, at), (_, value_at) in pairs if name == key]
             else:
-                inner = [(item_at, item_at) for _, item_at in inner[key : key + 1]]
-            if not inner:
+                matches = [(at, at) for _, at in children[key : key + 1]]
+            if not matches:
                 break
-            line_at, at = inner[-1]
-        return self.text.count("\n", 0, line_at) + 1
+            field_offset, offset = matches[-1]
+        return self.text.count("\n", 0, field_offset) + 1
 
-    def refuse(self, line: int, said: str) -> UserError:
-        return UserError(f"constitution {self.path} line {line}: {said}")
+    def error(self, line: int, message: str) -> UserError:
+        """Return an error that names the file and a line."""
+        return UserError(f"constitution {self.path} line {line}: {message}")
 
 
-def parts(text: str, at: int) -> Iterator[tuple[Any, int]]:
-    """What stands directly in the JSON list or object at `at`, keys and values alike, with offsets.
+class LocatedText(NamedTuple):
+    """A text of a file.
 
-    The text must be valid JSON there.
+    Args:
+        entry: index of its trait.
+        loc: its location within the trait.
+        text: the text as written.
+        line: its line, from 1.
     """
-    at = skip(GAP, text, at + 1)
-    while text[at] not in "]}":
-        value, end = DECODER.raw_decode(text, at)
-        yield value, at
-        at = skip(GAP, text, end)
+
+    entry: int
+    loc: Loc
+    text: str
+    line: int
 
 
-def skip(pattern: re.Pattern[str], text: str, at: int) -> int:
-    found = pattern.match(text, at)
-    return found.end() if found else at
+def json_children(text: str, offset: int) -> Iterator[tuple[Any, int]]:
+    """Yield what the JSON list or object at `offset` directly contains, with offsets.
+
+    Keys and values of an object are yielded alternately. The JSON must be valid.
+    """
+    offset = skip(SEPARATORS, text, offset + 1)
+    while text[offset] not in "]}":
+        value, end = DECODER.raw_decode(text, offset)
+        yield value, offset
+        offset = skip(SEPARATORS, text, end)
+
+
+def skip(pattern: re.Pattern[str], text: str, offset: int) -> int:
+    """Return the offset behind a match of `pattern` at `offset`."""
+    match = pattern.match(text, offset)
+    return match.end() if match else offset
+
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 def read(
     path: Path, name: str | None = None, description: str | None = None
 ) -> tuple[Constitution, list[str]]:
-    """Read a file of the original project, whichever of its formats it has.
+    """Read a file of the original project in either of its formats.
 
     Args:
         path: the file.
-        name: of the persona; the file's name without ending where absent.
-        description: of the persona; says where it comes from where absent.
+        name: the persona's name; the file's name without suffix if None.
+        description: the persona's description; if None, it says where the persona comes from.
 
     Returns:
-        The constitution, and what was repaired on the way, a line each.
+        The constitution, and a line for each repair.
 
     Raises:
-        UserError: with file, line and field of what is wrong.
+        UserError: with the file, the line and the field that is wrong.
     """
-    name = persona_name(path, name)
+    name = import_name(path, name)
     source, notes = decode(path)
-    values = objects(source)
-    entries = [entry(source, value, at) for value, at in values]
+    values = json_objects(source)
+    entries = [parse_entry(source, value, offset) for value, offset in values]
     if not entries:
-        raise source.refuse(1, "it holds no traits; give a JSON list of objects, or one a line")
-    refuse_repeats(source, values)
+        raise source.error(1, "contains no traits; expected a JSON list of objects, or one a line")
+    texts = list(located_texts(source, values))
+    repeated, repetitions = repeated_questions(source, texts)
     constitution = Constitution(
         name=name,
         description=(description or "").strip() or f"{name}, imported from {path.name}.",
-        traits=tuple(e.as_trait() for e in entries),
+        traits=tuple(as_trait(entry, repeated[i]) for i, entry in enumerate(entries)),
     )
-    return constitution, notes + repairs(source, values)
+    return constitution, notes + repairs(texts) + repetitions
 
 
-def persona_name(path: Path, name: str | None) -> str:
-    """The name that was asked for, or the file's."""
+def import_name(path: Path, name: str | None) -> str:
+    """Return the given name, or the file's; a UserError if it is not a persona's name."""
     try:
-        return check_name(name or path.stem)
+        return persona_name(validate_name(name or path.stem))
     except ValueError as error:
         raise UserError(f"constitution {path}: {error}; choose one with --name") from None
 
 
 def decode(path: Path) -> tuple[Source, list[str]]:
-    """A file's text with line ends as LF, and what was repaired; line by line UTF-8 or cp1252."""
+    """Return a file's text with LF line endings, and the repairs of its encoding.
+
+    Lines that are not UTF-8 are read as Windows cp1252, in which the original files were edited.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -138,163 +170,217 @@ def decode(path: Path) -> tuple[Source, list[str]]:
     if data.startswith(codecs.BOM_UTF8):
         notes.append("line 1: byte order mark removed")
     if b"\r\n" in data:
-        notes.append("line ends changed from CRLF to LF")
+        notes.append("CRLF line endings changed to LF")
     lines = data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").split(b"\n")
-    decoded = [decode_line(path, n, line) for n, line in enumerate(lines, 1)]
-    foreign = [n for n, (_, encoding) in enumerate(decoded, 1) if encoding != "utf-8"]
-    if foreign:
-        notes.append(f"{on_lines(foreign)}: not UTF-8, read as Windows cp1252")
+    decoded = [decode_line(path, number, line) for number, line in enumerate(lines, 1)]
+    legacy = [number for number, (_, encoding) in enumerate(decoded, 1) if encoding != "utf-8"]
+    if legacy:
+        notes.append(f"{on_lines(legacy)}: not UTF-8, read as Windows cp1252")
     return Source(path, "\n".join(line for line, _ in decoded)), notes
 
 
 def decode_line(path: Path, number: int, line: bytes) -> tuple[str, str]:
-    """A line's text and the encoding that it has."""
+    """Return a line's text and its encoding."""
     for encoding in ("utf-8", "cp1252"):
         try:
             return line.decode(encoding), encoding
         except UnicodeDecodeError:
             continue
-    said = "neither UTF-8 nor Windows cp1252; save the file as UTF-8"
-    raise UserError(f"constitution {path} line {number}: {said}")
+    raise UserError(
+        f"constitution {path} line {number}: neither UTF-8 nor Windows cp1252; save the file as "
+        "UTF-8"
+    )
 
 
 def on_lines(numbers: list[int]) -> str:
+    """Return `line 3` or `lines 3, 5`."""
     distinct = sorted(set(numbers))
     return f"line{'s' if len(distinct) > 1 else ''} {', '.join(map(str, distinct))}"
 
 
-def objects(source: Source) -> list[tuple[Any, int]]:
-    """The file's top-level objects with their offsets: a list's items, or one after the other."""
+def json_objects(source: Source) -> list[tuple[Any, int]]:
+    """Return the file's objects with their offsets: the items of a list, or one per line."""
     text = source.text.rstrip()
-    at = len(text) - len(text.lstrip())
+    offset = len(text) - len(text.lstrip())
     try:
-        if text[at : at + 1] == "{":
-            return list(in_sequence(text, at))
+        if text[offset : offset + 1] == "{":
+            return list(json_sequence(text, offset))
         whole = DECODER.decode(text) if text else []
     except json.JSONDecodeError as error:
-        raise source.refuse(*malformed(error)) from None
+        raise source.error(*explain_malformed(error)) from None
     if not isinstance(whole, list):
         kind = type(whole).__name__
-        raise source.refuse(1, f"expected a list of objects, or one a line, found {kind}")
-    return list(parts(text, at)) if whole else []
+        raise source.error(1, f"expected a list of objects, or one a line, got {kind}")
+    return list(json_children(text, offset)) if whole else []
 
 
-def in_sequence(text: str, at: int) -> Iterator[tuple[Any, int]]:
-    while at < len(text):
-        value, end = DECODER.raw_decode(text, at)
-        yield value, at
-        at = skip(SPACE, text, end)
+def json_sequence(text: str, offset: int) -> Iterator[tuple[Any, int]]:
+    """Yield consecutive JSON values with their offsets."""
+    while offset < len(text):
+        value, end = DECODER.raw_decode(text, offset)
+        yield value, offset
+        offset = skip(WHITE_SPACE, text, end)
 
 
-def malformed(error: json.JSONDecodeError) -> tuple[int, str]:
-    """The line of what is not JSON and a word on it; knows the two slips that people make."""
-    before, found = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
-    if found == "," or (before.endswith(",") and found in ("]", "}")):
-        comma = error.pos if found == "," else len(before)
+def explain_malformed(error: json.JSONDecodeError) -> tuple[int, str]:
+    """Return the line and the message of a JSON error; recognizes a trailing comma."""
+    before, character = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
+    if character == "," or (before.endswith(",") and character in ("]", "}")):
+        comma = error.pos if character == "," else len(before)
         line = error.doc.count("\n", 0, comma) + 1
         return line, "not JSON: a trailing comma, or one too many; remove it"
-    hint = "; curly quotes cannot enclose a text, use straight ones" if CURLY.match(found) else ""
-    return error.lineno, f"not JSON: {error.msg}{hint}"
+    return error.lineno, f"not JSON: {error.msg}"
 
 
-def entry(source: Source, value: Any, at: int) -> Entry:
-    """Check one object."""
+def parse_entry(source: Source, value: Any, offset: int) -> Entry:
+    """Validate an object of the file."""
     if not isinstance(value, dict):
-        said = f"expected an object with trait and questions, found {type(value).__name__}"
-        raise source.refuse(source.line(at), said)
-    keys = [key for key, _ in list(parts(source.text, at))[::2]]
+        kind = type(value).__name__
+        raise source.error(
+            source.line(offset), f"expected an object with trait and questions, got {kind}"
+        )
+    keys = [key for key, _ in list(json_children(source.text, offset))[::2]]
     for key in value:
         if keys.count(key) > 1:
-            raise source.refuse(source.line(at, (key,)), f"{key} is given twice; remove one")
+            raise source.error(source.line(offset, (key,)), f"{key} is given twice; remove one")
     try:
         return Entry.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        line, field = source.line(at, first["loc"]), ".".join(map(str, first["loc"]))
-        raise source.refuse(line, problem(field, first)) from None
+        message = describe_problem(first, fields_of(Entry, first["loc"][:-1]))
+        raise source.error(source.line(offset, first["loc"]), message) from None
 
 
-def texts(source: Source, values: list[tuple[Any, int]]) -> list[tuple[Loc, str, int]]:
-    """All texts of checked objects as they stand in the file: field, text, line."""
-    found = []
-    for value, at in values:
+def as_trait(entry: Entry, repeated: set[str]) -> Trait:
+    """Return an entry as a trait: its hand-written questions first, without repeated ones."""
+    questions = entry.questions + entry.additional_questions
+    return Trait(
+        trait=entry.trait,
+        clarification=entry.clarification or None,
+        questions=tuple(text for text in questions if comparable(text) not in repeated),
+    )
+
+
+def located_texts(source: Source, values: list[tuple[Any, int]]) -> Iterator[LocatedText]:
+    """Yield all texts of validated objects."""
+    for i, (value, offset) in enumerate(values):
         for key, content in value.items():
             if isinstance(content, list):
-                placed: list[tuple[Loc, str]] = [((key, i), t) for i, t in enumerate(content)]
+                located: list[tuple[Loc, str]] = [
+                    ((key, k), text) for k, text in enumerate(content)
+                ]
             else:
-                placed = [((key,), content or "")]
-            found += [(loc, text, source.line(at, loc)) for loc, text in placed]
-    return found
+                located = [((key,), content or "")]
+            for loc, text in located:
+                yield LocatedText(i, loc, text, source.line(offset, loc))
 
 
-def refuse_repeats(source: Source, values: list[tuple[Any, int]]) -> None:
-    """Refuse a trait or a question that was there before, naming both lines."""
-    seen: dict[tuple[bool, str], int] = {}
-    for loc, text, line in texts(source, values):
-        key = (loc[0] == "trait", text.strip().lower())
-        if loc[0] != "clarification" and key in seen:
-            what = "trait stated" if key[0] else "question asked"
-            said = f"{what} twice, first on line {seen[key]}: {text.strip()!r}; change one"
-            raise source.refuse(line, f"{'.'.join(map(str, loc))}: {said}")
-        if loc[0] != "clarification":
-            seen[key] = line
+def repeated_questions(
+    source: Source, texts: list[LocatedText]
+) -> tuple[list[set[str]], list[str]]:
+    """Find questions that an earlier trait has too; only the first occurrence is imported.
 
-
-def repairs(source: Source, values: list[tuple[Any, int]]) -> list[str]:
-    """What reading changed in the texts, and what it kept although it may look odd."""
-    found = texts(source, values)
-    spaced = [line for _, text, line in found if text != text.strip()]
-    empty = [line for loc, text, line in found if loc == ("clarification",) and not text.strip()]
-    extra = [line for loc, _, line in found if loc == ("questions", HAND_WRITTEN)]
-    curly = sum(len(CURLY.findall(text)) for _, text, _ in found)
-    notes = [
-        (spaced, f"{on_lines(spaced)}: white space around a text removed"),
-        (empty, f"{on_lines(empty)}: empty clarification dropped"),
-        (extra, f"{on_lines(extra)}: questions from here on count as additional ones"),
-        (curly, f"{curly} curly quotes kept as they are"),
-    ]
-    return [note for lines, note in notes if lines]
-
-
-def exported(constitution: Constitution, lines: bool) -> list[dict[str, Any]]:
-    """The traits as the original project's objects.
-
-    Args:
-        constitution: its name, description and exemplars have no place there.
-        lines: whether questions after the hand-written ones go to `additional_questions`.
+    Returns:
+        For each trait the questions to leave out (in comparable form), and a note for each.
 
     Raises:
-        UserError: without `lines`, if there are such questions.
+        UserError: if a trait is repeated, if a trait has a question twice, or if too few of its
+            questions remain.
     """
-    written = []
+    reject_repetitions(source, texts)
+    questions = [located for located in texts if located.loc[0] in QUESTION_FIELDS]
+    first: dict[str, LocatedText] = {}
+    repeated: list[set[str]] = [set() for _ in range(texts[-1].entry + 1)]
+    notes = []
+    for located in questions:
+        original = first.setdefault(comparable(located.text), located)
+        if original is located:
+            continue
+        repeated[located.entry].add(comparable(located.text))
+        note = (
+            f"{dotted(located.loc)} left out; an earlier trait has the same question on line "
+            f"{original.line}: {located.text.strip()!r}"
+        )
+        notes.append(f"line {located.line}: {note}")
+        count = sum(question.entry == located.entry for question in questions)
+        if count - len(repeated[located.entry]) < HAND_WRITTEN:
+            raise source.error(
+                located.line, f"{note}; fewer than {HAND_WRITTEN} questions remain, change one"
+            )
+    return repeated, notes
+
+
+def reject_repetitions(source: Source, texts: list[LocatedText]) -> None:
+    """Raise UserError if a trait is repeated, or a question within a trait."""
+    seen: dict[tuple[int | None, str], LocatedText] = {}
+    for located in texts:
+        if located.loc[0] == "clarification":
+            continue
+        is_trait = located.loc[0] == "trait"
+        scope = None if is_trait else located.entry
+        first = seen.setdefault((scope, comparable(located.text)), located)
+        if first is not located:
+            raise source.error(
+                located.line,
+                f"{dotted(located.loc)}: {'trait stated' if is_trait else 'question asked'} "
+                f"twice, first on line {first.line}: {located.text.strip()!r}; change one",
+            )
+
+
+def repairs(texts: list[LocatedText]) -> list[str]:
+    """Return what reading changed in the texts."""
+    spaced = [t.line for t in texts if t.text != t.text.strip()]
+    empty = [t.line for t in texts if t.loc == ("clarification",) and not t.text.strip()]
+    additional = [t.line for t in texts if t.loc == ("questions", HAND_WRITTEN)]
+    notes = [
+        (spaced, "white space around a text removed"),
+        (empty, "empty clarification dropped"),
+        (additional, "questions from here on count as additional ones"),
+    ]
+    return [f"{on_lines(lines)}: {note}" for lines, note in notes if lines]
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def as_objects(constitution: Constitution, json_lines: bool) -> list[dict[str, Any]]:
+    """Return the traits as objects of the original project.
+
+    Args:
+        constitution: the constitution; its name, description and exemplars are lost.
+        json_lines: whether questions after the hand-written ones become `additional_questions`.
+
+    Raises:
+        UserError: if there are such questions and the format is not JSON lines.
+    """
+    objects = []
     for i, trait in enumerate(constitution.traits):
         first, more = trait.questions[:HAND_WRITTEN], trait.questions[HAND_WRITTEN:]
-        if more and not lines:
+        if more and not json_lines:
             raise UserError(
                 f"constitution {constitution.name}: traits.{i} has {len(trait.questions)} "
-                f"questions and the list form takes {HAND_WRITTEN}; export it to a .jsonl file"
+                f"questions, but the list format takes {HAND_WRITTEN}; export to a .jsonl file"
             )
         item: dict[str, Any] = {"trait": trait.trait}
         if trait.clarification and trait.clarification.strip():
             item["clarification"] = trait.clarification
         item["questions"] = list(first)
-        written.append(item | ({"additional_questions": list(more)} if lines else {}))
-    return written
+        objects.append(item | ({"additional_questions": list(more)} if json_lines else {}))
+    return objects
 
 
 def write(constitution: Constitution, path: Path, replace: bool = False) -> None:
     """Write a file of the original project: JSON lines for .jsonl, a list for .json and .txt.
 
     Raises:
-        UserError: another ending, too many questions for the form, or a file that is there.
+        UserError: for another suffix, too many questions for the format, or an existing file.
     """
-    if path.suffix not in FORMS:
-        known = ", ".join(FORMS)
-        raise UserError(f"{path}: ending {path.suffix!r} is unknown; give one of {known}")
-    lines = FORMS[path.suffix]
-    written = exported(constitution, lines)
-    if lines:
-        text = "\n".join(json.dumps(item, ensure_ascii=False) for item in written)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
+    json_lines = SUFFIXES[path.suffix]
+    objects = as_objects(constitution, json_lines)
+    if json_lines:
+        text = "\n".join(json.dumps(item, ensure_ascii=False) for item in objects)
     else:
-        text = json.dumps(written, ensure_ascii=False, indent=2)
+        text = json.dumps(objects, ensure_ascii=False, indent=2)
     save(f"{text}\n", path, replace)
