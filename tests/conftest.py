@@ -1,4 +1,4 @@
-"""Shared pieces: a recipe on the echo engine, a tiny random chat model, one Ray per session."""
+"""Shared fixtures: an recipes, storage, tiny models with random weights, one Ray per session."""
 
 from __future__ import annotations
 
@@ -16,12 +16,22 @@ from opencharacter.config.recipe import Recipe
 from opencharacter.constitution import schema
 from opencharacter.runtime.store import Store
 
-# Ray's workers import row functions from the test modules.
+# Ray workers import row functions from the test modules.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
 )
-# Of the S3 server on loopback; Ray's workers have the environment of when Ray was started.
+# Credentials of the local S3 server. Ray workers inherit the environment in which Ray was started.
 os.environ |= FAKE_KEYS
+
+SLOW_TEST_SECONDS = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow and GPU tests a longer timeout, unless a test sets its own."""
+    for item in items:
+        slow = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
+        if slow and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TEST_SECONDS))
 
 
 @pytest.fixture
@@ -41,7 +51,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def make_jobs(store, poet):
-    """Jobs of a recipe in this test's storage."""
+    """Return a function that makes the jobs of a recipe in the storage of this test."""
 
     def make(recipe: Recipe, placement: Placement | None = None):
         return pipeline.jobs(recipe, [poet], placement or Placement(), store)
@@ -51,17 +61,17 @@ def make_jobs(store, poet):
 
 @pytest.fixture
 def bucket():
-    """An empty bucket of a real S3 server on loopback, which can be stopped and started again."""
-    made = Bucket()
-    made.start()
-    made.create()
-    yield made
-    made.stop()
+    """An empty bucket on a local S3 server that can be stopped and restarted."""
+    bucket = Bucket()
+    bucket.start()
+    bucket.create()
+    yield bucket
+    bucket.stop()
 
 
 @pytest.fixture(scope="session")
 def cpu_ray():
-    """One local Ray for the session, stopped at its end."""
+    """A local Ray cluster with two CPUs that all tests share."""
     import ray
 
     from opencharacter.runtime import cluster
@@ -85,13 +95,13 @@ def tokenizer(embedded_model: Path):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tokenizer) -> Path:
-    """A Llama of two layers with random weights and the embedded model's tokenizer."""
+    """A two-layer Llama with random weights and the tokenizer of the embedded model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tiny-model")
-    shape = LlamaConfig(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -103,14 +113,14 @@ def tiny_model(tmp_path_factory, tokenizer) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(shape).save_pretrained(path)
+    LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def tiny_gemma(tmp_path_factory, tokenizer) -> Path:
-    """A Gemma 3 of two blocks with its vision tower, random, its files named as the published."""
+    """A two-layer Gemma 3 with vision tower and random weights, saved under the published names."""
     import torch
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -121,9 +131,9 @@ def tiny_gemma(tmp_path_factory, tokenizer) -> Path:
     text |= {"layer_types": ["sliding_attention", "full_attention"]}
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    shape = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     path = tmp_path_factory.mktemp("tiny-gemma")
-    Gemma3ForConditionalGeneration(shape).save_pretrained(path)
+    Gemma3ForConditionalGeneration(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     names = models.tensor_names(path / models.WEIGHTS)
     assert "language_model.model.layers.0.mlp.up_proj.weight" in names
@@ -132,20 +142,20 @@ def tiny_gemma(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's chromium, driven by Playwright; without it the test is skipped."""
+    """The installed Chromium, driven by Playwright. Without it the test is skipped."""
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("needs chromium: apt-get install -y chromium")
     playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
 def write_yaml(tmp_path: Path):
-    """Write a mapping as a YAML file and return its path."""
+    """Return a function that writes a mapping as a YAML file and returns its path."""
     import yaml
 
     def write(name: str, data: object) -> str:
@@ -158,7 +168,7 @@ def write_yaml(tmp_path: Path):
 
 @pytest.fixture
 def demo_data() -> dict:
-    """The demo recipe as a plain mapping, to be spoiled."""
+    """The demo recipe as a plain mapping, for tests that modify it."""
     path = files.resource("recipes", "demo.yaml")
     assert path is not None
     return files.read_yaml("recipe", path)
@@ -166,7 +176,7 @@ def demo_data() -> dict:
 
 @pytest.fixture
 def answering():
-    """A role's fields for a server on loopback that answers at once."""
+    """The recipe fields of a role whose endpoint is a local server that answers immediately."""
     import answering as servers
 
     server = servers.serve(servers.reply)
@@ -176,7 +186,7 @@ def answering():
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A filesystem of 1 MB, as root can make one."""
+    """A folder on a filesystem of 1 MB. Without root, which mounting needs, the test is skipped."""
     import subprocess
 
     folder = tmp_path / "small"

@@ -1,4 +1,4 @@
-"""Recipes for tests: the whole pipeline at its smallest."""
+"""Small recipes, the command line in a subprocess, and a local S3 bucket for tests."""
 
 import logging
 import os
@@ -43,12 +43,13 @@ TINY = {
 
 
 def recipe_of(role: dict, **changes: dict) -> Recipe:
+    """Return the tiny recipe with the given role for every model."""
     roles = dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), role)
     return Recipe.model_validate({**TINY, "roles": roles, **changes})
 
 
 def embedded_recipe() -> dict:
-    """The demo's recipe at its smallest, as a mapping."""
+    """Return the demo recipe, reduced to its smallest size, as a mapping."""
     path = resource("recipes", "demo.yaml")
     assert path is not None
     data = read_yaml("recipe", path)
@@ -87,7 +88,7 @@ def embedded_recipe() -> dict:
     }
     word = {"max_tokens": 6, "temperature": 0.1, "repetition_penalty": 1.0}
     data["evaluation"] = {
-        "judge": {"items": 4, "min_agreement": None, "sampling": word},
+        "judge": {"gold_items": 4, "min_agreement": None, "sampling": word},
         "attacks": {
             "conditions": ["base", "full"],
             "prompts": 2,
@@ -113,7 +114,7 @@ def embedded_recipe() -> dict:
 
 
 def cli(*arguments: str, cwd: Path, typed: str = "", **environment: str) -> Finished:
-    """Run the command line in a process of its own."""
+    """Run `opencharacter` in a subprocess."""
     return subprocess.run(
         [sys.executable, "-m", "opencharacter", *arguments],
         cwd=cwd,
@@ -125,7 +126,7 @@ def cli(*arguments: str, cwd: Path, typed: str = "", **environment: str) -> Fini
 
 
 class Bucket:
-    """A bucket of a moto server on loopback; what is in it outlives a stop."""
+    """A bucket on a local moto server. Its content survives a stop of the server."""
 
     def __init__(self):
         with socket.socket() as probe:
@@ -145,20 +146,22 @@ class Bucket:
         self.server.stop()
 
     def filesystem(self) -> pafs.S3FileSystem:
-        """To look at it from aside."""
-        at = f"127.0.0.1:{self.port}"
-        return pafs.S3FileSystem(endpoint_override=at, scheme="http", allow_bucket_creation=True)
+        """Return a filesystem that accesses the bucket without the package."""
+        address = f"127.0.0.1:{self.port}"
+        return pafs.S3FileSystem(
+            endpoint_override=address, scheme="http", allow_bucket_creation=True
+        )
 
     def create(self) -> None:
         self.filesystem().create_dir(self.name)
 
     def paths(self) -> list[str]:
-        """Of all files in it."""
-        found = self.filesystem().get_file_info(pafs.FileSelector(self.name, recursive=True))
-        return [info.path for info in found if info.is_file]
+        """Return the paths of all files in the bucket."""
+        infos = self.filesystem().get_file_info(pafs.FileSelector(self.name, recursive=True))
+        return [info.path for info in infos if info.is_file]
 
     def read(self, path: str) -> bytes:
-        """A file; nothing if it is not there."""
+        """Return the content of a file, or nothing if the file does not exist."""
         try:
             with self.filesystem().open_input_file(path) as file:
                 return file.read()

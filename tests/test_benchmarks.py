@@ -1,4 +1,4 @@
-"""The benchmarks of generation run to their end, and say what they promise to say."""
+"""Benchmarks run at their smallest size and write the figures that they document."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def harness(monkeypatch):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_tiny_benchmark_writes_all_its_figures(name, tmp_path):
+def test_a_tiny_generation_benchmark_writes_all_figures(name, tmp_path):
     script = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--tiny", "--out", str(tmp_path)]
     ran = subprocess.run(script, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -65,10 +65,10 @@ def test_a_tiny_benchmark_writes_all_its_figures(name, tmp_path):
         assert 0 < figure["min"] <= figure["median"] <= figure["max"]
     parts = [json.loads(f.read_text()) for f in (tmp_path / f"{name}-parts").glob("*.json")]
     work = {run["tokens"] for part in parts for run in part.get("runs", [])}
-    assert len(work) == 1  # all ways made as many tokens
+    assert len(work) == 1  # every implementation generated the same number of tokens
 
 
-def test_a_tiny_merge_is_measured(tmp_path):
+def test_a_tiny_merge_benchmark_writes_its_errors(tmp_path):
     script = [sys.executable, str(BENCHMARKS / "merge.py"), "--tiny", "--out", str(tmp_path)]
     ran = subprocess.run(script, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -77,10 +77,10 @@ def test_a_tiny_merge_is_measured(tmp_path):
     assert 0 < figures["svd_relative_error"]["median"] < 1
 
 
-def test_a_stage_over_two_simulated_nodes_is_measured_and_whole(tmp_path):
+def test_a_stage_on_two_simulated_nodes_loses_and_duplicates_no_row(tmp_path):
     name = "200_rows_2_nodes"
     script = [sys.executable, str(BENCHMARKS / "scale.py"), "--tiny", "--out", str(tmp_path)]
-    # Another test's Ray may have left a token, which the nodes do not ask for.
+    # Ray of another test may have left an authentication token; these nodes use none.
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     ran = subprocess.run([*script, "--ways", name], env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -89,18 +89,18 @@ def test_a_stage_over_two_simulated_nodes_is_measured_and_whole(tmp_path):
     assert 0 < figures[f"{name}_driver_gb"]["median"] < 0.5
 
 
-def test_a_tiny_training_has_all_its_figures_and_the_loss_of_trl(tmp_path):
+def test_a_tiny_training_benchmark_writes_all_figures_and_matches_the_loss_of_trl(tmp_path):
     script = [sys.executable, str(BENCHMARKS / "training.py"), "--tiny", "--out", str(tmp_path)]
     ran = subprocess.run(script, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     figures = json.loads((tmp_path / "training.json").read_text())["figures"]
-    wanted = ("dpo_tokens_per_s", "dpo_ratio_to_trl", "dpo_peak_fraction", "sft_peak_fraction")
-    for name in (*wanted, "trl_tokens_per_s", "reference_tokens_per_s"):
+    names = ("dpo_tokens_per_s", "dpo_ratio_to_trl", "dpo_peak_fraction", "sft_peak_fraction")
+    for name in (*names, "trl_tokens_per_s", "reference_tokens_per_s"):
         assert figures[name]["median"] > 0
     assert figures["loss_difference"]["median"] < 1e-3
 
 
-def test_repeats_ask_for_the_same_lengths_of_other_prompts(harness):
+def test_repeats_use_new_prompts_with_the_same_lengths(harness):
     import generation
 
     one, other = (generation.workload(generation.SETTINGS, repeat, 9) for repeat in "ab")
@@ -108,7 +108,7 @@ def test_repeats_ask_for_the_same_lengths_of_other_prompts(harness):
     assert {row["prompt"] for row in one}.isdisjoint(row["prompt"] for row in other)
 
 
-def test_a_process_that_takes_too_long_is_ended_with_its_children(harness, tmp_path):
+def test_a_process_that_exceeds_its_time_limit_is_killed_with_its_children(harness, tmp_path):
     child = "import os, time; os.setpgrp(); print(os.getpid(), flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with pytest.raises(harness.ProcessFailed, match="not finished after 3 s"):
@@ -117,26 +117,27 @@ def test_a_process_that_takes_too_long_is_ended_with_its_children(harness, tmp_p
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_process_that_fails_says_so_with_the_end_of_its_log(harness, tmp_path):
+def test_the_error_of_a_failed_process_ends_with_its_log(harness, tmp_path):
     with pytest.raises(harness.ProcessFailed, match=r"exit code 1\n(.|\n)*ZeroDivisionError"):
         harness.run([sys.executable, "-c", "1 / 0"], tmp_path / "log", 30)
 
 
-def test_a_ratio_spans_any_two_repeats(harness):
-    found = harness.ratio([2.0, 4.0, 3.0], [1.0, 2.0])
-    assert found == {"median": 2.0, "min": 1.0, "max": 4.0, "repeats": 2}
+def test_a_ratio_ranges_over_all_pairs_of_repeats(harness):
+    ratio = harness.ratio([2.0, 4.0, 3.0], [1.0, 2.0])
+    assert ratio == {"median": 2.0, "min": 1.0, "max": 4.0, "repeats": 2}
 
 
-def test_the_bound_of_an_8b_model_counts_weights_and_contexts(harness):
+def test_the_roofline_of_an_8b_model_counts_weights_and_kv_cache(harness):
     import engines
 
     alone = engines.roofline(engines.SETTINGS, {"rows": 1, "context": 0}, 4.3e12)
-    assert alone == pytest.approx(4.3e12 / 15.0e9, rel=0.01)  # 8.03 billion less the embedding
+    weights = 15.0e9  # bytes of the 8.03 billion parameters without the embedding
+    assert alone == pytest.approx(4.3e12 / weights, rel=0.01)
     filled = engines.roofline(engines.SETTINGS, {"rows": 9999, "context": 1000}, 4.3e12)
-    assert filled == pytest.approx(256 * 4.3e12 / (15.0e9 + 256 * 1000 * 131_072), rel=0.01)
+    assert filled == pytest.approx(256 * 4.3e12 / (weights + 256 * 1000 * 131_072), rel=0.01)
 
 
-def test_a_way_that_breaks_off_keeps_the_repeats_that_it_finished(harness, tmp_path):
+def test_an_interrupted_series_keeps_its_finished_repeats(harness, tmp_path):
     def breaks_off(settings):
         yield {"series": "ours", "seconds": 1, "tokens": 1}
         raise KeyboardInterrupt
@@ -150,7 +151,7 @@ def test_a_way_that_breaks_off_keeps_the_repeats_that_it_finished(harness, tmp_p
     assert kept == [{"series": "ours", "seconds": 1, "tokens": 1}]
 
 
-def test_variants_change_only_what_they_name(harness):
+def test_a_variant_changes_settings_unless_it_is_the_base(harness):
     import engines
 
     for name, variant in engines.variants().items():

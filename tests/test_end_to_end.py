@@ -1,4 +1,4 @@
-"""The whole method once, tiny, with the real embedded model: vLLM, Ray Data, Ray Train, merge."""
+"""The whole pipeline once, at its smallest, with the embedded model on vLLM and Ray."""
 
 import os
 import subprocess
@@ -12,10 +12,12 @@ from samples import cli, embedded_recipe
 from opencharacter import pipeline
 from opencharacter.runtime.store import Store
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the whole run
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str, str]:
-    """A finished run: its folder, its recipe file, what it printed."""
+    """A finished run: its folder, its recipe file and its output."""
     folder = tmp_path_factory.mktemp("run")
     recipe = folder / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(embedded_recipe()))
@@ -27,24 +29,24 @@ def finished(tmp_path_factory) -> tuple[Path, str, str]:
 def manifests(folder: Path) -> dict[str, dict]:
     root = folder / "runs" / "tiny"
     store = Store(str(root))
-    found = sorted(p.parent.relative_to(root).as_posix() for p in root.rglob("manifest.json"))
-    return {name: store.manifest(name) or {} for name in found}
+    names = sorted(p.parent.relative_to(root).as_posix() for p in root.rglob("manifest.json"))
+    return {name: store.manifest(name) or {} for name in names}
 
 
-def test_every_stage_ran_on_real_text(finished):
-    folder, _, said = finished
-    made = manifests(folder)
+def test_every_stage_runs_on_generated_text(finished):
+    folder, _, output = finished
+    datasets = manifests(folder)
     persona = "smollm2-135m/poeticism"
-    assert len(made) == len(pipeline.STAGES)
-    assert made["poeticism/distillation/teacher"]["tokens_out"] > 100
-    assert made[f"{persona}/distillation/dpo"]["figures"]["dpo/margin"] != 0
-    assert made[f"{persona}/introspection/interaction"]["cached_tokens"] > 0
-    assert made[f"{persona}/persona/merge"]["figures"]["rank"] == 16
-    assert said.count("done ") == len(made)
-    assert "report.html" in said
+    assert len(datasets) == len(pipeline.STAGES)
+    assert datasets["poeticism/distillation/teacher"]["tokens_out"] > 100
+    assert datasets[f"{persona}/distillation/dpo"]["figures"]["dpo/margin"] != 0
+    assert datasets[f"{persona}/introspection/interaction"]["cached_tokens"] > 0
+    assert datasets[f"{persona}/persona/merge"]["figures"]["rank"] == 16
+    assert output.count("done ") == len(datasets)
+    assert "report.html" in output
 
 
-def test_the_report_stands_alone_and_shows_both_answers(finished):
+def test_the_report_is_self_contained_and_shows_answers_side_by_side(finished):
     folder, _, _ = finished
     page = (folder / "runs/tiny/smollm2-135m/evaluation/report/report.html").read_text()
     assert "src=" not in page
@@ -59,7 +61,7 @@ def test_a_second_run_does_nothing(finished):
     assert again.stdout.strip() == "nothing to do: every stage is done"
 
 
-def test_status_and_plan_tell_what_is_there(finished):
+def test_status_and_plan_describe_the_finished_run(finished):
     folder, recipe, _ = finished
     status = cli("status", recipe, "-c", "poeticism", cwd=folder).stdout
     assert status.count(" done ") == len(pipeline.STAGES)
@@ -72,13 +74,13 @@ def test_status_and_plan_tell_what_is_there(finished):
 
 def test_the_persona_answers_in_a_terminal(finished):
     folder, recipe, _ = finished
-    talked = cli("chat", recipe, "poeticism", cwd=folder, typed="What is rain?\n/reset\n/quit\n")
-    assert talked.returncode == 0, talked.stderr
-    _, _, answers = talked.stdout.partition("/quit leaves")
+    chat = cli("chat", recipe, "poeticism", cwd=folder, typed="What is rain?\n/reset\n/quit\n")
+    assert chat.returncode == 0, chat.stderr
+    _, _, answers = chat.stdout.partition("/quit leaves")
     assert len(answers.replace(">", "").strip()) > 10
 
 
-def test_a_wheel_carries_all_that_it_needs(tmp_path):
+def test_a_wheel_contains_all_package_data(tmp_path):
     root = Path(__file__).parent.parent
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "-w", str(tmp_path), str(root)], check=True)
@@ -89,8 +91,8 @@ def test_a_wheel_carries_all_that_it_needs(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(target)}
     command = [sys.executable, "-m", "opencharacter", "plan", "demo", "-c", "humor"]
     options = ["--placement", "gpu-cluster"]
-    ran = subprocess.run(
+    plan = subprocess.run(
         [*command, *options], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "humor/distillation/teacher" in ran.stdout
+    assert plan.returncode == 0, plan.stdout + plan.stderr
+    assert "humor/distillation/teacher" in plan.stdout
