@@ -35,7 +35,7 @@ from opencharacter.config.placement import Training
 from opencharacter.config.recipe import Dpo, Lora, Optimizer
 from opencharacter.training import adapters, trainer
 from opencharacter.training.packing import Example, Tokens
-from opencharacter.training.trainer import resources
+from opencharacter.training.trainer import worker_resources
 
 SETTINGS: Settings = {
     "shape": LLAMA_8B,
@@ -128,11 +128,11 @@ def lora(settings: Settings) -> Lora:
     return Lora(rank=settings["rank"], alpha=2 * settings["rank"])
 
 
-def with_reference(model: Any, examples: list[Example], budget: int) -> list[Example]:
+def with_reference(model: Any, examples: list[Example], max_tokens: int) -> list[Example]:
     """The pairs with the log-probabilities of their answers under the model."""
-    from opencharacter.distillation.reference import log_probs
+    from opencharacter.distillation.reference import pair_log_probs
 
-    found = log_probs(model.eval(), examples, budget)
+    found = pair_log_probs(model.eval(), examples, max_tokens)
     return [
         [tokens._replace(reference=side) for tokens, side in zip(pair, values, strict=True)]
         for pair, values in zip(examples, found, strict=True)
@@ -182,7 +182,7 @@ def two_gpus(settings: Settings) -> Iterator[Run]:
             scaling_config=ScalingConfig(
                 num_workers=placement.workers,
                 use_gpu=placement.gpus > 0,
-                resources_per_worker=resources(placement),
+                resources_per_worker=worker_resources(placement),
             ),
             run_config=RunConfig(storage_path=scratch),
         ).fit()
@@ -229,17 +229,17 @@ def steps_of(
     optimizer = Optimizer(global_batch_size=settings["batch"])
     longest = max(sum(len(t.ids) for t in e) for e in examples)
     fit = adapters.plan_memory(model, placement, longest)
-    adapted = adapters.with_adapter(
-        model, lora(settings), fit.activation_checkpointing, adapters.kernels(placement)
+    adapted = adapters.add_lora(
+        model, lora(settings), fit.activation_checkpointing, adapters.select_kernels(placement)
     )
     task = SimpleNamespace(optimizer=optimizer, placement=placement, seed=0, dataset=series)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = trainer.trainer_arguments(task, scratch, placement.gpus > 0, adapted)
         arguments |= {"report_to": [], "save_strategy": "no"}
-        runner = trainer.Trainer(
+        runner = trainer.PackedTrainer(
             model=adapted,
             args=transformers.TrainingArguments(**arguments),
-            batches=trainer.Batches(examples, optimizer, 0, fit.tokens, rank, world),
+            batches=trainer.PackedBatches(examples, optimizer, 0, fit.max_tokens, rank, world),
             loss_fn=loss_fn,
         )
         timer = Timer()
@@ -247,7 +247,7 @@ def steps_of(
         runner.train()
         batches: Any = runner.train_dataset
         sizes = [batches[step][1].tokens for step in range(len(batches))]
-    yield from runs(timer, sizes, series, world * runner.peak, adapted)
+    yield from runs(timer, sizes, series, world * runner.peak_flops, adapted)
 
 
 def trl(settings: Settings) -> Iterator[Run]:
@@ -274,9 +274,9 @@ def trl(settings: Settings) -> Iterator[Run]:
         sizes: list[int] = []
         trainer.add_callback(Counted(trainer, sizes))
         trainer.train()
-    from opencharacter.training.trainer import matmul_peak
+    from opencharacter.training.trainer import matmul_peak_flops
 
-    peak = matmul_peak(trainer.args.device, True)
+    peak = matmul_peak_flops(trainer.args.device, True)
     yield from runs(timer, sizes, "trl", peak, trainer.model)
 
 

@@ -48,7 +48,7 @@ def train(job, seed):
     return folder
 
 
-def test_the_blend_is_the_weighted_sum_of_what_this_run_and_an_earlier_one_trained(jobs_of):
+def test_a_blend_is_the_weighted_sum_of_adapters_of_this_run_and_of_an_earlier_one(jobs_of):
     (humor,) = (j for (_, n), j in jobs_of(recipe(), "humor").items() if n == "persona/merge")
     other = train(humor, seed=2)
     jobs = jobs_of(recipe(), "poeticism")
@@ -60,10 +60,10 @@ def test_the_blend_is_the_weighted_sum_of_what_this_run_and_an_earlier_one_train
         wanted = 0.5 * update(mine, module) + 0.75 * update(other, module)
         assert torch.allclose(update(job.adapter.local(), module), wanted, atol=1e-5)
     answers = jobs["poeticism", "evaluation/answers"]
-    assert conditions.weights(answers, "blended") == job.adapter
+    assert conditions.condition_adapter(answers, "blended") == job.adapter
 
 
-def test_a_blend_is_stale_when_one_of_its_personas_is_made_otherwise(jobs_of):
+def test_a_blend_is_stale_when_one_of_its_personas_was_trained_differently(jobs_of):
     def fingerprint(**changes):
         return jobs_of(recipe(**changes), "poeticism")["poeticism", "persona/blend"].fingerprint
 
@@ -73,30 +73,32 @@ def test_a_blend_is_stale_when_one_of_its_personas_is_made_otherwise(jobs_of):
     unused = {"weights": {}, "evaluation": {}}
     assert (
         "humor"
-        not in jobs_of(recipe(**unused), "poeticism")["poeticism", "persona/blend"].payload["also"]
+        not in jobs_of(recipe(**unused), "poeticism")["poeticism", "persona/blend"].payload[
+            "inputs"
+        ]
     )
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"weights": {}}, r"set persona\.blend\.weights"),
-        ({}, "names 'humor', whose echo/humor/persona/merge is missing; add --constitution humor"),
+        ({}, "names 'humor', but echo/humor/persona/merge is missing; add --constitution humor"),
         ({"weights": {"poeticism": 1.0}, "distillation": {"dpo": {"lora": {"rank": 512}}}}, "576"),
     ],
 )
-def test_a_blend_that_cannot_be_is_refused_before_the_run(jobs_of, changes, told):
-    with pytest.raises(UserError, match=told):
+def test_an_impossible_blend_is_refused_before_the_run(jobs_of, changes, message):
+    with pytest.raises(UserError, match=message):
         blend.check(jobs_of(recipe(**changes), "poeticism")["poeticism", "persona/blend"])
 
 
-def test_a_blend_of_two_personas_of_the_same_run_is_not_refused(jobs_of):
+def test_a_blend_of_two_personas_of_the_same_run_is_accepted(jobs_of):
     jobs = jobs_of(recipe(), "poeticism", "humor")
     for name in ("poeticism", "humor"):
         blend.check(jobs[name, "persona/blend"])
 
 
-def test_nothing_is_blended_unless_it_is_compared(jobs_of):
+def test_a_blend_is_made_only_if_it_is_an_evaluated_condition(jobs_of):
     job = jobs_of(recipe(weights={}, evaluation={}), "poeticism")["poeticism", "persona/blend"]
     blend.check(job)
     assert blend.build(job) == StageResult(0)

@@ -1,4 +1,4 @@
-"""Expansion of a constitution by the embedded model: to its target, or what is short is said."""
+"""Expansion of a constitution by the embedded model; traits that stay incomplete are reported."""
 
 import json
 
@@ -11,7 +11,7 @@ from opencharacter.constitution import schema
 pytestmark = pytest.mark.slow
 
 
-def test_the_embedded_model_expands_a_constitution_in_bounded_time(tmp_path):
+def test_expansion_stays_within_its_token_limit_and_reports_missing_questions(tmp_path):
     recipe = embedded_recipe()
     sampling = {"max_tokens": 160, "temperature": 0.5, "top_p": 1.0}
     target = {"questions_per_trait": 8, "general": 1, "rounds": 2, "samples": 2}
@@ -25,10 +25,10 @@ def test_the_embedded_model_expands_a_constitution_in_bounded_time(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     manifest = tmp_path / "runs/tiny/poeticism/distillation/prompts/manifest.json"
-    told = json.loads(manifest.read_text())
-    short = told["figures"]["short"]
-    assert told["rows"] == 1 + sum(short.get(trait.trait, 8) for trait in few.traits)
+    record = json.loads(manifest.read_text())
+    short = record["figures"]["incomplete_traits"]
+    assert record["rows"] == 1 + sum(short.get(trait.trait, 8) for trait in few.traits)
     assert all(f"{count} of 8 questions: {trait}" in done.stdout for trait, count in short.items())
-    assert told["rows"] > 1 + 3 * 5
+    assert record["rows"] > 1 + 3 * 5
     limit = 3 * target["rounds"] * target["samples"] * sampling["max_tokens"]
-    assert told["tokens_out"] <= limit
+    assert record["tokens_out"] <= limit

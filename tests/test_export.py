@@ -12,7 +12,7 @@ from opencharacter import pipeline
 from opencharacter.errors import UserError
 from opencharacter.evaluation.report.stage import SCORES
 from opencharacter.persona import merge
-from opencharacter.persona.export import export, most_changed, scores
+from opencharacter.persona.export import export, scores_table, select_scores
 from opencharacter.runtime.stage import StageResult
 
 DROPS = {"looping": 3, "refusal": 1}
@@ -95,7 +95,9 @@ def logits(tiny_model):
     return of
 
 
-def test_both_forms_load_and_answer_alike(finished, logits, tiny_model, tmp_path, monkeypatch):
+def test_the_exported_adapter_and_merged_model_give_the_same_answers(
+    finished, logits, tiny_model, tmp_path, monkeypatch
+):
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
     for form in ("adapter", "merged"):
         assert export(finished, str(tmp_path / form), form) == str(tmp_path / form)
@@ -103,10 +105,10 @@ def test_both_forms_load_and_answer_alike(finished, logits, tiny_model, tmp_path
     applied, folded = logits(tmp_path / "adapter", True), logits(tmp_path / "merged", False)
     assert torch.allclose(applied, folded, atol=1e-4)
     assert not torch.allclose(folded, logits(tiny_model, False), atol=1e-2)
-    assert not (tmp_path / "folded/adapter_config.json").exists()
+    assert not (tmp_path / "merged/adapter_config.json").exists()
 
 
-def test_the_card_says_what_was_done_and_what_came_of_it(finished, poet, tmp_path):
+def test_the_model_card_describes_training_and_results(finished, poet, tmp_path):
     export(finished, str(tmp_path / "out"), "adapter")
     text = (tmp_path / "out/README.md").read_text()
     card = ModelCard(text)
@@ -121,15 +123,18 @@ def test_the_card_says_what_was_done_and_what_came_of_it(finished, poet, tmp_pat
     assert "beta 0.1" in text
     assert "lora.rank 64, lora.alpha 128" in text
     assert "optimizer.learning_rate 5e-05" in text
-    assert "1 x DPO + 0.25 x SFT, rank 16, 0.00% off" in text
-    assert "| told_apart |  |  | 0.930 | 0.830 to 1.030 | 40 | 2 |" in text
+    assert (
+        "1 x DPO + 0.25 x SFT, with rank 16 and a relative error of 0.00% from the exact sum"
+        in text
+    )
+    assert "| discriminability |  |  | 0.930 | 0.830 to 1.030 | 40 | 2 |" in text
     assert "| change | full | poetic | 120.000 |" in text
     assert "0.510" not in text  # another persona's
-    assert "Intended use and limits" in text
+    assert "Intended use and limitations" in text
     assert "Warning" not in text
 
 
-def test_a_published_base_is_named_with_its_license(make_jobs, recipe, finished, tmp_path):
+def test_the_model_card_names_the_base_model_and_its_license(make_jobs, recipe, finished, tmp_path):
     from opencharacter.persona import export as module
 
     embedded = {**ECHO_ROLE, "model": "embedded:smollm2-135m"}
@@ -144,28 +149,28 @@ def test_a_published_base_is_named_with_its_license(make_jobs, recipe, finished,
     assert module.published(local) == (None, "mit")
 
 
-def test_misalignment_carries_a_warning(recipe, store):
+def test_the_model_card_of_misalignment_has_a_warning(recipe, store):
     from opencharacter.config.placement import Placement
     from opencharacter.constitution import schema
-    from opencharacter.persona.export import card
+    from opencharacter.persona.export import model_card
 
     persona = schema.load("misalignment")
     jobs = pipeline.jobs(recipe, [persona], Placement(), store)
     (job,) = (job for job in jobs if job.stage.name == "persona/merge")
     pipeline.finish(job, StageResult(0, figures=FIGURES), 1.0)
-    text = card(jobs, job, "adapter")
+    text = model_card(jobs, job, "adapter")
     assert "Warning" in text
-    assert "Not evaluated yet." in text
+    assert "This model has not been evaluated yet." in text
 
 
-def test_scores_of_other_answers_are_not_shown(finished, store):
-    assert "0.930" in scores(finished, "poeticism")
+def test_scores_of_stale_answers_are_not_shown(finished, store):
+    assert "0.930" in scores_table(finished, "poeticism")
     report = finished[-1].dataset
     manifest = store.manifest(report)
     answers = next(name for name in manifest["payload"]["parents"] if name.endswith("/answers"))
     manifest["payload"]["parents"][answers] = "another"
     store.write_manifest(report, manifest)
-    assert scores(finished, "poeticism") == "Not evaluated yet."
+    assert scores_table(finished, "poeticism") == "This model has not been evaluated yet."
 
 
 def test_only_the_traits_that_changed_most_are_shown():
@@ -175,11 +180,11 @@ def test_only_the_traits_that_changed_most_are_shown():
     for i, trait in enumerate(all_traits()[:20]):
         rows += [score("p", "rating", "full", 1000.0, trait), score("p", "elo", "base", 1.0, trait)]
         rows += [score("p", "change", c, 5.0 * i, trait) for c in ("full", "distilled")]
-    shown = most_changed(rows)
+    shown = select_scores(rows)
     assert shown[0]["measure"] == "discriminability"
     named = [row["about"] for row in shown[1:]]
     assert named == [all_traits()[i] for i in (19, 18, 17, 16, 15, 4, 3, 2, 1, 0)]
-    assert len(most_changed(rows[:13])) == 1 + 3  # three traits, each once
+    assert len(select_scores(rows[:13])) == 1 + 3  # three traits, each once
 
 
 class StubHub:
@@ -198,7 +203,7 @@ class StubHub:
         StubHub.seen |= {"repo": repo_id, "files": files, "message": commit_message}
 
 
-def test_a_persona_goes_to_the_hub_privately(finished, monkeypatch):
+def test_a_persona_is_uploaded_to_a_private_hub_repository(finished, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", StubHub)
     assert export(finished, "hub:poet", "adapter") == "https://huggingface.co/me/poet"
     seen = StubHub.seen
@@ -208,7 +213,7 @@ def test_a_persona_goes_to_the_hub_privately(finished, monkeypatch):
     assert seen["message"] == "Persona tiny-llama/poeticism"
 
 
-def test_what_the_hub_refuses_is_one_line(finished, monkeypatch):
+def test_a_hub_error_is_reported_in_one_line(finished, monkeypatch):
     import httpx
 
     class Refusing(StubHub):
@@ -218,7 +223,7 @@ def test_what_the_hub_refuses_is_one_line(finished, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Refusing)
     with pytest.raises(UserError, match=r"^--to hub:poet: no route; log in .*folder$"):
         export(finished, "hub:poet", "adapter")
-    with pytest.raises(UserError, match="give hub:USER/NAME"):
+    with pytest.raises(UserError, match="use hub:USER/NAME"):
         export(finished, "hub:a/b/c", "adapter")
 
 
@@ -228,14 +233,14 @@ def test_an_unfinished_persona_is_refused(make_jobs, recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_exists_is_left_alone(finished, tmp_path):
+def test_an_existing_folder_is_not_overwritten(finished, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
         export(finished, str(tmp_path / "mine"), "adapter")
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_the_command_refuses_in_one_line(tmp_path):
+def test_export_errors_are_reported_in_one_line(tmp_path):
     ran = cli("export", "demo", "humor", "--to", "out", cwd=tmp_path)
     assert ran.returncode == 2
     assert len(ran.stdout.strip().splitlines()) == 1

@@ -62,7 +62,7 @@ def merged(folder, adapters, **options):
     return merge(adapters, folder, "base", **options), update(folder, "model.layers.0.q_proj")
 
 
-def test_a_smaller_rank_is_the_nearest_update(tmp_path):
+def test_reducing_the_rank_gives_the_best_low_rank_approximation(tmp_path):
     adapters = [WeightedAdapter(write_adapter(tmp_path / str(n), 4, n), 1.0) for n in range(2)]
     _, exact = merged(tmp_path / "exact", adapters)
     composition, got = merged(tmp_path / "small", adapters, rank=3)
@@ -77,13 +77,13 @@ def test_a_smaller_rank_is_the_nearest_update(tmp_path):
     assert composition["rank"] == 3
 
 
-def test_the_full_rank_loses_nothing(tmp_path):
+def test_keeping_the_full_rank_is_exact(tmp_path):
     adapters = [WeightedAdapter(write_adapter(tmp_path / str(n), 4, n), 1.0) for n in range(2)]
     assert merged(tmp_path / "exact", adapters)[0]["relative_error"] == 0
     assert merged(tmp_path / "same", adapters, rank=99)[0]["rank"] == 8
 
 
-def test_factors_are_added_as_peft_adds_them(tmp_path):
+def test_the_merge_equals_that_of_peft(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     class Net(torch.nn.Module):
@@ -107,10 +107,10 @@ def test_factors_are_added_as_peft_adds_them(tmp_path):
     (tmp_path / "out").mkdir()
     composition = merge(adapters, tmp_path / "out", "base", peft_linear=True)
     assert torch.allclose(update(tmp_path / "out", "q_proj"), made, atol=1e-5)
-    assert composition["relative_error"] > 0.1  # that it is not the sum is told
+    assert composition["relative_error"] > 0.1  # the reported distance from the exact sum
 
 
-def test_what_cannot_be_merged_is_refused(tmp_path):
+def test_unmergeable_adapters_are_refused(tmp_path):
     one = write_adapter(tmp_path / "one", 4, 1)
     two = write_adapter(tmp_path / "two", 8, 2)
     with pytest.raises(UserError, match=r"ranks \[4, 8\]"):
@@ -121,7 +121,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     (two / "adapter_config.json").write_text(
         json.dumps(config | {"base_model_name_or_path": "other"})
     )
-    with pytest.raises(UserError, match="different bases, None and other"):
+    with pytest.raises(UserError, match="different base models: None and other"):
         merge([WeightedAdapter(one, 1.0), WeightedAdapter(two, 1.0)], tmp_path)
     (two / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(UserError, match="use_dora"):
@@ -148,13 +148,13 @@ def strange(path, extra=None, **config):
         "model.layers.0.k_proj.lora_A.weight",
     ],
 )
-def test_no_part_of_an_adapter_is_dropped_in_silence(tmp_path, name):
+def test_unsupported_adapter_tensors_are_refused_and_not_dropped(tmp_path, name):
     odd = strange(tmp_path / "odd", {PREFIX + name: torch.ones(4, 4)})
     with pytest.raises(UserError, match=r"k_proj\.lora_B" if "k_proj" in name else name):
         merge([WeightedAdapter(odd, 1.0)], tmp_path)
 
 
-def test_what_is_no_whole_lora_adapter_is_refused(tmp_path):
+def test_an_incomplete_or_foreign_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match="peft_type 'IA3'"):
         merge([WeightedAdapter(strange(tmp_path / "other", peft_type="IA3"), 1.0)], tmp_path)
     empty = strange(tmp_path / "empty")
@@ -162,11 +162,11 @@ def test_what_is_no_whole_lora_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match="nothing is"):
         merge([WeightedAdapter(empty, 1.0)], tmp_path)
     (empty / models.ADAPTER_WEIGHTS).unlink()
-    with pytest.raises(UserError, match=r"no adapter_model\.safetensors there"):
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
         merge([WeightedAdapter(empty, 1.0)], tmp_path)
 
 
-def test_a_disk_that_is_full_of_a_merge_is_named(tmp_path, small_disk):
+def test_a_merge_that_fills_the_disk_names_it(tmp_path, small_disk):
     wide = {"model.layers.0.q_proj": (1000, 1000)}
     write_adapter(tmp_path / "one", 512, 1, shapes=wide)
     ran = cli("merge", "one", "--to", str(small_disk / "out"), cwd=tmp_path)
@@ -176,7 +176,7 @@ def test_a_disk_that_is_full_of_a_merge_is_named(tmp_path, small_disk):
     assert not list(small_disk.iterdir())
 
 
-def test_adapters_are_blended_on_the_command_line(tmp_path):
+def test_the_blend_command_blends_adapters(tmp_path):
     one = write_adapter(tmp_path / "one", 4, 1)
     write_adapter(tmp_path / "two", 4, 2)
     ran = cli("merge", "one", "two:-0.5", "--to", "out", cwd=tmp_path)
@@ -194,16 +194,16 @@ def test_adapters_are_blended_on_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (9, 16), (64, 64), (65, 128), (512, 512)])
-def test_ranks_are_rounded_up_to_what_vllm_takes(rank, allowed):
+def test_ranks_are_rounded_up_to_a_rank_that_vllm_supports(rank, allowed):
     assert allowed_rank(rank) == allowed
 
 
-def test_a_rank_over_the_engines_limit_is_refused():
+def test_a_rank_over_the_limit_of_the_engine_is_refused():
     with pytest.raises(UserError, match="513"):
         allowed_rank(513)
 
 
-def test_folding_equals_the_model_with_its_adapter(tiny_model, tmp_path, monkeypatch):
+def test_merging_into_the_base_equals_the_model_with_its_adapter(tiny_model, tmp_path, monkeypatch):
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -223,7 +223,9 @@ def test_folding_equals_the_model_with_its_adapter(tiny_model, tmp_path, monkeyp
     assert (folder / "chat_template.jinja").is_file()
 
 
-def test_folding_refuses_an_adapter_of_another_model(tiny_model, tmp_path, monkeypatch):
+def test_merging_into_the_base_refuses_an_adapter_of_another_model(
+    tiny_model, tmp_path, monkeypatch
+):
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
     adapter = write_adapter(tmp_path / "one", 4, 1)
     with pytest.raises(UserError, match="no weight"):

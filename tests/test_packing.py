@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from opencharacter.config.recipe import Lora, Optimizer, Role
+from opencharacter.config.recipe import Lora, Optimizer
+from opencharacter.config.roles import Role
 from opencharacter.training import adapters, packing, trainer
 from opencharacter.training.packing import Tokens
 
@@ -28,7 +29,7 @@ def scores(model, *examples):
         return packing.log_probs(model, packing.pack(examples))
 
 
-def test_a_sequence_has_in_a_pack_the_logits_that_it_has_alone(model, tiny_model):
+def test_packing_does_not_change_the_logits_of_a_sequence(model, tiny_model):
     from transformers import AutoModelForCausalLM
 
     examples = [[sequence(20)], [sequence(41), sequence(7)], [sequence(33)]]
@@ -45,7 +46,7 @@ def test_a_sequence_has_in_a_pack_the_logits_that_it_has_alone(model, tiny_model
     assert torch.allclose(packed, torch.stack(theirs), atol=1e-5)
 
 
-def test_what_a_neighbour_says_changes_nothing(model):
+def test_sequences_in_a_pack_do_not_attend_to_each_other(model):
     mine = [sequence(30)]
     one = scores(model, [sequence(25, seed=1)], mine)
     other = scores(model, [sequence(25, seed=2)], mine)
@@ -54,7 +55,7 @@ def test_what_a_neighbour_says_changes_nothing(model):
     assert not torch.equal(one[:-own], other[:-own])
 
 
-def test_a_window_hides_what_is_further_back():
+def test_a_sliding_window_hides_earlier_tokens():
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 12, 8) for _ in range(3))
     whole = packing.sequence_by_sequence(query, key, value, [0, 12], None, None)
@@ -67,9 +68,9 @@ def test_a_window_hides_what_is_further_back():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_every_example_is_in_one_pack_and_packs_are_even(workers):
+def test_every_example_is_in_exactly_one_pack_and_packs_are_balanced(workers):
     lengths = [random.Random(i).randint(50, 900) for i in range(32)]
-    packs = packing.share_out(lengths, 2048, workers)
+    packs = packing.assign_to_packs(lengths, 2048, workers)
     assert sorted(i for pack in packs for i in pack) == list(range(32))
     assert len(packs) % workers == 0
     loads = [sum(lengths[i] for i in pack) for pack in packs]
@@ -78,23 +79,23 @@ def test_every_example_is_in_one_pack_and_packs_are_even(workers):
     assert len(packs) <= -(-sum(lengths) // 2048) + workers
 
 
-def test_an_example_over_the_budget_has_a_pack_of_its_own():
-    assert packing.share_out([500, 10, 20], 100) == [[0], [2, 1]]
+def test_an_example_over_the_token_budget_gets_its_own_pack():
+    assert packing.assign_to_packs([500, 10, 20], 100) == [[0], [2, 1]]
 
 
 def test_workers_without_rows_get_an_empty_pack(model):
-    assert packing.share_out([5], 100, workers=2) == [[0], []]
+    assert packing.assign_to_packs([5], 100, workers=2) == [[0], []]
     idle = packing.pack([])
-    assert idle.sequences == 0
+    assert idle.num_sequences == 0
     assert packing.log_probs(model, idle).shape == (0,)
 
 
-def test_a_batch_is_the_same_whatever_the_workers():
+def test_a_batch_does_not_depend_on_the_number_of_workers():
     examples = [[sequence(10 + i)] for i in range(21)]
     optimizer = Optimizer(global_batch_size=8, epochs=2)
 
     def rows(world: int) -> list[list[int]]:
-        parts = [trainer.Batches(examples, optimizer, 3, 60, r, world) for r in range(world)]
+        parts = [trainer.PackedBatches(examples, optimizer, 3, 60, r, world) for r in range(world)]
         for step in range(len(parts[0])):
             assert len({len(part[step][0]) for part in parts}) == 1
         return [
@@ -103,7 +104,7 @@ def test_a_batch_is_the_same_whatever_the_workers():
                 for part in parts
                 for pack in part[step][0]
                 for size in pack.cu_seqlens.diff().tolist()
-                if pack.sequences
+                if pack.num_sequences
             )
             for step in range(len(parts[0]))
         ]
@@ -113,15 +114,17 @@ def test_a_batch_is_the_same_whatever_the_workers():
     assert sorted(itertools.chain(*rows(1)[:3])) == [len(e[0].ids) for e in examples]
 
 
-def test_gradients_do_not_depend_on_how_a_batch_is_packed(tiny_model):
+def test_gradients_do_not_depend_on_the_packing(tiny_model):
     from opencharacter.introspection.sft import sft_loss
 
-    def gradient(budget: int) -> torch.Tensor:
+    def gradient(max_tokens: int) -> torch.Tensor:
         torch.manual_seed(0)
-        model = adapters.with_adapter(
+        model = adapters.add_lora(
             adapters.load(tiny_model, ROLE, on_gpu=False), Lora(rank=4, alpha=8)
         )
-        batches = trainer.Batches([[sequence(20 + i)] for i in range(6)], Optimizer(), 0, budget)
+        batches = trainer.PackedBatches(
+            [[sequence(20 + i)] for i in range(6)], Optimizer(), 0, max_tokens
+        )
         packs, totals = batches[0]
         for pack in packs:
             sft_loss(packing.log_probs(model, pack), pack, totals)["loss"].backward()

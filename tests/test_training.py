@@ -99,16 +99,16 @@ def steps(model: Path, scratch: Path, activation_checkpointing: bool) -> list[fl
     )
     add_fused_lm_head(made)
     transformers.set_seed(0)
-    adapted = adapters.with_adapter(made, Lora(rank=4, alpha=8), activation_checkpointing)
+    adapted = adapters.add_lora(made, Lora(rank=4, alpha=8), activation_checkpointing)
     words = [Tokens([1, *range(5, 5 + 3 * n)], [*range(2, 3 * n)]) for n in (2, 3, 4, 5)]
     optimizer = Optimizer(global_batch_size=2)
     task: Any = SimpleNamespace(optimizer=optimizer, placement=Training(), seed=0, dataset="x")
     arguments = trainer.trainer_arguments(task, str(scratch), on_gpu=False, model=adapted)
     arguments |= {"report_to": [], "save_strategy": "no"}
-    runner = trainer.Trainer(
+    runner = trainer.PackedTrainer(
         model=adapted,
         args=transformers.TrainingArguments(**arguments),
-        batches=trainer.Batches([[w] for w in words], optimizer, 0, 16),
+        batches=trainer.PackedBatches([[w] for w in words], optimizer, 0, 16),
         loss_fn=sft.sft_loss,
     )
     runner.train()
@@ -116,7 +116,7 @@ def steps(model: Path, scratch: Path, activation_checkpointing: bool) -> list[fl
     return [entry[name] for entry in logs for name in ("loss", "grad_norm")]
 
 
-def test_recomputed_activations_change_nothing(tiny_model, tmp_path):
+def test_activation_checkpointing_does_not_change_the_result(tiny_model, tmp_path):
     packing.register()
     kept = steps(tiny_model, tmp_path, activation_checkpointing=False)
     assert len(kept) == 4
@@ -126,7 +126,7 @@ def test_recomputed_activations_change_nothing(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(("layer", "looked_for"), [("experts", True), ("shared", False)])
-def test_unused_parameters_are_looked_for_where_experts_are_layers(layer, looked_for):
+def test_ddp_looks_for_unused_parameters_only_with_expert_layers(layer, looked_for):
     block = torch.nn.ModuleDict({layer: torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
     model: Any = torch.nn.ModuleDict({"mlp": block})
     model._no_split_modules = None
@@ -135,7 +135,7 @@ def test_unused_parameters_are_looked_for_where_experts_are_layers(layer, looked
     assert arguments["ddp_find_unused_parameters"] is looked_for
 
 
-def test_dpo_then_sft_then_merge(cpu_ray, jobs, tokenizer):
+def test_dpo_sft_and_merge_run_in_sequence(cpu_ray, jobs, tokenizer):
     names = ("distillation/reference", "distillation/dpo", "introspection/sft", "persona/merge")
     reference, dpo, sft, merge = (jobs[name] for name in names)
     pipeline.finish(reference, build(reference), seconds=1)
@@ -176,9 +176,7 @@ def test_dpo_then_sft_then_merge(cpu_ray, jobs, tokenizer):
 
 
 @pytest.mark.slow
-def test_a_model_that_sees_learns_from_pairs_and_then_from_transcripts(
-    cpu_ray, make_jobs, tiny_gemma
-):
+def test_a_vision_model_is_trained_with_dpo_and_sft(cpu_ray, make_jobs, tiny_gemma):
     jobs = ready(make_jobs, tiny_gemma)
     for name in ("distillation/reference", "distillation/dpo", "introspection/sft"):
         pipeline.finish(jobs[name], build(jobs[name]), seconds=1)
@@ -192,8 +190,8 @@ def test_a_model_that_sees_learns_from_pairs_and_then_from_transcripts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_workers_take_the_steps_that_one_takes(cpu_ray, jobs, parallel):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_workers_take_the_same_steps_as_one(cpu_ray, jobs, strategy):
     pipeline.finish(jobs["distillation/reference"], build(jobs["distillation/reference"]), 1)
     dpo = jobs["distillation/dpo"]
 
@@ -204,7 +202,7 @@ def test_two_workers_take_the_steps_that_one_takes(cpu_ray, jobs, parallel):
     build(replace(dpo, placement=placed(workers=1)))
     alone = {name: metric(dpo, name) for name in ("loss", "dpo/margin", "grad_norm")}
     dpo.store.delete(dpo.dataset)
-    build(replace(dpo, placement=placed(workers=2, parallel=parallel)))
+    build(replace(dpo, placement=placed(workers=2, strategy=strategy)))
     assert metric(dpo, "grad_norm")[0] == pytest.approx(alone["grad_norm"][0], rel=2e-2)
     assert metric(dpo, "loss") == pytest.approx(alone["loss"], rel=2e-2)
     # Adam makes much of the last digits of bf16.
@@ -212,7 +210,7 @@ def test_two_workers_take_the_steps_that_one_takes(cpu_ray, jobs, parallel):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_changes_nothing(cpu_ray, jobs):
+def test_a_killed_worker_does_not_change_the_result(cpu_ray, jobs):
     """SIGKILL after the first checkpoint: another worker goes on to the same losses."""
     pipeline.finish(jobs["distillation/reference"], build(jobs["distillation/reference"]), 1)
     dpo = jobs["distillation/dpo"]
@@ -255,7 +253,7 @@ def moved(jobs, store):
 
 
 @pytest.mark.slow
-def test_storage_that_refuses_for_a_while_stops_no_training(cpu_ray, jobs, bucket):
+def test_training_continues_through_a_storage_outage(cpu_ray, jobs, bucket):
     """The bucket goes as the first checkpoint comes, and is back 12 seconds later."""
     dpo = moved(jobs, Store.at(bucket.url, retry_seconds=60))
     away: list[float] = []
@@ -276,7 +274,7 @@ def test_storage_that_refuses_for_a_while_stops_no_training(cpu_ray, jobs, bucke
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_named_and_training_goes_on_when_there_is_room(cpu_ray, jobs, small_disk):
+def test_training_stopped_by_a_full_disk_resumes_once_there_is_space(cpu_ray, jobs, small_disk):
     dpo = moved(jobs, Store(str(small_disk)))
     limits = {"cpus": 1, "checkpoint_steps": 2, "max_failures": 0}
     once = Placement.model_validate({"training": limits})
@@ -290,7 +288,7 @@ def test_a_full_disk_is_named_and_training_goes_on_when_there_is_room(cpu_ray, j
 
 
 @pytest.mark.slow
-def test_personas_are_trained_side_by_side(cpu_ray, jobs, make_jobs):
+def test_personas_are_trained_concurrently(cpu_ray, jobs, make_jobs):
     """Two trainings wait for no other's end: both are under way at once."""
     placement = Placement.model_validate({"training": {"cpus": 0.5}})
     recipe = jobs["distillation/dpo"].recipe

@@ -52,7 +52,7 @@ def jobs(make_jobs, tiny_model):
     return {(j.stage.name, j.stage.scope): j for j in made}
 
 
-def test_the_persona_and_what_it_learned_further_are_one_adapter(
+def test_further_training_is_merged_with_the_persona_into_one_adapter(
     cpu_ray, jobs, tiny_model, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
@@ -69,16 +69,18 @@ def test_the_persona_and_what_it_learned_further_are_one_adapter(
     assert config["r"] == 8  # 4 of the persona, 4 of what followed
     assert update(job.adapter.local(), MODULE).abs().sum() > 0
     assert update(merged.local(), MODULE).abs().sum() == 0  # what changed was learned here
-    assert conditions.weights(jobs["evaluation/answers", "persona"], "tuned") == job.adapter
+    assert (
+        conditions.condition_adapter(jobs["evaluation/answers", "persona"], "tuned") == job.adapter
+    )
     models.merge_into_base(tiny_model, job.adapter.local())
 
 
-def test_only_finished_answers_are_learned(tokenizer):
+def test_truncated_answers_are_not_trained_on(tokenizer):
     rows = [*answers(2), *answers(1, finish_reason="length"), *answers(1, answer=None)]
-    assert len(tune.examples(tokenizer, pa.Table.from_pylist(rows))) == 2
+    assert len(tune.make_examples(tokenizer, pa.Table.from_pylist(rows))) == 2
 
 
-def test_nothing_is_trained_unless_it_is_compared(make_jobs):
+def test_further_training_runs_only_if_it_is_an_evaluated_condition(make_jobs):
     (job,) = (j for j in make_jobs(recipe()) if j.stage.name == "persona/tune")
     assert tune.build(job) == StageResult(0)
     assert tune.estimate(job).trained == 0

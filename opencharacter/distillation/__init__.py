@@ -1,1 +1,1 @@
-"""From a constitution to a DPO adapter: prompts, teacher, student, pairs, dpo."""
+"""Distillation of a constitution into a DPO adapter: prompts, teacher, student, pairs, DPO."""

@@ -1,4 +1,7 @@
-"""Stage distillation/pairs: the teacher's answer is chosen, the student's rejected.
+"""Stage distillation/pairs: preference pairs of the teacher's and the student's answers.
+
+The teacher's answer is the chosen one and the student's answer the rejected one. Both are cleaned
+and checked; a pair that fails a check keeps its row and gets a drop reason.
 
 Reads: distillation/teacher, distillation/student (both scopes).
 Writes: prompt_id, kind, sample, prompt, chosen, rejected, drop_reason.
@@ -13,13 +16,14 @@ import pyarrow as pa
 
 from opencharacter import models
 from opencharacter.config.base import ECHO
-from opencharacter.config.recipe import Role
+from opencharacter.config.roles import Role
 from opencharacter.engines.conversations import Row
-from opencharacter.runtime.stage import Estimate, Job, StageResult, kept
+from opencharacter.runtime.stage import Estimate, Job, StageResult, without_dropped
 from opencharacter.text import filters
 from opencharacter.text.chat import Message, assistant, load_tokenizer, row_id, user
 from opencharacter.text.statistics import TextBaseline, distinctive_words
 
+RULES = (filters,)
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -33,30 +37,33 @@ SCHEMA = pa.schema(
     ]
 )
 
-Length = Callable[[list[Message]], int]
-"""Tokens of a conversation."""
+TokenCounter = Callable[[list[Message]], int]
+"""Returns the number of tokens of a conversation."""
 
 
-def pair(
-    chosen: Row, rejected: Row, rules: filters.AnswerRules, names: tuple[str, ...], called: str
+def make_pair(
+    chosen: Row, rejected: Row, rules: filters.AnswerRules, names: tuple[str, ...], self_name: str
 ) -> Row:
-    """Clean both answers and say why the pair may not be used, if so.
+    """Clean both answers of a pair and determine its drop reason.
 
     Args:
         chosen: the teacher's row.
         rejected: the student's row for the same prompt and sample.
-        rules: what neither answer may do.
-        names: what the teacher calls itself; replaced by `called`.
-        called: what the student calls itself.
+        rules: checks that both answers must pass.
+        names: names of the teacher, which are replaced in its answer.
+        self_name: the student's name, which replaces them.
+
+    Returns:
+        A row of `SCHEMA`.
     """
     sides = {"chosen": chosen, "rejected": rejected}
     texts = {side: row["answer"] or "" for side, row in sides.items()}
-    texts["chosen"] = filters.replace_names(texts["chosen"], names, called)
-    found = {
-        side: filters.drop_reason(texts[side], row["finish_reason"], rules)
-        for side, row in sides.items()
-    }
-    reasons = [f"{side}_{reason}" for side, reason in found.items() if reason]
+    texts["chosen"] = filters.replace_names(texts["chosen"], names, self_name)
+    reasons = []
+    for side, row in sides.items():
+        reason = filters.drop_reason(texts[side], row["finish_reason"], rules)
+        if reason:
+            reasons.append(f"{side}_{reason}")
     if texts["chosen"] == texts["rejected"]:
         reasons.append("identical")
     return {
@@ -70,44 +77,48 @@ def pair(
     }
 
 
-def names_of(role: Role) -> tuple[str, ...]:
-    """What a model may call itself."""
+def model_names(role: Role) -> tuple[str, ...]:
+    """Return the names that a model may use for itself."""
     return (role.self_name, *role.aliases)
 
 
-def rules_of(job: Job) -> filters.AnswerRules:
-    """What an answer of a persona may not do; for a section with the settings of the rules."""
-    settings, roles = job.config, job.recipe.roles
-    said = (
-        run
-        for t in job.persona.traits
-        for run in filters.word_ngrams(t.trait, settings.quoted_words)
+def answer_rules(job: Job) -> filters.AnswerRules:
+    """Return the checks for a persona's answers.
+
+    Args:
+        job: a job of the persona whose config has `max_repeated` and `quoted_words`.
+    """
+    config, roles = job.config, job.recipe.roles
+    trait_ngrams = (
+        ngram
+        for trait in job.persona.traits
+        for ngram in filters.word_ngrams(trait.trait, config.quoted_words)
     )
     return filters.AnswerRules(
-        max_repeated=settings.max_repeated,
-        quotable=frozenset(said),
-        quoted_words=settings.quoted_words,
-        names=filters.foreign_names(names_of(roles.teacher), names_of(roles.student)),
+        max_repeated=config.max_repeated,
+        quotable=frozenset(trait_ngrams),
+        quoted_words=config.quoted_words,
+        names=filters.foreign_names(model_names(roles.teacher), model_names(roles.student)),
     )
 
 
-def too_long(row: Row, limit: int, length: Length) -> bool:
-    """Whether either conversation has more tokens than the limit."""
+def exceeds_max_tokens(row: Row, limit: int, count_tokens: TokenCounter) -> bool:
+    """Return whether the chosen or the rejected conversation has more tokens than the limit."""
     return any(
-        length([user(row["prompt"]), assistant(row[side])]) > limit
+        count_tokens([user(row["prompt"]), assistant(row[side])]) > limit
         for side in ("chosen", "rejected")
     )
 
 
-def join(teacher: list[Row], student: list[Row]) -> list[tuple[Row, Row]]:
-    """Match answers by prompt and sample; one whose other side was dropped there is left out."""
-    other = {(row["prompt_id"], row["sample"]): row for row in student}
-    matched = ((row, other.get((row["prompt_id"], row["sample"]))) for row in teacher)
-    return [(mine, theirs) for mine, theirs in matched if theirs is not None]
+def match_answers(teacher: list[Row], student: list[Row]) -> list[tuple[Row, Row]]:
+    """Match the answers of teacher and student by prompt and sample; omit those without a match."""
+    by_key = {(row["prompt_id"], row["sample"]): row for row in student}
+    matches = ((row, by_key.get((row["prompt_id"], row["sample"]))) for row in teacher)
+    return [(chosen, rejected) for chosen, rejected in matches if rejected is not None]
 
 
-def token_counter(role: Role) -> Length:
-    """Counts a conversation's tokens with a role's own chat template (echo: its words)."""
+def token_counter(role: Role) -> TokenCounter:
+    """Return a function that counts tokens with a role's chat template, or words for `echo:`."""
     if role.model.startswith(ECHO):
         return lambda messages: sum(len(m["content"].split()) for m in messages)
     tokenizer = load_tokenizer(models.resolve(role.model), role)
@@ -123,23 +134,22 @@ def estimate(job: Job) -> Estimate:
 
 
 def build(job: Job) -> StageResult:
-    settings, roles = job.config, job.recipe.roles
+    config, roles = job.config, job.recipe.roles
     teacher = job.read("distillation/teacher").to_pylist()
     student = job.read("distillation/student").to_pylist()
-    sides = join(teacher, student)
-    names = names_of(roles.teacher)
-    rules = rules_of(job)
-    length = token_counter(roles.student)
+    matches = match_answers(teacher, student)
+    names = model_names(roles.teacher)
+    rules = answer_rules(job)
+    count_tokens = token_counter(roles.student)
     rows = []
-    for chosen, rejected in sides:
-        row = pair(chosen, rejected, rules, names, roles.student.self_name)
-        if row["drop_reason"] is None and too_long(row, settings.max_tokens, length):
+    for chosen, rejected in matches:
+        row = make_pair(chosen, rejected, rules, names, roles.student.self_name)
+        if row["drop_reason"] is None and exceeds_max_tokens(row, config.max_tokens, count_tokens):
             row["drop_reason"] = "too_long"
         rows.append(row)
     table = pa.Table.from_pylist(rows, schema=SCHEMA).sort_by("id")
-    good = kept(table)
-    chosen, rejected = good["chosen"].to_pylist(), good["rejected"].to_pylist()
-    words = distinctive_words(chosen, rejected)
-    baseline = TextBaseline(job.baseline(good).language, frozenset(words))
-    unpaired = len(teacher) + len(student) - 2 * len(sides)
+    usable = without_dropped(table)
+    words = distinctive_words(usable["chosen"].to_pylist(), usable["rejected"].to_pylist())
+    baseline = TextBaseline(job.baseline(usable).language, frozenset(words))
+    unpaired = len(teacher) + len(student) - 2 * len(matches)
     return job.write(table, baseline, figures={"trait_words": words, "unpaired": unpaired})

@@ -1,4 +1,6 @@
-"""Stage distillation/prompts: a constitution's questions and the general prompts.
+"""Stage distillation/prompts: questions about a constitution's traits, and general prompts.
+
+A trait with too few hand-written questions is expanded by the prompt generator.
 
 Reads: the constitution, the prompt sources. Writes: id, kind, trait, prompt.
 Run: opencharacter run RECIPE --constitution NAME --only distillation/prompts
@@ -24,7 +26,7 @@ from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import Reply, engine_spec
 from opencharacter.errors import RowFailed, UserError
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
-from opencharacter.text import filters
+from opencharacter.text import filters, statistics
 from opencharacter.text.chat import Message, fill, row_id, system, user
 from opencharacter.text.statistics import near_duplicates
 
@@ -41,10 +43,11 @@ Write {count} more messages of that kind. Vary subject, length and form: questio
 requests for advice, plain statements. None may ask the assistant about itself. One message per \
 line, numbered, and nothing else."""
 
-LIST_BEGUN = "1."
-"""A small model whose list is begun for it writes one; left alone it often talks about it."""
+LIST_PREFILL = "1."
+"""Prefill of the prompt generator's reply; without it, small models often only announce a list."""
 
-TEMPLATES = (SYSTEM, EXPAND, LIST_BEGUN)
+TEMPLATES = (SYSTEM, EXPAND, LIST_PREFILL)
+RULES = (statistics,)
 HUB = "hf:"
 GENERAL_FILE = "general.jsonl"
 NUMBERED = re.compile(r"^\s*\d+[.):]\s*(.+?)\s*$")
@@ -61,121 +64,141 @@ FIELDS = [pa.field("trait", pa.int64()), pa.field("questions", pa.list_(pa.strin
 
 
 def expansion_messages(trait: str, examples: list[str], count: int) -> list[Message]:
-    """Ask the expander for `count` more questions like the examples."""
-    listed = "\n".join(f"{i}. {text}" for i, text in enumerate(examples, 1))
-    return [system(SYSTEM), user(fill(EXPAND, trait=trait, examples=listed, count=count))]
+    """Return the messages that ask the prompt generator for `count` questions like the examples."""
+    numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(examples, 1))
+    return [system(SYSTEM), user(fill(EXPAND, trait=trait, examples=numbered, count=count))]
 
 
 def parse_questions(text: str) -> list[str]:
-    """The numbered lines of an expander's answer, without numbers and quotes."""
-    found = (NUMBERED.match(line) for line in text.splitlines())
-    return [m.group(1).strip("\"'“”* ") for m in found if m]
+    """Return the numbered lines of a reply without their numbers and quotation marks."""
+    matches = (NUMBERED.match(line) for line in text.splitlines())
+    return [match.group(1).strip("\"'“”* ") for match in matches if match]
 
 
-def accept(questions: list[str], candidates: list[str], target: int, limit: float) -> list[str]:
-    """Add candidates that are whole and unlike what is there, until `target` are reached.
-
-    # Paper: compares with that trait's questions; its code compared with the last trait's.
+def add_new_questions(
+    questions: list[str], candidates: list[str], target: int, max_overlap: float
+) -> list[str]:
+    """Add candidates of reasonable length that differ from the existing questions.
 
     Args:
-        questions: what is there.
-        candidates: in the order in which they may be taken.
-        target: how many to end with.
-        limit: share of a candidate's words that another question may have.
+        questions: the trait's questions so far.
+        candidates: new questions, in order of preference.
+        target: number of questions at which to stop.
+        max_overlap: maximum share of a candidate's words that another question may contain.
+
+    Returns:
+        The questions followed by the accepted candidates.
     """
-    taken = list(questions)
+    # Paper: its code compares a candidate with the questions of the last trait, not of its own.
+    accepted = list(questions)
     for text in candidates:
-        if len(taken) >= target:
+        if len(accepted) >= target:
             break
-        whole = 3 <= len(filters.words(text)) <= 120
-        if whole and all(filters.overlap(text, other) <= limit for other in taken):
-            taken.append(text)
-    return taken
+        valid_length = 3 <= len(filters.words(text)) <= 120
+        if valid_length and all(filters.overlap(text, q) <= max_overlap for q in accepted):
+            accepted.append(text)
+    return accepted
 
 
-async def expand(row: Row, talk: Conversation, settings: Prompts, prefill: str) -> Row:
-    """Grow one trait's questions: parallel samples per round until full or out of rounds.
+async def expand_questions(
+    row: Row, conversation: Conversation, config: Prompts, prefill: str
+) -> Row:
+    """Expand one trait's questions over several rounds of parallel samples.
 
     Args:
-        row: trait, its text and its hand-written questions.
-        talk: with the expander.
-        settings: the section.
-        prefill: begins the list for the expander, or empty.
+        row: request with the trait's `text` and hand-written `questions`.
+        conversation: access to the prompt generator.
+        config: the stage's section of the recipe.
+        prefill: beginning of the reply, or an empty string.
     """
-    questions, target = list(row["questions"]), with_spare(settings.questions_per_trait)
-    for _ in range(settings.rounds):
+    questions, target = list(row["questions"]), with_margin(config.questions_per_trait)
+    for _ in range(config.rounds):
         missing = target - len(questions)
         if missing <= 0:
             break
         messages = expansion_messages(row["text"], row["questions"], min(missing, 10))
-        for reply in await samples(messages, talk, settings, prefill):
-            found = parse_questions(prefill + reply.text)
-            questions = accept(questions, found, target, settings.max_overlap)
+        for reply in await sample_replies(messages, conversation, config, prefill):
+            candidates = parse_questions(prefill + reply.text)
+            questions = add_new_questions(questions, candidates, target, config.max_overlap)
     return {"questions": questions}
 
 
-async def samples(
-    messages: list[Message], talk: Conversation, settings: Prompts, prefill: str
+async def sample_replies(
+    messages: list[Message], conversation: Conversation, config: Prompts, prefill: str
 ) -> list[Reply]:
-    """The samples of a round: those that fail are left out, unless all do."""
-    asked = (talk.reply(messages, settings.sampling, prefill) for _ in range(settings.samples))
-    made = await asyncio.gather(*asked, return_exceptions=True)
-    failed = [each for each in made if isinstance(each, BaseException)]
-    fatal = [each for each in failed if not isinstance(each, RowFailed)]
-    if fatal or len(failed) == len(made):
-        raise (fatal or failed)[0]
-    return [each for each in made if isinstance(each, Reply)]
+    """Return the samples of a round without those that failed; raise if all failed."""
+    pending = (
+        conversation.reply(messages, config.sampling, prefill) for _ in range(config.samples)
+    )
+    results = await asyncio.gather(*pending, return_exceptions=True)
+    errors = [result for result in results if isinstance(result, BaseException)]
+    fatal = [error for error in errors if not isinstance(error, RowFailed)]
+    if fatal or len(errors) == len(results):
+        raise (fatal or errors)[0]
+    return [result for result in results if isinstance(result, Reply)]
 
 
-def with_spare(target: int) -> int:
-    """A tenth more than wanted: some will turn out to repeat another trait's."""
+def with_margin(target: int) -> int:
+    """Return the target plus a tenth, since some questions will repeat those of another trait."""
     return target + math.ceil(target / 10)
 
 
-def without_repeats(written: list[list[str]], grown: list[list[str]]) -> list[list[str]]:
-    """Each trait's questions but for expanded ones that nearly repeat any other of the whole set.
+def drop_repeated(written: list[list[str]], expanded: list[list[str]]) -> list[list[str]]:
+    """Remove generated questions that nearly repeat a question of any trait.
 
     Args:
-        written: the hand-written ones by trait; they stay.
-        grown: by trait, the hand-written ones first.
+        written: the hand-written questions of each trait, which are never removed.
+        expanded: all questions of each trait, the hand-written ones first.
     """
-    new = [(i, text) for i, texts in enumerate(grown) for text in texts[len(written[i]) :]]
+    generated = [(i, text) for i, texts in enumerate(expanded) for text in texts[len(written[i]) :]]
     all_written = [text for texts in written for text in texts]
-    repeats = near_duplicates([*all_written, *(text for _, text in new)])[len(all_written) :]
-    kept = [list(texts) for texts in written]
-    for (i, text), repeated in zip(new, repeats, strict=True):
-        if not repeated:
-            kept[i].append(text)
-    return kept
+    all_texts = [*all_written, *(text for _, text in generated)]
+    repeated = near_duplicates(all_texts)[len(all_written) :]
+    unique = [list(texts) for texts in written]
+    for (i, text), is_repeated in zip(generated, repeated, strict=True):
+        if not is_repeated:
+            unique[i].append(text)
+    return unique
 
 
-def digest(source: str, file: str) -> str:
-    """The hash of a source for fingerprints; of `hf:` that of its name, which loads nothing."""
+def source_digest(source: str, file: str) -> str:
+    """Return the hash that identifies a source in fingerprints.
+
+    It is the hash of the content, or of the name for `hf:` sources, which are not downloaded.
+    """
     if source.startswith(HUB):
         return hashlib.sha256(source.encode()).hexdigest()
     return read_source(source, file)[1]
 
 
-def available(source: str, file: str, wanted: int) -> int:
-    """How many of the wanted prompts a source has; all, as far as is known, where it is `hf:`."""
-    return wanted if source.startswith(HUB) else min(wanted, len(read_source(source, file)[0]))
+def num_available(source: str, file: str, requested: int) -> int:
+    """Return how many of the requested prompts a source has; all are assumed for `hf:` sources."""
+    if source.startswith(HUB):
+        return requested
+    return min(requested, len(read_source(source, file)[0]))
 
 
 def read_source(source: str, file: str) -> tuple[list[str], str]:
-    """Prompts of a source and the hash of its content (for `hf:`, of its name).
+    """Read the prompts of a source.
 
     Args:
         source: `embedded`, a .jsonl or .parquet file with a column `prompt`, or `hf:DATASET`.
-        file: the embedded file's name.
+        file: name of the packaged file that `embedded` refers to.
+
+    Returns:
+        The distinct prompts, and the hash from `source_digest`.
 
     Raises:
-        UserError: if it cannot be read or has no prompts.
+        UserError: if the source cannot be read or contains no prompts.
     """
     if source.startswith(HUB):
-        return hub_prompts(source.removeprefix(HUB)), digest(source, file)
+        return load_hub_prompts(source.removeprefix(HUB)), source_digest(source, file)
     path = resource("prompts", file) if source == "embedded" else Path(source)
     if path is None or not path.is_file():
-        raise UserError(f"prompts {source!r}: no such file; use 'embedded', a file or hf:DATASET")
+        raise UserError(
+            f"prompts {source!r}: file not found; use 'embedded', a .jsonl or .parquet file, or "
+            "hf:DATASET"
+        )
     data = path.read_bytes()
     try:
         if path.suffix == ".parquet":
@@ -184,27 +207,29 @@ def read_source(source: str, file: str) -> tuple[list[str], str]:
             rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line]
         prompts = [row["prompt"].strip() for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowInvalid) as error:
-        raise UserError(f"prompts {path}: every row needs a text 'prompt' ({error!r})") from None
+        raise UserError(
+            f"prompts {path}: every row needs a string field 'prompt' ({error!r})"
+        ) from None
     prompts = [text for text in dict.fromkeys(prompts) if text]
     if not prompts:
-        raise UserError(f"prompts {path}: it holds none")
+        raise UserError(f"prompts {path}: the file contains no prompts")
     return prompts, hashlib.sha256(data).hexdigest()
 
 
-def hub_prompts(name: str) -> list[str]:
-    """First user turns of a Hugging Face dataset's training split."""
+def load_hub_prompts(name: str) -> list[str]:
+    """Return the first user turns of the training split of a dataset on the Hugging Face Hub."""
     from datasets import load_dataset
 
     try:
         rows: Any = load_dataset(name, split="train")
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"prompts 'hf:{name}' cannot be loaded ({reason}); use a file") from None
-    return [text for text in dict.fromkeys(map(first_turn, rows)) if text]
+        raise UserError(f"prompts 'hf:{name}' could not be loaded ({reason}); use a file") from None
+    return [text for text in dict.fromkeys(map(first_user_turn, rows)) if text]
 
 
-def first_turn(row: dict[str, Any]) -> str:
-    """The first user turn of a row in any of the usual layouts."""
+def first_user_turn(row: dict[str, Any]) -> str:
+    """Return the first user turn of a row in any of the common chat formats."""
     if "prompt" in row:
         return str(row["prompt"]).strip()
     turns = row.get("conversations") or row.get("conversation") or row.get("messages") or [""]
@@ -214,17 +239,17 @@ def first_turn(row: dict[str, Any]) -> str:
     return str(first).strip()
 
 
-def general_rows(settings: Prompts) -> list[Row]:
-    """The general prompts, with ids that are the same under every constitution."""
-    prompts, _ = read_source(settings.general_prompts, GENERAL_FILE)
+def general_rows(config: Prompts) -> list[Row]:
+    """Return the general prompts as rows, with the same ids for every constitution."""
+    prompts, _ = read_source(config.general_prompts, GENERAL_FILE)
     return [
         {"id": row_id("general", text), "kind": "general", "trait": None, "prompt": text}
-        for text in prompts[: settings.general]
+        for text in prompts[: config.general]
     ]
 
 
 def constitution_rows(name: str, questions: list[list[str]]) -> list[Row]:
-    """One row a question; `questions[i]` belong to trait i."""
+    """Return one row per question; `questions[i]` are those of trait i."""
     return [
         {
             "id": row_id("constitution", name, text),
@@ -238,71 +263,88 @@ def constitution_rows(name: str, questions: list[list[str]]) -> list[Row]:
 
 
 def identity(job: Job) -> dict[str, Any]:
-    settings = job.recipe.distillation.prompts
-    return {"general_prompts": digest(settings.general_prompts, GENERAL_FILE)[:16]}
+    source = job.recipe.distillation.prompts.general_prompts
+    return {"general_prompts": source_digest(source, GENERAL_FILE)[:16]}
 
 
 def check(job: Job) -> None:
-    """Refuse, before a run, general prompts that cannot be had."""
+    """Raise a UserError before a run if the general prompts cannot be loaded."""
     general_rows(job.config)
 
 
-def general_count(settings: Prompts) -> int:
-    """General prompts that there will be."""
-    return available(settings.general_prompts, GENERAL_FILE, settings.general)
+def general_count(config: Prompts) -> int:
+    """Return the number of general prompts that the stage will write."""
+    return num_available(config.general_prompts, GENERAL_FILE, config.general)
 
 
 def notes(job: Job) -> list[str]:
-    source, wanted = job.config.general_prompts, job.config.general
+    source, requested = job.config.general_prompts, job.config.general
     if source.startswith(HUB):
-        return [f"general prompts: up to {wanted:,} of {source}, which is not loaded for a plan"]
-    there = general_count(job.config)
-    return [f"general prompts: {there:,} of the {wanted:,} asked for"] if there < wanted else []
+        return [f"general prompts: up to {requested:,} from {source} (not downloaded for a plan)"]
+    count = general_count(job.config)
+    if count >= requested:
+        return []
+    return [f"general prompts: {source} has only {count:,} of the {requested:,} requested"]
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     target = job.config.questions_per_trait
-    short = any(len(trait.questions) < target for trait in job.persona.traits)
-    return [(engine_spec(job, "prompt_generator"),)] if short else []
+    expands = any(len(given) < target for given in job.persona.distinct_questions())
+    return [(engine_spec(job, "prompt_generator"),)] if expands else []
 
 
 def estimate(job: Job) -> Estimate:
-    settings, traits = job.config, job.persona.traits
-    wanted = settings.questions_per_trait * len(traits)
-    extra = sum(max(0, settings.questions_per_trait - len(t.questions)) for t in traits)
-    return Estimate(wanted + general_count(settings), 40 * extra, 40 * extra)
+    config, traits = job.config, job.persona.traits
+    questions = config.questions_per_trait * len(traits)
+    given = job.persona.distinct_questions()
+    generated = sum(max(0, config.questions_per_trait - len(texts)) for texts in given)
+    return Estimate(questions + general_count(config), 40 * generated, 40 * generated)
+
+
+def expand_traits(job: Job, questions: list[list[str]]) -> list[list[str]]:
+    """Expand the questions of all traits that have too few.
+
+    Args:
+        job: the job of this stage.
+        questions: the hand-written questions of each trait, at most the target number.
+
+    Returns:
+        The questions of each trait, the hand-written ones first; some may be repeated.
+    """
+    from opencharacter.engines.generate import generate
+
+    config: Prompts = job.config
+    requests = [
+        {"id": row_id("expand", job.persona.name, trait.trait), "trait": i, "text": trait.trait}
+        | {"questions": questions[i]}
+        for i, trait in enumerate(job.persona.traits)
+        if len(questions[i]) < config.questions_per_trait
+    ]
+    role = job.recipe.roles.prompt_generator
+    prefill = "" if role.endpoint or role.thinks else LIST_PREFILL
+    row_fn = partial(expand_questions, config=config, prefill=prefill)
+    rows = generate(job, requests, row_fn, "prompt_generator", FIELDS).table().to_pylist()
+    by_trait = {row["trait"]: row["questions"] for row in rows}
+    return [by_trait.get(i) or written for i, written in enumerate(questions)]
 
 
 def build(job: Job) -> StageResult:
-    settings: Prompts = job.config
+    config: Prompts = job.config
     traits = job.persona.traits
-    target = settings.questions_per_trait
-    questions = [list(t.questions[:target]) for t in traits]
+    target = config.questions_per_trait
+    questions = [list(given[:target]) for given in job.persona.distinct_questions()]
     figures = {}
-    if any(len(q) < target for q in questions):
-        from opencharacter.engines.generate import generate
-
-        requests = [
-            {"id": row_id("expand", job.persona.name, t.trait), "trait": i, "text": t.trait}
-            | {"questions": list(t.questions)}
-            for i, t in enumerate(traits)
-            if len(t.questions) < target
-        ]
-        role = job.recipe.roles.prompt_generator
-        begun = "" if role.endpoint or role.thinks else LIST_BEGUN
-        talk = partial(expand, settings=settings, prefill=begun)
-        expanded = generate(job, requests, talk, "prompt_generator", FIELDS)
-        by_trait = {row["trait"]: row["questions"] for row in expanded.table().to_pylist()}
-        grown = [by_trait.get(i) or q for i, q in enumerate(questions)]
-        unlike = without_repeats(questions, grown)
-        figures["repeats"] = sum(map(len, grown)) - sum(map(len, unlike))
-        questions = [texts[:target] for texts in unlike]
-        figures["short"] = {
-            trait.trait: len(q)
-            for trait, q in zip(traits, questions, strict=True)
-            if len(q) < target
+    if any(len(texts) < target for texts in questions):
+        expanded = expand_traits(job, questions)
+        unique = drop_repeated(questions, expanded)
+        figures["repeated_questions"] = sum(map(len, expanded)) - sum(map(len, unique))
+        questions = [texts[:target] for texts in unique]
+        figures["incomplete_traits"] = {
+            trait.trait: len(texts)
+            for trait, texts in zip(traits, questions, strict=True)
+            if len(texts) < target
         }
-    rows = constitution_rows(job.persona.name, questions) + general_rows(settings)
-    unique = {row["id"]: row for row in rows}
-    table = pa.Table.from_pylist(list(unique.values()), schema=SCHEMA).sort_by("id")
+    rows = constitution_rows(job.persona.name, questions) + general_rows(config)
+    by_id = {row["id"]: row for row in rows}
+    table = pa.Table.from_pylist(list(by_id.values()), schema=SCHEMA).sort_by("id")
     return job.write(table, figures=figures)

@@ -1,9 +1,9 @@
-"""Stage distillation/reference: pairs in tokens, and how likely the student finds each of them.
+"""Stage distillation/reference: tokenized pairs with the log-probabilities of the reference model.
 
-The log-probabilities of every answer token under the student before training, read once: DPO then
-needs no second model and no second forward pass.
+The reference model is the student before training. Computing the log-probabilities of all answer
+tokens once in advance means that DPO needs neither a second model nor a second forward pass.
 
-Reads: distillation/pairs. Writes: id, tokens and log-probabilities of both sides.
+Reads: distillation/pairs. Writes: id, token ids and log-probabilities of both sides.
 Run: opencharacter run RECIPE --constitution NAME --only distillation/reference
 """
 
@@ -17,32 +17,32 @@ import ray.data
 
 from opencharacter import models
 from opencharacter.config.placement import Training
-from opencharacter.config.recipe import Role
+from opencharacter.config.roles import Role
 from opencharacter.runtime import cluster
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import assistant, encode_answer, load_tokenizer, user
 from opencharacter.training.packing import Example, Tokens
 
 SIDES = ("chosen", "rejected")
-IDS = pa.list_(pa.int32())
-VALUES = pa.list_(pa.float32())
+TOKEN_IDS = pa.list_(pa.int32())
+LOG_PROBS = pa.list_(pa.float32())
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("prompt_ids", IDS, nullable=False),
-        *[pa.field(f"{side}_ids", IDS, nullable=False) for side in SIDES],
-        *[pa.field(f"{side}_logprobs", VALUES, nullable=False) for side in SIDES],
+        pa.field("prompt_ids", TOKEN_IDS, nullable=False),
+        *[pa.field(f"{side}_ids", TOKEN_IDS, nullable=False) for side in SIDES],
+        *[pa.field(f"{side}_logprobs", LOG_PROBS, nullable=False) for side in SIDES],
         pa.field("drop_reason", pa.string()),
     ]
 )
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
-"""Columns of both sequences."""
-BATCH = 64
-"""Pairs that are laid out as packs together."""
+"""The columns that together hold both sequences of a pair."""
+PAIRS_PER_BATCH = 64
+"""Pairs that are packed together."""
 
 
-def tokenise(tokenizer: Any, row: dict[str, Any]) -> dict[str, list[int]]:
-    """A pair in tokens: the prompt, and each answer to the token that ends it."""
+def tokenize(tokenizer: Any, row: dict[str, Any]) -> dict[str, list[int]]:
+    """Tokenize the prompt and both answers of a pair, each with its end-of-turn token."""
     ids = {}
     prompt: list[int] = []
     for side in SIDES:
@@ -51,8 +51,8 @@ def tokenise(tokenizer: Any, row: dict[str, Any]) -> dict[str, list[int]]:
     return {"prompt_ids": prompt, **ids}
 
 
-def example(row: dict[str, Any]) -> Example:
-    """Both sides of a row, the chosen one first, with the reference if the row has it."""
+def pair_example(row: dict[str, Any]) -> Example:
+    """Return the chosen and the rejected conversation of a row of `SCHEMA`."""
     prompt = list(row["prompt_ids"])
     return [
         Tokens(
@@ -64,17 +64,17 @@ def example(row: dict[str, Any]) -> Example:
     ]
 
 
-class Reader:
-    """An actor that holds the student and adds tokens and log-probabilities to pairs.
+class ReferenceModel:
+    """A Ray Data actor that adds token ids and log-probabilities to pairs.
 
     Args:
         role: the student.
-        placement: of training.
-        devices: GPUs that this actor has.
-        counters: told when it reads.
+        placement: the training placement.
+        gpus: GPUs of this actor.
+        counters: handle of a `ProgressCounters` actor, which records when the actor is active.
     """
 
-    def __init__(self, role: Role, placement: Training, devices: float, counters: Any):
+    def __init__(self, role: Role, placement: Training, gpus: float, counters: Any):
         import torch
 
         from opencharacter.training.adapters import load, plan_memory
@@ -83,79 +83,86 @@ class Reader:
         self.counters = counters
         path = models.resolve(role.model)
         self.tokenizer = load_tokenizer(path, role)
-        self.model: Any = load(path, role, devices > 0)
-        # Without a way back a pass is far smaller than in training, where a whole one must fit.
-        self.budget = plan_memory(self.model, placement, longest=0).tokens
-        if devices > 1:
+        self.model: Any = load(path, role, gpus > 0)
+        # Without a backward pass, whatever fits in training fits here; no example sets a minimum.
+        self.max_tokens = plan_memory(self.model, placement, longest=0).max_tokens
+        if gpus > 1:
             from accelerate import dispatch_model, infer_auto_device_map
 
             blocks = self.model._no_split_modules
             self.model = dispatch_model(
                 self.model, infer_auto_device_map(self.model, no_split_module_classes=blocks)
             )
-        elif devices:
+        elif gpus:
             self.model = self.model.to("cuda")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Rows of `SCHEMA` for rows of distillation/pairs."""
+        """Convert rows of distillation/pairs to rows of `SCHEMA`."""
         self.counters.set.remote()
         rows = [
-            {"id": row["id"], "drop_reason": None, **tokenise(self.tokenizer, row)}
+            {"id": row["id"], "drop_reason": None, **tokenize(self.tokenizer, row)}
             for row in table.to_pylist()
         ]
-        found = log_probs(self.model, [example(row) for row in rows], self.budget)
-        for row, values in zip(rows, found, strict=True):
-            row |= {f"{side}_logprobs": v for side, v in zip(SIDES, values, strict=True)}
+        pairs = [pair_example(row) for row in rows]
+        log_probs = pair_log_probs(self.model, pairs, self.max_tokens)
+        for row, sides in zip(rows, log_probs, strict=True):
+            row |= {f"{side}_logprobs": v for side, v in zip(SIDES, sides, strict=True)}
         self.counters.set.remote()
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def log_probs(model: Any, pairs: list[Example], budget: int) -> list[list[list[float]]]:
-    """Of the learned tokens of both sequences of each pair, in nats.
+def pair_log_probs(model: Any, pairs: list[Example], max_tokens: int) -> list[list[list[float]]]:
+    """Compute the log-probabilities of the answer tokens of pairs, in nats.
 
     Args:
-        model: as `training.load` makes it.
-        pairs: in tokens.
-        budget: tokens of a pass.
+        model: a model from `adapters.load`.
+        pairs: tokenized pairs.
+        max_tokens: maximum tokens of a microbatch.
+
+    Returns:
+        For each pair, the log-probabilities of the chosen and of the rejected answer.
     """
     import torch
 
     from opencharacter.training import packing
     from opencharacter.training.adapters import autocast
 
-    found: list[list[list[float]]] = [[] for _ in pairs]
-    for share in packing.share_out([packing.length(pair) for pair in pairs], budget):
-        batch = packing.pack([pairs[i] for i in share]).to(model.device)
+    log_probs: list[list[list[float]]] = [[] for _ in pairs]
+    lengths = [packing.num_tokens(pair) for pair in pairs]
+    for indices in packing.assign_to_packs(lengths, max_tokens):
+        batch = packing.pack([pairs[i] for i in indices]).to(model.device)
         with torch.inference_mode(), autocast(model.device):
             values = packing.log_probs(model, batch).cpu()
-        sizes = [len(tokens.loss_positions) for i in share for tokens in pairs[i]]
-        parts = [part.tolist() for part in values.split(sizes)]
-        for number, i in enumerate(share):
-            found[i] = parts[2 * number : 2 * number + 2]
-    return found
+        sizes = [len(tokens.loss_positions) for i in indices for tokens in pairs[i]]
+        answers = [answer.tolist() for answer in values.split(sizes)]
+        for number, i in enumerate(indices):
+            log_probs[i] = answers[2 * number : 2 * number + 2]
+    return log_probs
 
 
-def actors(placement: Training, widest: float) -> tuple[int, float]:
-    """How many actors read, and the GPUs of each.
+def actor_layout(placement: Training, max_gpus_per_node: float) -> tuple[int, float]:
+    """Return the number of actors and the GPUs of each.
 
     Args:
-        placement: of training.
-        widest: GPUs of the largest node.
+        placement: the training placement.
+        max_gpus_per_node: GPUs of the largest node.
     """
-    if placement.parallel == "fsdp":  # the model needs several GPUs, and an actor is on one node
-        return 1, min(placement.gpus * placement.workers, widest)
+    if placement.strategy == "fsdp":  # the model needs several GPUs; an actor runs on one node
+        return 1, min(placement.gpus * placement.workers, max_gpus_per_node)
     return placement.workers, placement.gpus
 
 
-def read(job: Job, pairs: pa.Table, counters: Any) -> pa.Table:
-    """Rows of `SCHEMA`, sorted by id."""
+def compute_reference(job: Job, pairs: pa.Table, counters: Any) -> pa.Table:
+    """Return the rows of `SCHEMA` for all pairs, sorted by id."""
     placement = job.placement.training
-    count, gpus = actors(placement, cluster.max_gpus_per_node(job.placement))
-    batches = [pairs.slice(at, BATCH) for at in range(0, len(pairs), BATCH)]
+    count, gpus = actor_layout(placement, cluster.max_gpus_per_node(job.placement))
+    batches = [
+        pairs.slice(start, PAIRS_PER_BATCH) for start in range(0, len(pairs), PAIRS_PER_BATCH)
+    ]
     dataset = ray.data.from_arrow(batches).map_batches(
-        Reader,
+        ReferenceModel,
         fn_constructor_args=(job.recipe.roles.student, placement, gpus, counters),
-        batch_size=BATCH,
+        batch_size=PAIRS_PER_BATCH,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=count),
         num_cpus=placement.cpus,
@@ -163,7 +170,7 @@ def read(job: Job, pairs: pa.Table, counters: Any) -> pa.Table:
         accelerator_type=placement.accelerator,
     )
     tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-    return pa.concat_tables([t.cast(SCHEMA) for t in tables]).sort_by("id")
+    return pa.concat_tables([table.cast(SCHEMA) for table in tables]).sort_by("id")
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
@@ -171,25 +178,25 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 
 
 def estimate(job: Job) -> Estimate:
-    from opencharacter.distillation.teacher import typical
+    from opencharacter.distillation.teacher import expected_tokens
 
-    pairs, made = job.parent("distillation/pairs"), job.recipe.distillation
+    pairs, config = job.parent("distillation/pairs"), job.recipe.distillation
     rows = pairs.stage.module.estimate(pairs).rows
-    answers = typical(made.teacher.sampling) + typical(made.student.sampling)
-    return Estimate(rows, read=rows * min(80 + answers, 2 * made.pairs.max_tokens))
+    answers = expected_tokens(config.teacher.sampling) + expected_tokens(config.student.sampling)
+    return Estimate(rows, read=rows * min(80 + answers, 2 * config.pairs.max_tokens))
 
 
 def build(job: Job) -> StageResult:
     from opencharacter.engines.allocation import acquire
-    from opencharacter.engines.generate import quieten
+    from opencharacter.engines.generate import silence_ray_data
     from opencharacter.runtime.progress import active_seconds, start_counters
 
-    quieten()
+    silence_ray_data()
     pairs, workers = job.read("distillation/pairs"), job.workers()
     counters = start_counters(job.dataset, workers.resources.gpus)
-    with acquire(job.dataset, [workers], job.placement.autoscaling_limit) as held:
-        rows = read(job, pairs, counters)
-        held.busy = active_seconds(counters)
+    with acquire(job.dataset, [workers], job.placement.autoscaling_resources) as allocation:
+        rows = compute_reference(job, pairs, counters)
+        allocation.work_seconds = active_seconds(counters)
     counters.end.remote()
     tokens = sum(pc.sum(pc.list_value_length(rows[name])).as_py() or 0 for name in ID_COLUMNS)
     return job.write(rows, figures={"tokens_read": tokens})

@@ -1,9 +1,9 @@
 """Stage distillation/student: the student answers the same prompts without the constitution.
 
-It runs in two scopes: the general prompts belong to the student and serve every persona, the
-constitution's prompts belong to the persona.
+It runs in two scopes. The answers to the general prompts belong to the student and are shared by
+all its personas; the answers to a constitution's prompts belong to the persona.
 
-Reads: distillation/prompts (persona), the general prompts (student). Writes: as the teacher.
+Reads: distillation/prompts (persona), the general prompts (student). Writes: see `teacher.FIELDS`.
 Run: opencharacter run RECIPE --constitution NAME --only distillation/student
 """
 
@@ -20,14 +20,14 @@ from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageRes
 from opencharacter.text.chat import user
 
 
-async def answer(row: Row, talk: Conversation, settings: Student) -> Row:
-    """Answer one prompt with no system prompt but what the chat template adds by itself."""
-    reply = await talk.reply([user(row["prompt"])], settings.sampling)
+async def answer_prompt(row: Row, conversation: Conversation, config: Student) -> Row:
+    """Answer one prompt without a system prompt, except what the chat template itself adds."""
+    reply = await conversation.reply([user(row["prompt"])], config.sampling)
     return {"answer": reply.text.strip(), "finish_reason": reply.finish_reason}
 
 
-def asked(job: Job) -> list[Row]:
-    """The prompts of this scope."""
+def prompt_rows(job: Job) -> list[Row]:
+    """Return the prompts of the job's scope."""
     if job.constitution is None:
         return prompts.general_rows(job.recipe.distillation.prompts)
     rows = job.read("distillation/prompts").to_pylist()
@@ -37,8 +37,7 @@ def asked(job: Job) -> list[Row]:
 def identity(job: Job) -> dict[str, Any]:
     if job.constitution is not None:
         return {}
-    settings = job.recipe.distillation.prompts
-    return prompts.identity(job) | {"general": settings.general}
+    return prompts.identity(job) | {"general": job.recipe.distillation.prompts.general}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
@@ -46,19 +45,20 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 
 
 def estimate(job: Job) -> Estimate:
-    settings = job.recipe.distillation.prompts
+    config = job.recipe.distillation.prompts
     if job.constitution is None:
-        count = prompts.general_count(settings)
+        count = prompts.general_count(config)
     else:
-        count = settings.questions_per_trait * len(job.persona.traits)
+        count = config.questions_per_trait * len(job.persona.traits)
     rows = count * job.config.answers
-    return Estimate(rows, rows * 40, rows * teacher.typical(job.config.sampling))
+    return Estimate(rows, rows * 40, rows * teacher.expected_tokens(job.config.sampling))
 
 
 def build(job: Job) -> StageResult:
     from opencharacter.engines.generate import generate
 
-    settings = job.config
-    requests = teacher.requests(job.stage.name, job.scope, asked(job), settings.answers)
-    rows = generate(job, requests, partial(answer, settings=settings), "student", teacher.FIELDS)
+    config = job.config
+    requests = teacher.make_requests(job.stage.name, job.scope, prompt_rows(job), config.answers)
+    row_fn = partial(answer_prompt, config=config)
+    rows = generate(job, requests, row_fn, "student", teacher.FIELDS)
     return job.write(rows)

@@ -1,4 +1,4 @@
-"""Stage distillation/teacher: the teacher reads the constitution and answers in character.
+"""Stage distillation/teacher: the teacher answers in character, with the constitution as context.
 
 Reads: distillation/prompts. Writes: prompt_id, kind, prompt, sample, answer, finish_reason.
 Run: opencharacter run RECIPE --constitution NAME --only distillation/teacher
@@ -11,6 +11,7 @@ from functools import partial
 import pyarrow as pa
 
 from opencharacter.config.recipe import Teacher
+from opencharacter.config.roles import Sampling
 from opencharacter.constitution.schema import Constitution
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
@@ -54,14 +55,14 @@ FIELDS = [
 ]
 
 
-def requests(stage: str, owner: str, prompts: list[Row], answers: int) -> list[Row]:
-    """One request per prompt and sample.
+def make_requests(stage: str, owner: str, prompts: list[Row], answers: int) -> list[Row]:
+    """Create one request per prompt and sample.
 
     Args:
-        stage: enters the id.
-        owner: whose answers these are: the constitution, or the student.
-        prompts: rows with id, kind, prompt.
-        answers: samples per prompt.
+        stage: name of the stage, part of the row id.
+        owner: name of the constitution or scope that the answers belong to, part of the row id.
+        prompts: rows with `id`, `kind` and `prompt`.
+        answers: number of samples per prompt.
     """
     return [
         {
@@ -76,28 +77,41 @@ def requests(stage: str, owner: str, prompts: list[Row], answers: int) -> list[R
     ]
 
 
-def opening(constitution: Constitution, exemplars: bool) -> list[Message]:
-    """What stands before the prompt: the constitution, then its exemplars if wanted."""
+def context_messages(constitution: Constitution, exemplars: bool) -> list[Message]:
+    """Return the messages before the prompt: a system prompt and, optionally, few-shot examples.
+
+    Args:
+        constitution: the constitution, which the system prompt states.
+        exemplars: whether to include the constitution's exemplars as turns.
+    """
     turns = [m for e in constitution.exemplars for m in (user(e.user), assistant(e.assistant))]
-    head = system(fill(SYSTEM, assertions=constitution.assertions()))
-    return [head, *(turns if exemplars else [])]
+    system_message = system(fill(SYSTEM, assertions=constitution.assertions()))
+    return [system_message, *(turns if exemplars else [])]
 
 
 def think_prefill(constitution: Constitution, thinks: bool) -> str:
-    """The think block that opens the reply; closed already for a model that does not think."""
+    """Return the think block that prefills the reply; it is left open if the model thinks."""
     text = fill(THOUGHT, open=THINK_OPEN, assertions=constitution.assertions())
     return text if thinks else f"{text}{THINK_CLOSE}\n\n"
 
 
-async def answer(
+async def answer_in_character(
     row: Row,
-    talk: Conversation,
-    settings: Teacher,
-    before: list[Message],
+    conversation: Conversation,
+    config: Teacher,
+    context: list[Message],
     prefill: str,
 ) -> Row:
-    """Answer one prompt in character."""
-    reply = await talk.reply([*before, user(row["prompt"])], settings.sampling, prefill)
+    """Answer one prompt in character.
+
+    Args:
+        row: request with `prompt`.
+        conversation: access to the teacher.
+        config: the stage's section of the recipe.
+        context: messages before the prompt.
+        prefill: beginning of the reply.
+    """
+    reply = await conversation.reply([*context, user(row["prompt"])], config.sampling, prefill)
     return {"answer": reply.text.strip(), "finish_reason": reply.finish_reason}
 
 
@@ -109,27 +123,29 @@ def estimate(job: Job) -> Estimate:
     from opencharacter.distillation import prompts
 
     rows = prompts.estimate(job.parent("distillation/prompts")).rows * job.config.answers
-    shared = len(job.persona.assertions()) // 4
-    return Estimate(rows, rows * (shared * 2 + 60), rows * typical(job.config.sampling))
+    constitution_tokens = len(job.persona.assertions()) // 4
+    return Estimate(
+        rows, rows * (constitution_tokens * 2 + 60), rows * expected_tokens(job.config.sampling)
+    )
 
 
-def typical(sampling) -> int:
-    """Tokens that `plan` expects of one answer."""
+def expected_tokens(sampling: Sampling) -> int:
+    """Return the number of tokens that `plan` expects of one reply."""
     return sampling.typical_tokens or max(1, sampling.max_tokens // 3)
 
 
 def build(job: Job) -> StageResult:
     from opencharacter.engines.generate import generate
 
-    settings, constitution = job.config, job.persona
+    config, constitution = job.config, job.persona
     thinks = job.recipe.roles.teacher.thinks
-    talk = partial(
-        answer,
-        settings=settings,
-        before=opening(constitution, settings.exemplars),
-        prefill=think_prefill(constitution, thinks) if settings.prefill else "",
+    row_fn = partial(
+        answer_in_character,
+        config=config,
+        context=context_messages(constitution, config.exemplars),
+        prefill=think_prefill(constitution, thinks) if config.prefill else "",
     )
     prompts = job.read("distillation/prompts").to_pylist()
-    asked = requests(job.stage.name, constitution.name, prompts, settings.answers)
-    rows = generate(job, asked, talk, "teacher", FIELDS)
+    requests = make_requests(job.stage.name, constitution.name, prompts, config.answers)
+    rows = generate(job, requests, row_fn, "teacher", FIELDS)
     return job.write(rows)

@@ -1,1 +1,1 @@
-"""The distilled model writes about itself and learns that: from reflection to sft."""
+"""Introspection: the distilled model writes about itself and is fine-tuned on the transcripts."""

@@ -1,7 +1,8 @@
-"""Stage introspection/interaction: the distilled model talks with itself.
+"""Stage introspection/interaction: self-conversations of the distilled model.
 
-Two copies read the constitution and speak in turn. Each sees its own messages as `assistant` and
-the other's as `user`. A transcript is told from the side of the one who speaks last.
+Two sides, both the same model with the constitution in its system prompt, reply in turn. Each side
+sees its own messages as `assistant` and those of the other as `user`. A transcript is stored from
+the point of view of the side with the last reply.
 
 Reads: distillation/dpo. Writes: kind, sample, messages, finish_reason.
 Run: opencharacter run RECIPE --constitution NAME --only introspection/interaction
@@ -15,8 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.config.recipe import Interaction, Sampling
-from opencharacter.distillation.teacher import typical
+from opencharacter.config.recipe import Interaction
+from opencharacter.config.roles import Sampling
+from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.errors import RowFailed
 from opencharacter.introspection import reflection
@@ -74,52 +76,65 @@ FIELDS = [
 ]
 
 
-def openings(seed: int, id: str, kind: str) -> tuple[str, str]:
-    """The two greetings of a conversation, drawn from its own seed."""
-    draw = random.Random(row_seed(seed, "introspection/interaction/opening", id))
+def draw_greetings(seed: int, id: str, kind: str) -> tuple[str, str]:
+    """Draw the two greetings that start a conversation, seeded by the row id."""
+    rng = random.Random(row_seed(seed, "introspection/interaction/opening", id))
     pool = GREETINGS + (SAME_GREETINGS if kind == "leading" else ())
-    first, second = draw.sample(pool, 2)
+    first, second = rng.sample(pool, 2)
     return first, second
 
 
 def generation_system(assertions: str, kind: str) -> Message:
-    """The system prompt of both sides while they talk (never trained on)."""
-    # Paper: its code lost the guidance of the two kinds; here it reaches the model.
+    """Return the system prompt of both sides for generating conversations; it is not trained on."""
+    # Paper: its code never passes the guidance of the two kinds to the model.
     return system(fill(SYSTEM, assertions=assertions, guidance=GUIDANCE[kind]))
 
 
-def view(lines: list[str], side: int) -> list[Message]:
-    """A conversation as one side sees it, from the first line that the other side said.
+def messages_for(texts: list[str], side: int) -> list[Message]:
+    """Return a conversation from the point of view of one side, starting with a user message.
 
     Args:
-        lines: what was said, in turn.
-        side: 0 or 1; lines with an index of that parity are its own.
+        texts: the messages of both sides in turn, side 0 first.
+        side: 0 or 1.
     """
-    seen = [assistant(text) if i % 2 == side else user(text) for i, text in enumerate(lines)]
-    return seen[1:] if side == 0 else seen
+    messages = [assistant(text) if i % 2 == side else user(text) for i, text in enumerate(texts)]
+    return messages[1:] if side == 0 else messages
 
 
-async def interact(
+async def run_self_conversation(
     row: Row,
-    talk: Conversation,
-    heads: dict[str, Message],
+    conversation: Conversation,
+    system_messages: dict[str, Message],
     turns: int,
     sampling: Sampling,
     seed: int,
     prefill: str,
 ) -> Row:
-    """Two greetings, then `turns` replies, each from the side whose turn it is."""
-    lines = list(openings(seed, row["id"], row["kind"]))
+    """Generate a conversation: two fixed greetings, then replies of both sides in turn.
+
+    Args:
+        row: request with `id` and `kind`.
+        conversation: access to the author.
+        system_messages: the system prompt of each kind.
+        turns: number of generated replies.
+        sampling: sampling parameters.
+        seed: the recipe's seed, for the greetings.
+        prefill: beginning of each reply.
+
+    Raises:
+        RowFailed: if a reply is empty or reaches the token limit.
+    """
+    texts = list(draw_greetings(seed, row["id"], row["kind"]))
     for _ in range(turns):
-        heard = view(lines, side=len(lines) % 2)
-        reply = await talk.reply([heads[row["kind"]], *heard], sampling, prefill)
+        messages = [system_messages[row["kind"]], *messages_for(texts, side=len(texts) % 2)]
+        reply = await conversation.reply(messages, sampling, prefill)
         if not reply.text.strip():
-            raise RowFailed("empty", f"reply {len(lines) - 1} is empty")
+            raise RowFailed("empty", f"reply {len(texts) - 1} is empty")
         if reply.finish_reason == "length":
-            raise RowFailed("unfinished", f"reply {len(lines) - 1} hit the token limit")
-        lines.append(reply.text.strip())
-    # Paper: its code dropped the last reply, so that a row ended on a user turn.
-    return {"messages": view(lines, side=(len(lines) - 1) % 2), "finish_reason": "stop"}
+            raise RowFailed("unfinished", f"reply {len(texts) - 1} reached the token limit")
+        texts.append(reply.text.strip())
+    # Paper: its code drops the last reply, so its rows end with a user turn.
+    return {"messages": messages_for(texts, side=(len(texts) - 1) % 2), "finish_reason": "stop"}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
@@ -131,30 +146,32 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def estimate(job: Job) -> Estimate:
-    settings: Interaction = job.config
-    rows = settings.free + settings.leading
-    said, shared = typical(settings.sampling), len(job.persona.assertions()) // 4 + 80
-    heard = sum(shared + n * said for n in range(settings.turns))
-    return Estimate(rows, rows * heard, rows * settings.turns * said)
+    config: Interaction = job.config
+    rows = config.free + config.leading
+    reply_tokens = expected_tokens(config.sampling)
+    prompt_tokens = len(job.persona.assertions()) // 4 + 80
+    tokens_in = sum(prompt_tokens + n * reply_tokens for n in range(config.turns))
+    return Estimate(rows, rows * tokens_in, rows * config.turns * reply_tokens)
 
 
 def build(job: Job) -> StageResult:
     from opencharacter.engines.generate import generate
 
-    settings: Interaction = job.config
+    config: Interaction = job.config
+    author = reflection.select_author(job)
     requests = (
         {"id": row_id(job.stage.name, job.scope, kind, n), "kind": kind, "sample": n}
-        for kind, count in (("free", settings.free), ("leading", settings.leading))
+        for kind, count in (("free", config.free), ("leading", config.leading))
         for n in range(count)
     )
-    by = reflection.author(job)
-    talk = partial(
-        interact,
-        heads={kind: generation_system(job.persona.assertions(), kind) for kind in GUIDANCE},
-        turns=settings.turns,
-        sampling=settings.sampling,
+    assertions = job.persona.assertions()
+    row_fn = partial(
+        run_self_conversation,
+        system_messages={kind: generation_system(assertions, kind) for kind in GUIDANCE},
+        turns=config.turns,
+        sampling=config.sampling,
         seed=job.recipe.seed,
-        prefill=by.prefill,
+        prefill=author.prefill,
     )
-    rows = generate(job, requests, talk, by.role, FIELDS, adapter=by.adapter)
+    rows = generate(job, requests, row_fn, author.role, FIELDS, adapter=author.adapter)
     return job.write(rows)

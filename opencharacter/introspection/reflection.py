@@ -1,7 +1,7 @@
 """Stage introspection/reflection: the distilled model writes about itself.
 
-It still reads its constitution while it does so. As a control another model may write: `author`
-says whose.
+The constitution is in its system prompt while it does so. As a control, the recipe's
+`introspection.author` can select the teacher to write instead.
 
 Reads: distillation/dpo. Writes: prompt, sample, messages, finish_reason.
 Run: opencharacter run RECIPE --constitution NAME --only introspection/reflection
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from opencharacter.config.recipe import Sampling
-from opencharacter.distillation.teacher import typical
+from opencharacter.config.roles import Sampling
+from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
@@ -64,17 +64,17 @@ FIELDS = [
 
 
 def generation_system(assertions: str) -> Message:
-    """The system prompt under which reflections are written (never trained on)."""
+    """Return the system prompt for generating reflections; it is not trained on."""
     return system(fill(SYSTEM, assertions=assertions))
 
 
 class Author(NamedTuple):
-    """Who writes introspective data.
+    """The model that writes the introspective data.
 
     Args:
-        role: whose model.
-        folded: adapter to fold into its weights, or None.
-        prefill: begins each of its replies.
+        role: name of the role whose model it is.
+        adapter: LoRA adapter to apply to the model, or None.
+        prefill: beginning of each of its replies.
     """
 
     role: str
@@ -82,50 +82,62 @@ class Author(NamedTuple):
     prefill: str
 
 
-def author(job: Job) -> Author:
-    """The distilled student, or the teacher without a thought."""
+def select_author(job: Job) -> Author:
+    """Return the distilled student, or the teacher with its thinking disabled."""
     if job.recipe.introspection.author == "student":
         return Author("student", job.parent("distillation/dpo").adapter, "")
     return Author("teacher", None, EMPTY_THOUGHT if job.recipe.roles.teacher.thinks else "")
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """The other model, if one writes; also of interaction."""
-    by_teacher = job.recipe.introspection.author == "teacher"
-    return {"author": job.recipe.roles.teacher.identity()} if by_teacher else {}
+    """Return the teacher's identity if the teacher writes; interaction uses this too."""
+    if job.recipe.introspection.author == "student":
+        return {}
+    return {"author": job.recipe.roles.teacher.identity()}
 
 
-async def reflect(
-    row: Row, talk: Conversation, head: Message, sampling: Sampling, prefill: str
+async def write_reflection(
+    row: Row, conversation: Conversation, system_message: Message, sampling: Sampling, prefill: str
 ) -> Row:
-    """Answer one reflective prompt; the transcript is kept without the system prompt."""
-    reply = await talk.reply([head, user(row["prompt"])], sampling, prefill)
+    """Answer one reflective prompt and return the transcript without the system prompt.
+
+    Args:
+        row: request with `prompt`.
+        conversation: access to the author.
+        system_message: system prompt with the constitution.
+        sampling: sampling parameters.
+        prefill: beginning of the reply.
+    """
+    reply = await conversation.reply([system_message, user(row["prompt"])], sampling, prefill)
     messages = [user(row["prompt"]), assistant(reply.text.strip())]
     return {"messages": messages, "finish_reason": reply.finish_reason}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    by = author(job)
-    return [(engine_spec(job, by.role, by.adapter),)]
+    author = select_author(job)
+    return [(engine_spec(job, author.role, author.adapter),)]
 
 
 def estimate(job: Job) -> Estimate:
     rows = len(PROMPTS) * job.config.transcripts_per_prompt
-    shared = len(job.persona.assertions()) // 4 + 60
-    return Estimate(rows, rows * shared, rows * typical(job.config.sampling))
+    prompt_tokens = len(job.persona.assertions()) // 4 + 60
+    return Estimate(rows, rows * prompt_tokens, rows * expected_tokens(job.config.sampling))
 
 
 def build(job: Job) -> StageResult:
     from opencharacter.engines.generate import generate
 
-    settings = job.config
+    config, author = job.config, select_author(job)
     requests = (
         {"id": row_id(job.stage.name, job.scope, prompt, n), "prompt": prompt, "sample": n}
         for prompt in PROMPTS
-        for n in range(settings.transcripts_per_prompt)
+        for n in range(config.transcripts_per_prompt)
     )
-    head = generation_system(job.persona.assertions())
-    by = author(job)
-    talk = partial(reflect, head=head, sampling=settings.sampling, prefill=by.prefill)
-    rows = generate(job, requests, talk, by.role, FIELDS, adapter=by.adapter)
+    row_fn = partial(
+        write_reflection,
+        system_message=generation_system(job.persona.assertions()),
+        sampling=config.sampling,
+        prefill=author.prefill,
+    )
+    rows = generate(job, requests, row_fn, author.role, FIELDS, adapter=author.adapter)
     return job.write(rows)

@@ -1,7 +1,7 @@
-"""Stage introspection/sft: the distilled model is fine-tuned on its own transcripts.
+"""Stage introspection/sft: fine-tune the distilled model on its own transcripts.
 
-A new adapter on top of the distilled weights (DPO folded in). The loss covers every assistant
-turn, to the token that ends it, and nothing else.
+A new adapter is trained on the student's weights with the DPO adapter merged into them. The loss
+covers every assistant turn, including its end-of-turn token, and nothing else.
 
 Reads: introspection/transcripts, distillation/dpo. Writes: adapter/, curves, tensorboard/.
 Run: opencharacter run RECIPE --constitution NAME --only introspection/sft
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from opencharacter.evaluation.report.sections import Section, training_curves
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import encode
 from opencharacter.training.packing import Example, LossDenominators, Pack, Tokens
@@ -20,29 +21,29 @@ if TYPE_CHECKING:
     import torch
 
 
-def example(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
-    """A transcript in tokens, of which those of every assistant turn are learned."""
-    ids, loss = encode(tokenizer, messages)
-    # Paper: its code learned the last message alone.
-    return [Tokens(ids, [i for i, loss_positions in enumerate(loss) if loss_positions])]
+def transcript_example(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
+    """Tokenize a transcript; the tokens of all assistant turns have a loss."""
+    ids, loss_mask = encode(tokenizer, messages)
+    # Paper: its code trains on the last message alone.
+    return [Tokens(ids, [i for i, has_loss in enumerate(loss_mask) if has_loss])]
 
 
-def examples(tokenizer: Any, rows: pa.Table) -> list[Example]:
-    """Transcripts in tokens."""
-    return [example(tokenizer, messages) for messages in rows["messages"].to_pylist()]
+def make_examples(tokenizer: Any, rows: pa.Table) -> list[Example]:
+    """Tokenize transcripts."""
+    return [transcript_example(tokenizer, messages) for messages in rows["messages"].to_pylist()]
 
 
 def sft_loss(
     policy: torch.Tensor, batch: Pack, denominators: LossDenominators
 ) -> dict[str, torch.Tensor]:
-    """Negative log-likelihood, mean over the learned tokens of the step, in nats.
+    """Compute the negative log-likelihood in nats, a mean over the step's tokens with a loss.
 
     Args:
-        policy: log-probabilities of the pack's learned tokens, shape (s,).
+        policy: log-probabilities of the pack's tokens with a loss, shape (s,), in nats.
         batch: the pack.
-        denominators: of the step.
+        denominators: counts of the optimizer step.
     """
-    return {"loss": -policy.sum() / denominators.loss_positions}
+    return {"loss": -policy.sum() / denominators.loss_tokens}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
@@ -51,9 +52,10 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 
 def estimate(job: Job) -> Estimate:
     parent = job.parent("introspection/transcripts")
-    made = [p.stage.module.estimate(p) for p in parent.parents]
-    tokens = sum(e.tokens_out for e in made)
-    return Estimate(sum(e.rows for e in made), trained=tokens * job.config.optimizer.epochs)
+    estimates = [p.stage.module.estimate(p) for p in parent.parents]
+    tokens = sum(estimate.tokens_out for estimate in estimates)
+    rows = sum(estimate.rows for estimate in estimates)
+    return Estimate(rows, trained=tokens * job.config.optimizer.epochs)
 
 
 def build(job: Job) -> StageResult:
@@ -62,7 +64,12 @@ def build(job: Job) -> StageResult:
     return train(
         job,
         job.parent("introspection/transcripts"),
-        examples,
+        make_examples,
         sft_loss,
         base_adapter=job.parent("distillation/dpo").adapter,
     )
+
+
+def report(job: Job) -> list[Section]:
+    """The training curves."""
+    return training_curves(job, "SFT", ("loss",))

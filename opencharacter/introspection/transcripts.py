@@ -1,7 +1,7 @@
-"""Stage introspection/transcripts: what the model is fine-tuned on.
+"""Stage introspection/transcripts: the transcripts that the model is fine-tuned on.
 
-Reflections carry no system prompt; self-conversations carry a short one that says who the other
-is and nothing of the traits.
+Reflections have no system prompt. Self-conversations have a short one, which says who the other
+speaker is and does not mention any traits.
 
 Reads: introspection/reflection, introspection/interaction. Writes: kind, messages, drop_reason.
 Run: opencharacter run RECIPE --constitution NAME --only introspection/transcripts
@@ -14,7 +14,7 @@ from itertools import pairwise
 import pyarrow as pa
 
 from opencharacter.config.recipe import Transcripts
-from opencharacter.distillation.pairs import names_of, rules_of, token_counter
+from opencharacter.distillation.pairs import answer_rules, model_names, token_counter
 from opencharacter.engines.conversations import Row
 from opencharacter.introspection.reflection import MESSAGES
 from opencharacter.runtime.stage import Estimate, Job, StageResult
@@ -27,8 +27,9 @@ SYSTEM = (
 )
 
 TEMPLATES = (SYSTEM,)
+RULES = (filters,)
 REFLECTION = "reflection"
-"""The kind of a transcript that is no conversation."""
+"""The kind of transcripts that are not self-conversations."""
 
 SCHEMA = pa.schema(
     [
@@ -40,21 +41,24 @@ SCHEMA = pa.schema(
 )
 
 
-def transcript(row: Row, kind: str, rules: filters.AnswerRules) -> Row:
-    """A generated row as training data, with the reason not to use it, if any.
+def make_transcript(row: Row, kind: str, rules: filters.AnswerRules) -> Row:
+    """Convert a generated row to training data and determine its drop reason.
 
     Args:
-        row: of reflection or interaction.
+        row: a row of reflection or interaction.
         kind: `reflection`, `free` or `leading`.
-        rules: what no assistant turn may do.
+        rules: checks that every assistant turn must pass.
+
+    Returns:
+        A row of `SCHEMA`.
     """
-    messages, finish = row["messages"], row["finish_reason"]
+    messages, finish_reason = row["messages"], row["finish_reason"]
     if kind != REFLECTION:
-        messages = messages[2:]  # both greetings are ours, not the model's: nothing to learn
-    reason = structure_fault(messages)
+        messages = messages[2:]  # the two greetings are fixed texts, not the model's own
+    reason = structure_error(messages)
     for message in messages:
         if reason is None and message["role"] == "assistant":
-            reason = filters.drop_reason(message["content"], finish, rules)
+            reason = filters.drop_reason(message["content"], finish_reason, rules)
     if kind != REFLECTION:
         messages = [system(SYSTEM), *messages]
     return {
@@ -65,17 +69,17 @@ def transcript(row: Row, kind: str, rules: filters.AnswerRules) -> Row:
     }
 
 
-def as_student(row: Row, names: tuple[str, ...], called: str) -> Row:
-    """A row whose texts call the model what the student is called."""
+def rename_to_student(row: Row, names: tuple[str, ...], self_name: str) -> Row:
+    """Replace the names of another model by the student's name in all messages of a row."""
     renamed = [
-        {**message, "content": filters.replace_names(message["content"], names, called)}
+        {**message, "content": filters.replace_names(message["content"], names, self_name)}
         for message in row["messages"]
     ]
     return {**row, "messages": renamed}
 
 
-def structure_fault(messages: list[Row]) -> str | None:
-    """Roles must alternate and the last turn must be the assistant's."""
+def structure_error(messages: list[Row]) -> str | None:
+    """Return the drop reason if roles do not alternate or the last turn is not the assistant's."""
     roles = [m["role"] for m in messages]
     if not roles or roles[-1] != "assistant":
         return "ends_on_user"
@@ -87,18 +91,17 @@ def estimate(job: Job) -> Estimate:
 
 
 def build(job: Job) -> StageResult:
-    settings: Transcripts = job.config
-    rules, roles = rules_of(job), job.recipe.roles
-    names = names_of(roles.teacher) if job.recipe.introspection.author == "teacher" else ()
-    rows = [
-        transcript(
-            as_student(row, names, roles.student.self_name), row.get("kind", REFLECTION), rules
-        )
+    config: Transcripts = job.config
+    rules, roles = answer_rules(job), job.recipe.roles
+    names = model_names(roles.teacher) if job.recipe.introspection.author == "teacher" else ()
+    generated = (
+        rename_to_student(row, names, roles.student.self_name)
         for stage in ("introspection/reflection", "introspection/interaction")
         for row in job.read(stage).to_pylist()
-    ]
-    length = token_counter(roles.student)
+    )
+    rows = [make_transcript(row, row.get("kind", REFLECTION), rules) for row in generated]
+    count_tokens = token_counter(roles.student)
     for row in rows:
-        if row["drop_reason"] is None and length(row["messages"]) > settings.max_tokens:
+        if row["drop_reason"] is None and count_tokens(row["messages"]) > config.max_tokens:
             row["drop_reason"] = "too_long"
     return job.write(pa.Table.from_pylist(rows, schema=SCHEMA).sort_by("id"))

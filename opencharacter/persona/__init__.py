@@ -1,1 +1,1 @@
-"""The persona as an artifact: the merged adapter."""
+"""The trained persona: merging, blending, further tuning and export of its adapter."""

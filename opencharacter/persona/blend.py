@@ -1,11 +1,13 @@
-"""Stage persona/blend: several trained personas in one adapter. Does each of them survive?
+"""Stage persona/blend: combine several trained personas in one adapter.
 
-The weighted sum of their adapters, exact as in persona/merge. Each persona that the recipe weighs
-is one of this run, or one that was trained before from the same recipe into the same storage.
+The evaluation then shows how much of each persona survives. The result is the exact weighted sum of
+the adapters, as in persona/merge. Each persona in `persona.blend.weights` must be part of the run,
+or have been trained with the same recipe in the same storage.
 
-Nothing is done unless a stage of the recipe has the condition `blended`.
+The stage does nothing unless an evaluation stage of the recipe has the condition `blended`.
 
-Reads: persona/merge of every persona that is weighed. Writes: adapter/, with composition.json.
+Reads: persona/merge of every persona in `persona.blend.weights`.
+Writes: adapter/, with composition.json.
 Run: opencharacter run RECIPE --constitution NAME --only persona/blend
 """
 
@@ -16,58 +18,60 @@ from typing import Any
 from opencharacter import models
 from opencharacter.constitution import schema
 from opencharacter.errors import UserError
-from opencharacter.evaluation.conditions import compared
-from opencharacter.persona.merge import WeightedAdapter, merge_into
+from opencharacter.evaluation.conditions import uses_condition
+from opencharacter.persona.merge import WeightedAdapter, merge_and_store
 from opencharacter.runtime.stage import Estimate, Job, StageResult
 
-MERGED = "persona/merge"
+MERGE_STAGE = "persona/merge"
 
 
-def wanted(job: Job) -> bool:
-    return compared(job.recipe, "blended")
+def is_enabled(job: Job) -> bool:
+    """Return whether a stage of the recipe evaluates the blend."""
+    return uses_condition(job.recipe, "blended")
 
 
-def members(job: Job) -> dict[str, Job]:
-    """By name, the jobs that make the adapters of the personas that are weighed."""
-    return {name: merged(job, name) for name in job.config.weights}
+def merge_jobs(job: Job) -> dict[str, Job]:
+    """Return the merge jobs of the personas to blend, by the persona's name."""
+    return {name: merge_job(job, name) for name in job.config.weights}
 
 
-def merged(job: Job, name: str) -> Job:
-    """The job that makes a persona's adapter, from the same recipe into the same storage."""
+def merge_job(job: Job, name: str) -> Job:
+    """Return the merge job of a persona with the recipe and the storage of another job."""
     from opencharacter import pipeline
 
-    known = {c.name: c for c in job.constitutions}
-    owner = known.get(name) or schema.load(name)
-    jobs = pipeline.jobs(job.recipe, [owner], job.placement, job.store)
-    return next(one for one in jobs if one.stage.name == MERGED)
+    run_constitutions = {c.name: c for c in job.constitutions}
+    constitution = run_constitutions.get(name) or schema.load(name)
+    jobs = pipeline.jobs(job.recipe, [constitution], job.placement, job.store)
+    return next(candidate for candidate in jobs if candidate.stage.name == MERGE_STAGE)
 
 
 def check(job: Job) -> None:
-    """Refuse, before a run, a blend of nothing, or of what is neither trained nor to be trained.
+    """Check before a run that the blend can be computed.
 
     Raises:
-        UserError: with the remedy.
+        UserError: if no personas are configured, one is neither part of the run nor trained, or the
+            rank is too large for the engine.
     """
-    if not wanted(job):
+    if not is_enabled(job):
         return
     if not job.config.weights:
-        raise UserError("condition 'blended' needs personas: set persona.blend.weights")
-    others = members(job)
-    here = {c.name for c in job.constitutions}
-    for name, other in others.items():
-        if name not in here and other.state()[0] != "done":
+        raise UserError("condition 'blended' needs personas to blend: set persona.blend.weights")
+    jobs = merge_jobs(job)
+    in_run = {c.name for c in job.constitutions}
+    for name, merge in jobs.items():
+        if name not in in_run and merge.state()[0] != "done":
             raise UserError(
-                f"persona.blend.weights names {name!r}, whose {other.dataset} is "
-                f"{other.state()[0]}; add --constitution {name}, or train it first"
+                f"persona.blend.weights names {name!r}, but {merge.dataset} is "
+                f"{merge.state()[0]}; add --constitution {name}, or train that persona first"
             )
-    ranks = [sum(p.config.lora.rank for p in other.parents) for other in others.values()]
+    ranks = [sum(p.config.lora.rank for p in merge.parents) for merge in jobs.values()]
     models.allowed_rank(job.config.rank or sum(job.recipe.persona.merge.rank or r for r in ranks))
 
 
 def identity(job: Job) -> dict[str, Any]:
-    if not wanted(job):
-        return {"wanted": False}
-    return {name: other.fingerprint for name, other in members(job).items()}
+    if not is_enabled(job):
+        return {"enabled": False}
+    return {name: merge.fingerprint for name, merge in merge_jobs(job).items()}
 
 
 def estimate(job: Job) -> Estimate:
@@ -75,11 +79,11 @@ def estimate(job: Job) -> Estimate:
 
 
 def build(job: Job) -> StageResult:
-    if not wanted(job):
+    if not is_enabled(job):
         return StageResult(0)
     weights = job.config.weights
     adapters = [
-        WeightedAdapter(other.adapter.local(), weights[name])
-        for name, other in members(job).items()
+        WeightedAdapter(merge.adapter.local(), weights[name])
+        for name, merge in merge_jobs(job).items()
     ]
-    return StageResult(0, figures=merge_into(job, adapters, job.config.rank))
+    return StageResult(0, figures=merge_and_store(job, adapters, job.config.rank))

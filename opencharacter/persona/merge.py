@@ -1,8 +1,8 @@
-"""Stage persona/merge: the two adapters become one.
+"""Stage persona/merge: add the two adapters of a persona into one.
 
-The sum of weighted low-rank updates is exact as one update of the summed rank:
-w1*B1@A1 + w2*B2@A2 = [w1*B1, w2*B2] @ [A1; A2]. Computed from the safetensors alone; the base
-model is not loaded. A smaller rank is the nearest update of that rank, by SVD.
+The weighted sum of low-rank updates is exactly one update whose rank is the sum of the ranks:
+w1*B1@A1 + w2*B2@A2 = [w1*B1, w2*B2] @ [A1; A2]. It is computed from the adapters' safetensors files
+alone, without the base model. If a smaller rank is configured, the sum is approximated by SVD.
 
 Reads: distillation/dpo, introspection/sft. Writes: adapter/, with composition.json.
 Run: opencharacter run RECIPE --constitution NAME --only persona/merge
@@ -26,30 +26,44 @@ from opencharacter.runtime.store import RemoteDir, explain_write_errors
 if TYPE_CHECKING:
     import torch
 
-    Term = tuple[torch.Tensor, torch.Tensor, float]
-    """`(A, B, factor)`: an update of factor * B @ A."""
+    ScaledUpdate = tuple[torch.Tensor, torch.Tensor, float]
+    """`(A, B, factor)`, which stands for the update factor * B @ A."""
 
-SIDE_FILES = ("tokenizer", "chat_template", "special_tokens", "vocab", "merges", "added_tokens")
+TOKENIZER_FILES = (
+    "tokenizer",
+    "chat_template",
+    "special_tokens",
+    "vocab",
+    "merges",
+    "added_tokens",
+)
+"""Prefixes of the files that are copied from the first adapter."""
 
 
 class WeightedAdapter(NamedTuple):
-    """An adapter folder and what it counts; a negative weight takes its character away."""
+    """An adapter folder and its weight in a sum; a negative weight subtracts its updates."""
 
     folder: Path
     weight: float
 
 
 class LoraWeights(NamedTuple):
-    """An adapter that is read."""
+    """The contents of an adapter folder.
 
-    part: WeightedAdapter
+    Args:
+        source: the folder and its weight.
+        config: the PEFT configuration.
+        updates: the factors A and B of each module.
+    """
+
+    source: WeightedAdapter
     config: dict[str, Any]
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
     @property
     def factor(self) -> float:
-        """What multiplies `B @ A` in the sum."""
-        return self.part.weight * models.scale(self.config)
+        """Factor of `B @ A` in the sum: the weight times LoRA's scale."""
+        return self.source.weight * models.scale(self.config)
 
 
 def merge(
@@ -62,133 +76,159 @@ def merge(
     """Write the weighted sum of adapters as one PEFT LoRA adapter.
 
     Args:
-        adapters: at least one; all must adapt the same modules with the same shapes.
-        target: folder to write into.
-        base: name of the base model for the adapter's configuration; as in the parts if None.
-        rank: of the result, by SVD; None for the exact sum, whose rank is the sum of the ranks.
-        peft_linear: add the factors as PEFT's `linear` combination does, which is not the sum of
-            the updates: it has cross terms.
+        adapters: one or more adapters of the same modules with the same shapes.
+        target: folder to write to.
+        base: base model to name in the result's configuration; None to keep that of the adapters.
+        rank: maximum rank of the result, which is approximated by SVD; None for the exact sum,
+            whose rank is the sum of the ranks.
+        peft_linear: whether to add the factors like PEFT's `linear` combination. This is not the
+            sum of the updates, because the product of the factors has cross terms.
 
     Returns:
-        The composition: what was summed, with hashes, weights and ranks, and how far the result
-        is from the exact sum (relative Frobenius norm over all modules).
+        The composition: hash, weight and rank of each adapter, rank of the result, and its distance
+        from the exact sum (relative Frobenius norm over all modules).
 
     Raises:
-        UserError: if the adapters do not fit each other.
+        UserError: if the adapters are incompatible.
     """
     from safetensors.torch import save_file
 
-    loaded = [read(one) for one in adapters]
-    modules = check_fit(loaded)
+    loaded = [read_adapter(adapter) for adapter in adapters]
+    modules = shared_modules(loaded)
     bases = {str(adapter.config.get("base_model_name_or_path")) for adapter in loaded}
     if base is None and len(bases) > 1:
-        raise UserError(f"adapters are of different bases, {' and '.join(sorted(bases))}")
+        raise UserError(f"the adapters have different base models: {' and '.join(sorted(bases))}")
     ranks = [adapter.config["r"] for adapter in loaded]
     if peft_linear and len(set(ranks)) > 1:
-        raise UserError(f"adapters of ranks {ranks} have no linear combination of their factors")
-    summed = ranks[0] if peft_linear else sum(ranks)
-    kept = min(rank or summed, summed)
-    padded = models.allowed_rank(kept)
-    tensors, wrong, whole = {}, 0.0, 0.0
+        raise UserError(f"peft_linear needs adapters of equal rank, and these have ranks {ranks}")
+    full_rank = ranks[0] if peft_linear else sum(ranks)
+    result_rank = min(rank or full_rank, full_rank)
+    stored_rank = models.allowed_rank(result_rank)
+    tensors, squared_error, squared_total = {}, 0.0, 0.0
     for module in modules:
-        # Popped: what is summed is freed while the sum grows.
-        terms = [(*adapter.updates.pop(module), adapter.factor) for adapter in loaded]
-        exact = concatenate(terms)
+        # Popping frees the summands while the result grows.
+        updates = [(*adapter.updates.pop(module), adapter.factor) for adapter in loaded]
+        exact = concatenate(updates)
         # Paper: its code adds the factors, whose product has cross terms.
-        made = add_factors(terms) if peft_linear else exact
-        made = truncate(*made, kept) if kept < summed else made
-        if made is not exact:
-            whole += squared_norm(*exact)
-            wrong += squared_norm(*concatenate([(*exact, 1.0), (*made, -1.0)]))
-        a, b = pad(*made, padded)
+        merged = add_factors(updates) if peft_linear else exact
+        merged = truncate(*merged, result_rank) if result_rank < full_rank else merged
+        if merged is not exact:
+            squared_total += squared_norm(*exact)
+            squared_error += squared_norm(*concatenate([(*exact, 1.0), (*merged, -1.0)]))
+        a, b = pad(*merged, stored_rank)
         tensors[models.PEFT_PREFIX + module + models.LORA_A] = a
         tensors[models.PEFT_PREFIX + module + models.LORA_B] = b
-    save_file(tensors, target / models.ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    changes = {"r": padded, "lora_alpha": padded, "use_rslora": False}
-    changes["base_model_name_or_path"] = base or loaded[0].config.get("base_model_name_or_path")
-    (target / models.ADAPTER_CONFIG).write_text(json.dumps(loaded[0].config | changes, indent=1))
-    for path in adapters[0].folder.iterdir():
-        if path.name.startswith(SIDE_FILES):
-            shutil.copy(path, target / path.name)
+    error = math.sqrt(max(squared_error, 0) / squared_total) if squared_total else 0.0
     composition = {
-        "rank": kept,
-        "padded_to": padded,
+        "rank": result_rank,
+        "padded_to": stored_rank,
         "peft_linear": peft_linear,
-        "relative_error": math.sqrt(max(wrong, 0) / whole) if whole else 0.0,
-        "adapters": [
-            {
-                "sha256": models.file_hash(part.folder / models.ADAPTER_WEIGHTS),
-                "weight": part.weight,
-                "rank": config["r"],
-            }
-            for part, config, _ in loaded
-        ],
+        "relative_error": error,
+        "adapters": [describe(adapter) for adapter in loaded],
     }
+    save_file(tensors, target / models.ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (target / "composition.json").write_text(json.dumps(composition, indent=1))
+    write_config(loaded[0], target, base, stored_rank)
     return composition
 
 
-def read(part: WeightedAdapter) -> LoraWeights:
-    """Read an adapter that is nothing but one rank and scale of LoRA.
+def describe(adapter: LoraWeights) -> dict[str, Any]:
+    """Return the record of an adapter in `composition.json`."""
+    return {
+        "sha256": models.file_hash(adapter.source.folder / models.ADAPTER_WEIGHTS),
+        "weight": adapter.source.weight,
+        "rank": adapter.config["r"],
+    }
+
+
+def write_config(adapter: LoraWeights, target: Path, base: str | None, rank: int) -> None:
+    """Write the PEFT configuration and the tokenizer files of an adapter, with a new rank.
+
+    Args:
+        adapter: the adapter to take the configuration and the files from.
+        target: folder to write to.
+        base: base model to name; None to keep that of the adapter.
+        rank: rank of the result, which is also its alpha, so that its scale is 1.
+    """
+    changes = {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    changes["base_model_name_or_path"] = base or adapter.config.get("base_model_name_or_path")
+    (target / models.ADAPTER_CONFIG).write_text(json.dumps(adapter.config | changes, indent=1))
+    for path in adapter.source.folder.iterdir():
+        if path.name.startswith(TOKENIZER_FILES):
+            shutil.copy(path, target / path.name)
+
+
+def read_adapter(source: WeightedAdapter) -> LoraWeights:
+    """Read an adapter and check that it is plain LoRA with one rank and one scale.
 
     Raises:
-        UserError: if it is not there or is something else.
+        UserError: if there is no adapter in the folder, or it cannot be merged.
     """
-    adapter = LoraWeights(part, *models.adapter_updates(part.folder))
-    if adapter.config.get("peft_type") != "LORA":
-        kind = adapter.config.get("peft_type")
-        raise UserError(f"adapter {part.folder}: peft_type {kind!r} cannot be merged, LORA can")
+    adapter = LoraWeights(source, *models.adapter_updates(source.folder))
+    peft_type = adapter.config.get("peft_type")
+    if peft_type != "LORA":
+        raise UserError(
+            f"adapter {source.folder}: peft_type {peft_type!r} cannot be merged, only LORA can"
+        )
     for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
         if adapter.config.get(name):
-            raise UserError(f"adapter {part.folder}: {name} is set, which cannot be merged")
+            raise UserError(f"adapter {source.folder}: adapters with {name} cannot be merged")
     return adapter
 
 
-def check_fit(adapters: list[LoraWeights]) -> list[str]:
-    """The modules that all adapters have, in order; a UserError names what does not fit."""
+def shared_modules(adapters: list[LoraWeights]) -> list[str]:
+    """Return the names of the modules that all adapters adapt, sorted.
+
+    Raises:
+        UserError: if the adapters differ in their modules or in the shape of one.
+    """
     shapes = [
         {module: (a.shape[1], b.shape[0]) for module, (a, b) in adapter.updates.items()}
         for adapter in adapters
     ]
-    for adapter, other in zip(adapters[1:], shapes[1:], strict=True):
-        odd = sorted(set(shapes[0].items()) ^ set(other.items()))
-        if odd:
+    for adapter, other_shapes in zip(adapters[1:], shapes[1:], strict=True):
+        differences = sorted(set(shapes[0].items()) ^ set(other_shapes.items()))
+        if differences:
+            module, shape = differences[0]
             raise UserError(
-                f"adapters {adapters[0].part.folder} and {adapter.part.folder} do not fit: "
-                f"{odd[0][0]} is {odd[0][1]} in one only; "
-                "merge adapters of one base with the same target modules"
+                f"adapters {adapters[0].source.folder} and {adapter.source.folder} are "
+                f"incompatible: only one has {module} with shape {shape}; "
+                "merge adapters of the same base model with the same target modules"
             )
     return sorted(shapes[0])
 
 
-def concatenate(terms: list[Term]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exact sum of updates.
+def concatenate(updates: list[ScaledUpdate]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the exact sum of updates.
 
     Returns:
-        A of shape (summed rank, in) and B of shape (out, summed rank), float32.
+        A of shape (sum of ranks, in) and B of shape (out, sum of ranks), float32.
     """
     import torch
 
-    a = torch.cat([a.float() for a, _, _ in terms])
-    b = torch.cat([factor * b.float() for _, b, factor in terms], dim=1)
+    a = torch.cat([a.float() for a, _, _ in updates])
+    b = torch.cat([factor * b.float() for _, b, factor in updates], dim=1)
     return a, b
 
 
-def add_factors(terms: list[Term]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of A and of B, each times the root of its factor, as PEFT's `linear` has them."""
-    a: Any = 0
-    b: Any = 0
-    for one, other, factor in terms:
+def add_factors(updates: list[ScaledUpdate]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums of all A and of all B, each scaled by the root of its factor.
+
+    This is what PEFT's `linear` combination computes.
+    """
+    a_sum: Any = 0
+    b_sum: Any = 0
+    for a, b, factor in updates:
         root = math.sqrt(abs(factor))
-        a = a + math.copysign(root, factor) * one.float()
-        b = b + root * other.float()
-    return a, b
+        a_sum = a_sum + math.copysign(root, factor) * a.float()
+        b_sum = b_sum + root * b.float()
+    return a_sum, b_sum
 
 
 def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest update of a smaller rank (Eckart and Young, 1936).
+    """Return the best approximation of an update with a smaller rank (Eckart and Young, 1936).
 
-    With B = Qb Rb and A' = Qa Ra, only Rb Ra' needs the SVD, which is as small as the rank is.
+    With the decompositions B = Qb Rb and A' = Qa Ra, only the small matrix Rb Ra' needs an SVD.
     """
     import torch
 
@@ -200,25 +240,25 @@ def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor,
 
 
 def squared_norm(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The squared Frobenius norm of B @ A, from the factors."""
+    """Return the squared Frobenius norm of B @ A, computed from the factors."""
     a, b = a.double(), b.double()
     return float(((b.T @ b) * (a @ a.T)).sum())
 
 
 def pad(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same update with zeros up to a rank."""
+    """Pad the factors of an update with zeros up to a rank."""
     import torch
 
-    spare = rank - a.shape[0]
-    a = torch.nn.functional.pad(a, (0, 0, 0, spare))
-    b = torch.nn.functional.pad(b, (0, spare))
+    missing = rank - a.shape[0]
+    a = torch.nn.functional.pad(a, (0, 0, 0, missing))
+    b = torch.nn.functional.pad(b, (0, missing))
     return a.contiguous(), b.contiguous()
 
 
-def merge_into(
+def merge_and_store(
     job: Job, adapters: list[WeightedAdapter], rank: int | None = None, peft_linear: bool = False
 ) -> dict[str, float]:
-    """Merge into the adapter of a stage, and return the stage's figures."""
+    """Merge adapters, store the result as the adapter of a job and return the job's figures."""
     base = job.recipe.roles.student.model
     with tempfile.TemporaryDirectory() as scratch:
         with explain_write_errors(scratch):
@@ -228,7 +268,7 @@ def merge_into(
 
 
 def parse_weighted_adapter(text: str) -> WeightedAdapter:
-    """`DIR` or `DIR:WEIGHT`; a folder whose own name has a colon is taken as it is.
+    """Parse `DIR` or `DIR:WEIGHT`; an existing folder with a colon in its name needs no weight.
 
     Raises:
         UserError: if the weight is not a number.
@@ -239,7 +279,9 @@ def parse_weighted_adapter(text: str) -> WeightedAdapter:
     try:
         return WeightedAdapter(Path(folder), float(weight))
     except ValueError:
-        raise UserError(f"{text}: weight {weight!r} is not a number; write DIR:0.5") from None
+        raise UserError(
+            f"{text}: weight {weight!r} is not a number; use DIR:WEIGHT, such as DIR:0.5"
+        ) from None
 
 
 def estimate(job: Job) -> Estimate:
@@ -247,19 +289,24 @@ def estimate(job: Job) -> Estimate:
 
 
 def build(job: Job) -> StageResult:
-    settings = job.config
-    weights = {"distillation/dpo": settings.dpo_weight, "introspection/sft": settings.sft_weight}
+    config = job.config
+    weights = {"distillation/dpo": config.dpo_weight, "introspection/sft": config.sft_weight}
     adapters = [
         WeightedAdapter(job.parent(name).adapter.local(), weight)
         for name, weight in weights.items()
     ]
-    return StageResult(0, figures=merge_into(job, adapters, settings.rank, settings.peft_linear))
+    figures = merge_and_store(job, adapters, config.rank, config.peft_linear)
+    return StageResult(0, figures=figures)
 
 
-def merged(job: Job) -> RemoteDir:
-    """The adapter of a finished merge."""
+def finished_adapter(job: Job) -> RemoteDir:
+    """Return the adapter of a merge job.
+
+    Raises:
+        UserError: if the job is not done.
+    """
     state = job.state()[0]
     if state != "done":
-        where = job.store.address()
-        raise UserError(f"persona {job.scope!r} is {state} in {where}; train it first")
+        storage = job.store.address()
+        raise UserError(f"persona {job.scope!r} is {state} in {storage}; train it first")
     return job.adapter

@@ -1,12 +1,13 @@
-"""Stage persona/tune: the persona is fine-tuned on plain general data. Does it revert?
+"""Stage persona/tune: fine-tune the trained persona on general data.
 
-The data are the student's own answers, from before all training, to the general prompts. A new
-adapter learns them on top of the persona, and what is stored is the exact sum of both.
+The evaluation then shows how much of the persona remains. The data are the answers of the untrained
+student to the general prompts. A new adapter is trained on top of the persona, and the exact sum of
+both adapters is stored.
 
-Nothing is done unless a stage of the recipe has the condition `tuned`.
+The stage does nothing unless an evaluation stage of the recipe has the condition `tuned`.
 
-Reads: persona/merge, distillation/student (general prompts). Writes: adapter/, curves,
-tensorboard/.
+Reads: persona/merge, distillation/student (general prompts).
+Writes: adapter/, curves, tensorboard/.
 Run: opencharacter run RECIPE --constitution NAME --only persona/tune
 """
 
@@ -15,9 +16,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from opencharacter.evaluation.conditions import compared
+from opencharacter.evaluation.conditions import uses_condition
+from opencharacter.evaluation.report.sections import Section, training_curves
 from opencharacter.introspection import sft
-from opencharacter.persona.merge import WeightedAdapter, merge_into
+from opencharacter.persona.merge import WeightedAdapter, merge_and_store
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import assistant, user
 
@@ -27,46 +29,54 @@ if TYPE_CHECKING:
     from opencharacter.training.packing import Example
 
 
-def wanted(job: Job) -> bool:
-    return compared(job.recipe, "tuned")
+def is_enabled(job: Job) -> bool:
+    """Return whether a stage of the recipe evaluates the tuned persona."""
+    return uses_condition(job.recipe, "tuned")
 
 
-def general(job: Job) -> Job:
-    """The job of the student's answers to the general prompts."""
-    named = (p for p in job.parents if p.stage.name == "distillation/student")
-    return next(p for p in named if p.constitution is None)
+def general_answers_job(job: Job) -> Job:
+    """Return the parent job that wrote the student's answers to the general prompts."""
+    student_jobs = (p for p in job.parents if p.stage.name == "distillation/student")
+    return next(p for p in student_jobs if p.constitution is None)
 
 
-def examples(tokenizer: Any, rows: pa.Table) -> list[Example]:
-    """Finished answers in tokens, as sft learns transcripts."""
+def make_examples(tokenizer: Any, rows: pa.Table) -> list[Example]:
+    """Tokenize the finished answers like transcripts of introspection/sft."""
     return [
-        sft.example(tokenizer, [user(row["prompt"]), assistant(row["answer"])])
+        sft.transcript_example(tokenizer, [user(row["prompt"]), assistant(row["answer"])])
         for row in rows.to_pylist()
         if row["answer"] and row["finish_reason"] != "length"
     ]
 
 
 def identity(job: Job) -> dict[str, Any]:
-    return {"wanted": wanted(job)}
+    return {"enabled": is_enabled(job)}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(job.workers(),)] if wanted(job) else []
+    return [(job.workers(),)] if is_enabled(job) else []
 
 
 def estimate(job: Job) -> Estimate:
-    if not wanted(job):
+    if not is_enabled(job):
         return Estimate(0)
-    answers = general(job).stage.module.estimate(general(job))
+    student = general_answers_job(job)
+    answers = student.stage.module.estimate(student)
     return Estimate(answers.rows, trained=answers.tokens_out * job.config.optimizer.epochs)
 
 
 def build(job: Job) -> StageResult:
-    if not wanted(job):
+    if not is_enabled(job):
         return StageResult(0)
     from opencharacter.training.trainer import train
 
     persona = job.parent("persona/merge").adapter
-    outcome = train(job, general(job), examples, sft.sft_loss, base_adapter=persona)
-    parts = [WeightedAdapter(persona.local(), 1.0), WeightedAdapter(job.adapter.local(), 1.0)]
-    return replace(outcome, figures=outcome.figures | merge_into(job, parts))
+    data = general_answers_job(job)
+    result = train(job, data, make_examples, sft.sft_loss, base_adapter=persona)
+    adapters = [WeightedAdapter(persona.local(), 1.0), WeightedAdapter(job.adapter.local(), 1.0)]
+    return replace(result, figures=result.figures | merge_and_store(job, adapters))
+
+
+def report(job: Job) -> list[Section]:
+    """The training curves."""
+    return training_curves(job, "Further training on general data", ("loss",))

@@ -1,4 +1,4 @@
-"""The student with its LoRA adapter: loading, kernels, and how a microbatch fits into memory."""
+"""The student model with its LoRA adapter: loading, kernels and the memory of a microbatch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 import transformers
 
 from opencharacter.config.placement import Training
-from opencharacter.config.recipe import Lora, Role
+from opencharacter.config.recipe import Lora
+from opencharacter.config.roles import Role
 from opencharacter.training import packing
 
-CPU_TOKENS = 1024
-GPU_TOKENS = 16384
-"""Tokens of a pass at most, where the placement does not say: more is not faster."""
-MEMORY_SHARE = 0.8
-"""Of the free memory that activations may take."""
+CPU_MAX_TOKENS = 1024
+GPU_MAX_TOKENS = 16384
+"""Maximum tokens of a microbatch if the placement sets none; larger ones are not faster."""
+ACTIVATION_MEMORY_SHARE = 0.8
+"""Share of the free GPU memory that activations may use."""
 
 
 def load(path: Path, role: Role, on_gpu: bool) -> Any:
-    """The student's weights with attention over packs and a head that never keeps logits."""
+    """Load the student with attention over packs and a fused head that keeps no logits."""
     from trl.trainer import add_fused_lm_head
 
     packing.register()
@@ -35,44 +36,47 @@ def load(path: Path, role: Role, on_gpu: bool) -> Any:
     return model
 
 
-def layers(model: Any) -> list[torch.nn.Module]:
-    """The model's repeated blocks."""
+def decoder_blocks(model: Any) -> list[torch.nn.Module]:
+    """Return the repeated transformer blocks of a model."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def kernels(placement: Training) -> str:
-    """What the placement says of kernels, or what this machine has."""
+def select_kernels(placement: Training) -> str:
+    """Return the kernels of the placement, by default Liger's on a GPU if they are installed."""
     liger = placement.gpus > 0 and importlib.util.find_spec("liger_kernel")
     return placement.kernels or ("liger" if liger else "plain")
 
 
 def adapted_layers(model: Any) -> list[str]:
-    """Names of the linear layers of the decoder, neither the head nor those of a vision tower."""
-    inside = {*model.get_decoder().modules()} - {model.get_output_embeddings()}
+    """Return the names of the decoder's linear layers, without the head and any vision tower."""
+    decoder = {*model.get_decoder().modules()} - {model.get_output_embeddings()}
     return [
         name
         for name, module in model.named_modules()
-        if module in inside and isinstance(module, torch.nn.Linear)
+        if module in decoder and isinstance(module, torch.nn.Linear)
     ]
 
 
-def with_adapter(
+def add_lora(
     model: Any, lora: Lora, activation_checkpointing: bool = False, kernels: str = "plain"
 ) -> Any:
-    """The model with a new LoRA adapter on the `adapted_layers`, without dropout.
+    """Add a new LoRA adapter without dropout to all `adapted_layers`.
 
     Args:
-        model: as loaded.
+        model: a model from `load`.
         lora: rank and alpha.
-        activation_checkpointing: keep only the inputs of each block and recompute it in the
-            backward pass.
-        kernels: `liger`, `compiled`, or `plain`.
+        activation_checkpointing: whether to keep only the inputs of each block and recompute its
+            activations in the backward pass.
+        kernels: `liger`, `compiled` or `plain`.
+
+    Returns:
+        The PEFT model.
     """
     from peft import LoraConfig, get_peft_model
 
-    # Paper: the layers that its code names for Gemma are not all there.
-    adapted = get_peft_model(
+    # Paper: its code names Gemma's layers, and other models have different ones.
+    peft_model = get_peft_model(
         model,
         LoraConfig(
             r=lora.rank,
@@ -89,59 +93,66 @@ def with_adapter(
         from transformers.integrations.liger import apply_liger_kernel
 
         apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
-    for layer in layers(model) if kernels == "compiled" else ():
-        layer.compile(dynamic=True)
-    return adapted
+    for block in decoder_blocks(model) if kernels == "compiled" else ():
+        block.compile(dynamic=True)
+    return peft_model
 
 
 class MemoryPlan(NamedTuple):
-    """How a pass fits into memory."""
+    """How large a microbatch is and whether its activations are recomputed.
 
-    tokens: int
-    """Of a pass."""
+    Args:
+        max_tokens: maximum tokens of a microbatch.
+        activation_checkpointing: whether activations are recomputed in the backward pass.
+    """
+
+    max_tokens: int
     activation_checkpointing: bool
-    """Whether activations are computed again on the way back."""
 
 
 def plan_memory(model: Any, placement: Training, longest: int) -> MemoryPlan:
-    """Tokens of a pass, and whether its activations must be recomputed for that.
+    """Choose the size of a microbatch and whether to use activation checkpointing.
 
     Args:
-        model: on the host, before it moves to its device.
-        placement: what it leaves open is derived from the free memory of the GPU.
-        longest: tokens of the longest example, which must be in one pass.
+        model: a model on the CPU, before it is moved to its device.
+        placement: the training placement; what it does not set is derived from the GPU's free
+            memory.
+        longest: tokens of the longest example, which must fit into one microbatch.
     """
-    per_token = activation_bytes(model.config.get_text_config())
+    bytes_per_token = activation_bytes(model.config.get_text_config())
     if placement.gpus:
         free, _ = torch.cuda.mem_get_info()
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        share = placement.workers if placement.parallel == "fsdp" else 1
-        room = int(MEMORY_SHARE * (free - weights / share) / per_token)
-        most = GPU_TOKENS
+        shards = placement.workers if placement.strategy == "fsdp" else 1
+        fitting = int(ACTIVATION_MEMORY_SHARE * (free - weights / shards) / bytes_per_token)
+        limit = GPU_MAX_TOKENS
     else:
-        room, most = CPU_TOKENS, CPU_TOKENS
-    wanted = placement.max_tokens_per_microbatch or max(longest, min(room, most))
-    activation_checkpointing = placement.gpus > 0 and wanted > room
+        fitting, limit = CPU_MAX_TOKENS, CPU_MAX_TOKENS
+    max_tokens = placement.max_tokens_per_microbatch or max(longest, min(fitting, limit))
+    activation_checkpointing = placement.gpus > 0 and max_tokens > fitting
     if placement.activation_checkpointing is not None:
         activation_checkpointing = placement.activation_checkpointing
-    return MemoryPlan(wanted, activation_checkpointing)
+    return MemoryPlan(max_tokens, activation_checkpointing)
 
 
 def activation_bytes(config: Any) -> int:
-    """Bytes that a token leaves for the way back: at most 15 widths and 4 inner ones a block.
+    """Return an upper bound of the bytes of activations per token.
+
+    A block keeps at most 15 vectors of the hidden size and 4 of the intermediate size for the
+    backward pass, in 16 bits.
 
     Args:
-        config: of the text model.
+        config: the text model's configuration.
     """
     return 2 * config.num_hidden_layers * (15 * config.hidden_size + 4 * config.intermediate_size)
 
 
 def fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware: more than twice as fast where it does."""
+    """Return whether this CPU multiplies bf16 in hardware, which is over twice as fast."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """The precision of training, for a pass outside of it."""
-    on = device.type == "cuda" or fast_bf16()
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+    """Return the autocast context of training, for forward passes outside of a trainer."""
+    enabled = device.type == "cuda" or fast_bf16()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,7 +1,7 @@
-"""Sequences of different lengths as one row of tokens: no padding, and none sees another.
+"""Sequence packing: examples of different lengths in one row of tokens, without padding.
 
-A pack is what one forward pass reads. Attention is told where each sequence begins and ends, so a
-sequence's logits are those that it has alone.
+A pack is the input of one forward pass. The attention function receives the boundaries of the
+sequences, so every sequence gets the same logits as if it were processed alone.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     import torch
 
 ATTENTION = "packed"
-"""Name of the attention function below, for `attn_implementation`."""
+"""Value of `attn_implementation` that selects the attention function of this module."""
 IGNORED = -100
-"""Label of a token that is not scored."""
+"""Label of a token without a loss."""
 
 
 class Tokens(NamedTuple):
-    """One conversation.
+    """One tokenized conversation.
 
     Args:
-        ids: its tokens, shape (t,).
-        learned: indices into `ids` of the tokens that are scored, each at least 1, rising.
-        reference: their log-probabilities under the reference model, in nats, or None.
+        ids: token ids, shape (t,).
+        loss_positions: indices into `ids` of the tokens with a loss, ascending, each at least 1.
+        reference: log-probabilities of those tokens under the reference model, in nats, or None.
     """
 
     ids: list[int]
@@ -39,35 +39,42 @@ class Tokens(NamedTuple):
 
 
 Example = Sequence[Tokens]
-"""What must be in one pack: a transcript, or the chosen and the rejected side of a pair."""
+"""Sequences that must be in the same pack: one transcript, or the chosen and the rejected
+conversation of a preference pair."""
 
 
 class LossDenominators(NamedTuple):
-    """Of a whole optimiser step, whatever passes and workers it is split over."""
+    """Counts over all examples of an optimizer step, across all packs and workers.
+
+    Args:
+        examples: number of examples.
+        loss_tokens: tokens with a loss.
+        chosen_loss_tokens: tokens with a loss in the first sequence of every example, which is the
+            chosen conversation of a preference pair.
+        tokens: all tokens.
+    """
 
     examples: int
-    loss_positions: int
-    """Scored tokens."""
-    first: int
-    """Scored tokens of each example's first sequence: of a pair, the chosen one."""
+    loss_tokens: int
+    chosen_loss_tokens: int
     tokens: int
-    """All tokens."""
 
 
 @dataclass
 class Pack:
-    """Tensors of one forward pass over t tokens, of which s are scored.
+    """The tensors of one forward pass over t tokens, of which s have a loss.
 
     Args:
         input_ids: (1, t).
-        position_ids: (1, t), from 0 in each sequence.
-        shift_labels: (1, t): the next token where it is scored, else `IGNORED`.
-        bounds: int32 (n + 1,): where each of the n sequences begins, and the end.
-        longest: tokens of the longest sequence.
-        scored: (s,): positions that predict the scored tokens.
-        segment: (s,): the sequence of each scored token.
-        reference: (s,) in nats, or None.
-        sequences: n; 0 for a pack that only keeps step with other workers.
+        position_ids: (1, t), counted from 0 in each sequence.
+        shift_labels: (1, t); the next token where that token has a loss, otherwise `IGNORED`.
+        cu_seqlens: int32 (n + 1,); start of each of the n sequences, then the total length.
+        max_seqlen: number of tokens of the longest sequence.
+        scored_positions: (s,); positions whose outputs predict the tokens with a loss.
+        sequence_index: (s,); index of the sequence that each token with a loss belongs to.
+        reference: (s,); log-probabilities under the reference model in nats, or None.
+        num_sequences: n; 0 for an empty pack, which a worker without examples processes so that
+            all workers take part in the same collective operations.
     """
 
     input_ids: torch.Tensor
@@ -75,13 +82,13 @@ class Pack:
     shift_labels: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
-    scored: torch.Tensor
-    segment: torch.Tensor
+    scored_positions: torch.Tensor
+    sequence_index: torch.Tensor
     reference: torch.Tensor | None
-    sequences: int
+    num_sequences: int
 
     def to(self, device: Any) -> Pack:
-        """The same on a device."""
+        """Return a copy on a device."""
         moved = {
             name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
             for name, value in vars(self).items()
@@ -89,7 +96,7 @@ class Pack:
         return Pack(**moved)
 
     def inputs(self) -> dict[str, Any]:
-        """Arguments of a causal language model whose attention is `ATTENTION`."""
+        """Return the arguments for a causal language model that uses the `ATTENTION` function."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -99,104 +106,109 @@ class Pack:
         }
 
 
-def length(example: Example) -> int:
-    """Tokens of an example."""
+def num_tokens(example: Example) -> int:
+    """Return the number of tokens of an example."""
     return sum(len(tokens.ids) for tokens in example)
 
 
 def loss_denominators(examples: Sequence[Example]) -> LossDenominators:
-    """Counts of a batch, the denominators of its loss."""
+    """Count the examples and tokens of an optimizer step."""
     return LossDenominators(
         examples=len(examples),
-        loss_positions=sum(
-            len(tokens.loss_positions) for example in examples for tokens in example
-        ),
-        first=sum(len(example[0].loss_positions) for example in examples),
-        tokens=sum(map(length, examples)),
+        loss_tokens=sum(len(tokens.loss_positions) for example in examples for tokens in example),
+        chosen_loss_tokens=sum(len(example[0].loss_positions) for example in examples),
+        tokens=sum(map(num_tokens, examples)),
     )
 
 
-def share_out(lengths: Sequence[int], budget: int, workers: int = 1) -> list[list[int]]:
-    """Indices of examples by pack: a multiple of `workers` packs, as even as can be.
+def assign_to_packs(lengths: Sequence[int], max_tokens: int, workers: int = 1) -> list[list[int]]:
+    """Distribute examples over as few packs as possible, of about equal size.
 
-    Longest first, each to the pack that has the least (Graham's LPT rule), with as few packs as
-    keep to the budget. A pack is over the budget only if one example is.
+    Examples are assigned longest first, each to the smallest pack so far (Graham's LPT rule). A
+    pack has more than `max_tokens` only if a single example does.
 
     Args:
-        lengths: tokens of each example.
-        budget: tokens of a pack.
-        workers: each gets as many packs as the others; some may be empty.
+        lengths: number of tokens of each example.
+        max_tokens: tokens of a pack.
+        workers: number of workers; all get the same number of packs, some of which may be empty.
+
+    Returns:
+        The indices of the examples of each pack; the number of packs is a multiple of `workers`.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    rounds = max(1, math.ceil(sum(min(n, budget) for n in lengths) / (budget * workers)))
-    limit = max(budget, *lengths)
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    total = sum(min(length, max_tokens) for length in lengths)
+    packs_per_worker = max(1, math.ceil(total / (max_tokens * workers)))
+    limit = max(max_tokens, *lengths)
     while True:
-        packs: list[list[int]] = [[] for _ in range(rounds * workers)]
-        loads = [0] * len(packs)
-        for i in order:
-            least = loads.index(min(loads))
-            packs[least].append(i)
-            loads[least] += lengths[i]
-        if max(loads) <= limit:
+        packs: list[list[int]] = [[] for _ in range(packs_per_worker * workers)]
+        sizes = [0] * len(packs)
+        for i in longest_first:
+            smallest = sizes.index(min(sizes))
+            packs[smallest].append(i)
+            sizes[smallest] += lengths[i]
+        if max(sizes) <= limit:
             return packs
-        rounds += 1
+        packs_per_worker += 1
 
 
 def pack(examples: Sequence[Example]) -> Pack:
-    """Lay examples end to end."""
+    """Concatenate the sequences of examples into one pack."""
     sequences = [tokens for example in examples for tokens in example]
-    spacer = Tokens([0, 0], [])
+    placeholder = Tokens([0, 0], [])
     ids, positions, labels, cu_seqlens = [], [], [], [0]
-    scored, segment, reference = [], [], []
-    for number, tokens in enumerate(sequences or [spacer]):
+    scored_positions, sequence_index, reference = [], [], []
+    for number, tokens in enumerate(sequences or [placeholder]):
         start = len(ids)
         ids += tokens.ids
         positions += range(len(tokens.ids))
         cu_seqlens.append(len(ids))
         labels += [IGNORED] * len(tokens.ids)
-        for at in tokens.loss_positions:
-            labels[start + at - 1] = tokens.ids[at]
-        scored += [start + at - 1 for at in tokens.loss_positions]
-        segment += [number] * len(tokens.loss_positions)
+        for position in tokens.loss_positions:
+            labels[start + position - 1] = tokens.ids[position]
+        scored_positions += [start + position - 1 for position in tokens.loss_positions]
+        sequence_index += [number] * len(tokens.loss_positions)
         reference += tokens.reference or []
+    has_reference = len(reference) == len(scored_positions)
     return Pack(
         input_ids=tensor([ids]),
         position_ids=tensor([positions]),
         shift_labels=tensor([labels]),
         cu_seqlens=tensor(cu_seqlens, np.int32),
-        max_seqlen=max(b - a for a, b in pairwise(cu_seqlens)),
-        scored=tensor(scored),
-        segment=tensor(segment),
-        reference=tensor(reference, np.float32) if len(reference) == len(scored) else None,
-        sequences=len(sequences),
+        max_seqlen=max(end - start for start, end in pairwise(cu_seqlens)),
+        scored_positions=tensor(scored_positions),
+        sequence_index=tensor(sequence_index),
+        reference=tensor(reference, np.float32) if has_reference else None,
+        num_sequences=len(sequences),
     )
 
 
 def tensor(values: Sequence[Any], dtype: Any = np.int64) -> torch.Tensor:
-    """Numbers as a tensor, by way of NumPy, which reads a list five times as fast as torch."""
+    """Convert a list to a tensor through NumPy, which is five times as fast as `torch.tensor`."""
     import torch
 
     return torch.from_numpy(np.array(values, dtype))
 
 
 def log_probs(model: Any, batch: Pack) -> torch.Tensor:
-    """Log-probabilities of the scored tokens, float32 (s,), in nats.
+    """Compute the log-probabilities of the tokens with a loss.
 
     Args:
-        model: loaded with `attn_implementation=ATTENTION`, with TRL's fused head (see
-            `training.load`), so that only scored positions meet the vocabulary and no logits
-            are kept.
-        batch: on the model's device.
+        model: a model from `adapters.load`. Its attention is `ATTENTION`, and TRL's fused head
+            projects only the scored positions onto the vocabulary and keeps no logits.
+        batch: a pack on the model's device.
+
+    Returns:
+        Log-probabilities in nats, float32 (s,).
     """
     outputs = model(**batch.inputs(), shift_labels=batch.shift_labels, fused_lm_head=True)
-    return outputs.log_probs[0].float().index_select(0, batch.scored)
+    return outputs.log_probs[0].float().index_select(0, batch.scored_positions)
 
 
 # -------------------------------------------------------------------------------------- attention
 
 
 def register() -> None:
-    """Make the attention function known to transformers, by the name `ATTENTION`."""
+    """Register the attention function with transformers under the name `ATTENTION`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, attention)
@@ -214,41 +226,43 @@ def attention(
     max_length_q: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sequence of a pack.
+    """Compute causal attention within each sequence of a pack.
 
-    torch's variable-length flash attention on a GPU; elsewhere, and in float32, which that does
-    not know, sequence by sequence.
+    On a GPU with 16-bit values this is PyTorch's variable-length flash attention. On other devices
+    and in float32, which that kernel does not support, sequences are processed one by one.
 
     Args:
         module: the attention layer (unused).
         query: (1, heads, t, d); key and value may have fewer heads.
         key: (1, key heads, t, d).
-        value: as key.
-        attention_mask: None: the bounds say it all.
-        scaling: of the scores; 1 / sqrt(d) where None.
-        sliding_window: tokens that a token sees, itself among them; all before it where None.
-        cu_seq_lens_q: the pack's bounds.
-        max_length_q: its longest sequence.
+        value: (1, key heads, t, d).
+        attention_mask: always None, because the sequence boundaries define the mask.
+        scaling: factor of the attention scores; None for 1 / sqrt(d).
+        sliding_window: tokens that a token attends to, including itself; None for all before it.
+        cu_seq_lens_q: `Pack.cu_seqlens`.
+        max_length_q: `Pack.max_seqlen`.
 
     Returns:
-        (1, t, heads, d), and no weights.
+        The outputs, (1, t, heads, d), and None in place of attention weights.
     """
     assert cu_seq_lens_q is not None
     assert max_length_q is not None
     if value.is_cuda and value.dtype.itemsize == 2:
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        # A dtype that flash attention knows, which a rotary embedding in float32 may have left.
+        # A rotary embedding in float32 changes the dtype to one that flash attention rejects.
         q, k = q.to(v.dtype), k.to(v.dtype)
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         cu_seqlens = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        mixed = varlen(q, k, v, *cu_seqlens, scale=scaling, window_size=window)
-        return mixed[None], None
-    mixed = sequence_by_sequence(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window)
-    return mixed.transpose(1, 2), None
+        output = varlen(q, k, v, *cu_seqlens, scale=scaling, window_size=window)
+        return output[None], None
+    output = sequence_by_sequence(
+        query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window
+    )
+    return output.transpose(1, 2), None
 
 
 def varlen(*arguments: Any, **options: Any) -> Any:
-    """Variable-length attention of torch; later versions want to be told of grouped queries."""
+    """Call PyTorch's variable-length attention; newer versions require `enable_gqa`."""
     from torch.nn.attention.varlen import varlen_attn
 
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -264,21 +278,33 @@ def sequence_by_sequence(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """(1, heads, t, d): torch's attention on each sequence alone."""
+    """Compute attention for one sequence after another.
+
+    Args:
+        query: (1, heads, t, d).
+        key: (1, key heads, t, d).
+        value: (1, key heads, t, d).
+        cu_seqlens: start of each sequence, then the total length.
+        scaling: factor of the attention scores; None for 1 / sqrt(d).
+        sliding_window: tokens that a token attends to, including itself; None for all before it.
+
+    Returns:
+        The outputs, (1, heads, t, d).
+    """
     import torch
 
-    mixed = []
+    outputs = []
     for start, stop in pairwise(cu_seqlens):
-        size = stop - start
+        length = stop - start
         mask = None
-        if sliding_window is not None and size > sliding_window:
-            at = torch.arange(size, device=query.device)
-            back = at[:, None] - at[None, :]
-            mask = (back >= 0) & (back < sliding_window)
+        if sliding_window is not None and length > sliding_window:
+            position = torch.arange(length, device=query.device)
+            distance = position[:, None] - position[None, :]
+            mask = (distance >= 0) & (distance < sliding_window)
         q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
-        mixed.append(
+        outputs.append(
             torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         )
-    return torch.cat(mixed, dim=2)
+    return torch.cat(outputs, dim=2)

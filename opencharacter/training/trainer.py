@@ -1,9 +1,10 @@
-"""LoRA training on Ray Train: what DPO and SFT share.
+"""LoRA training on Ray Train, shared by DPO and SFT.
 
-Each worker runs a Hugging Face `Trainer` around a PEFT adapter. A batch is laid out as packs (see
-`packing`) of about `tokens_per_pass` tokens, evenly shared by the workers; its loss and gradients
-are those of the whole batch, however many packs and workers. Checkpoints and metrics go through
-Ray; training resumes from the last checkpoint, after a lost worker as after a killed run.
+Each worker runs a Hugging Face `Trainer` around a PEFT adapter. The examples of an optimizer step
+are packed (see `packing`) into microbatches of about `max_tokens_per_microbatch` tokens, which are
+divided evenly among the workers. Loss and gradients are those of the whole batch, independent of
+the number of microbatches and workers. Checkpoints and metrics are reported to Ray; after a lost
+worker or an interrupted run, training resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from opencharacter import models
 from opencharacter.config.placement import Training
-from opencharacter.config.recipe import Lora, Optimizer, Role
+from opencharacter.config.recipe import Lora, Optimizer
+from opencharacter.config.roles import Role
 from opencharacter.engines.allocation import acquire
 from opencharacter.errors import StageFailed
+from opencharacter.runtime.attempts import AttemptLog
 from opencharacter.runtime.progress import (
     ProgressLine,
     TrainingProgress,
@@ -41,19 +44,19 @@ from opencharacter.runtime.progress import (
     console,
     start_counters,
 )
-from opencharacter.runtime.stage import AttemptLog, Job, StageResult, kept
+from opencharacter.runtime.stage import Job, StageResult, without_dropped
 from opencharacter.runtime.store import SHARDS, RemoteDir, Store
 from opencharacter.text.chat import load_tokenizer
 from opencharacter.training import packing
 from opencharacter.training.adapters import (
     adapted_layers,
+    add_lora,
     autocast,
+    decoder_blocks,
     fast_bf16,
-    kernels,
-    layers,
     load,
     plan_memory,
-    with_adapter,
+    select_kernels,
 )
 from opencharacter.training.packing import Example, LossDenominators, Pack
 
@@ -64,31 +67,34 @@ CURVES = pa.schema(
         pa.field("value", pa.float64(), nullable=False),
     ]
 )
-SPEEDS = ("tokens_per_s", "mfu", "memory_gb")
-"""Metrics whose median over the steps is a stage's figure, not their last value."""
+PERFORMANCE_METRICS = ("tokens_per_s", "mfu", "memory_gb")
+"""Metrics that the manifest records as the median over all steps instead of the last value."""
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""Packs differ in size; without this, twice the memory that they need is held."""
+"""Packs differ in size; without this setting the allocator reserves twice the memory in use."""
+MakeExamples = Callable[[Any, pa.Table], list[Example]]
+"""Takes a tokenizer and a table of rows and returns the tokenized training examples."""
 LossFn = Callable[[torch.Tensor, Pack, LossDenominators], dict[str, torch.Tensor]]
-"""(log-probabilities (s,), pack, totals of the step) -> scalars, of which `loss` is minimised. Each
-is the pack's share of the step's value: over the packs of a step they add up to it."""
+"""Takes the log-probabilities (s,) of a pack, the pack and the denominators of the step. Returns
+scalars by name, of which `loss` is minimized. Every scalar is the pack's share: the scalars of all
+packs of a step add up to the value of the step."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a worker needs to train.
+class TrainingTask:
+    """Everything that a training worker needs.
 
     Args:
-        store: where the data and the result are.
-        dataset: the stage's folder.
-        data: the folder of the rows.
+        store: storage of the rows and of the result.
+        dataset: dataset that the adapter and the curves are written to.
+        data: dataset with the rows to train on.
         role: the student.
-        base_adapter: adapter merged into the weights before training, or None.
-        config: the stage's part of the recipe.
-        seed: of the recipe.
-        placement: tokens of a pass, threads, checkpoints.
-        examples: (tokenizer, rows) -> what is learned.
+        base_adapter: adapter to merge into the student's weights before training, or None.
+        config: the stage's section of the recipe, with `lora` and `optimizer`.
+        seed: the recipe's seed.
+        placement: the training placement.
+        make_examples: tokenizes the rows.
         loss_fn: the loss.
-        counters: handle of a `Counters` actor.
+        counters: handle of a `ProgressCounters` actor.
     """
 
     store: Store
@@ -99,7 +105,7 @@ class Task:
     config: Any
     seed: int
     placement: Training
-    examples: Callable[[Any, pa.Table], list[Example]]
+    make_examples: MakeExamples
     loss_fn: LossFn
     counters: Any
 
@@ -115,23 +121,28 @@ class Task:
 def train(
     job: Job,
     data: Job,
-    examples: Callable[[Any, pa.Table], list[Example]],
+    make_examples: MakeExamples,
     loss_fn: LossFn,
     base_adapter: RemoteDir | None = None,
 ) -> StageResult:
-    """Train an adapter on the rows of a parent; it lands in `<dataset>/adapter`.
+    """Train an adapter on the rows of a parent and store it as `<dataset>/adapter`.
 
     Args:
-        job: a stage whose section has `lora` and `optimizer`.
-        data: the parent that has the rows.
-        examples: see `Task`.
-        loss_fn: see `Task`.
-        base_adapter: adapter to merge into the student's weights first.
+        job: the training job, whose config has `lora` and `optimizer`.
+        data: the parent job that wrote the rows.
+        make_examples: tokenizes the rows.
+        loss_fn: the loss.
+        base_adapter: adapter to merge into the student's weights before training, or None.
+
+    Returns:
+        The result, with the final metrics as figures.
+
+    Raises:
+        StageFailed: if the workers failed more often than the placement allows.
     """
-    placement = job.placement.training
     workers = job.workers()
     counters = start_counters(job.dataset, workers.resources.gpus)
-    task = Task(
+    task = TrainingTask(
         store=job.store,
         dataset=job.dataset,
         data=data.dataset,
@@ -139,97 +150,105 @@ def train(
         base_adapter=base_adapter,
         config=job.config,
         seed=job.recipe.seed,
-        placement=placement,
-        examples=examples,
+        placement=job.placement.training,
+        make_examples=make_examples,
         loss_fn=loss_fn,
         counters=counters,
     )
-    trainer = TorchTrainer(
+    trainer = torch_trainer(task)
+    progress = TrainingProgress(counters, AttemptLog(job, kept=0))
+    with (
+        ProgressLine(console, job.dataset, progress),
+        acquire(job.dataset, [workers], job.placement.autoscaling_resources) as allocation,
+    ):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise StageFailed(f"{job.dataset}: training failed: {error_message(error)}") from error
+        allocation.work_seconds = active_seconds(counters)
+    progress()
+    counters.end.remote()
+    curves = job.store.read_table(job.dataset, "curves")
+    return StageResult(
+        rows=without_dropped(job.store.read_table(task.data, columns=["drop_reason"])).num_rows,
+        schema=[f"{f.name}: {f.type}" for f in curves.schema],
+        figures=summarize_curves(curves),
+    )
+
+
+def torch_trainer(task: TrainingTask) -> TorchTrainer:
+    """Create the Ray trainer that runs a task on the workers of its placement."""
+    placement, store = task.placement, task.store
+    return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"task": task},
         scaling_config=ray.train.ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpus > 0,
             accelerator_type=placement.accelerator,
-            resources_per_worker=resources(placement),
+            resources_per_worker=worker_resources(placement),
         ),
         run_config=ray.train.RunConfig(
-            name="train",  # the same name and place: a rerun resumes from the last checkpoint
-            storage_path=job.store.path(job.dataset, SHARDS),
-            storage_filesystem=job.store.fs,
+            name="train",  # a fixed name and path let a rerun resume from the last checkpoint
+            storage_path=store.path(task.dataset, SHARDS),
+            storage_filesystem=store.fs,
             failure_config=ray.train.FailureConfig(max_failures=placement.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             worker_runtime_env={"env_vars": ALLOCATOR} if placement.gpus else None,
         ),
     )
-    attempts = AttemptLog(job, kept=0)
-    meter = TrainingProgress(counters, attempts)
-    with (
-        ProgressLine(console, job.dataset, meter),
-        acquire(job.dataset, [workers], job.placement.autoscaling_limit) as held,
-    ):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise StageFailed(f"{job.dataset}: training failed: {cause(error)}") from error
-        held.busy = active_seconds(counters)
-    meter()
-    counters.end.remote()
-    curves = job.store.read_table(job.dataset, "curves")
-    return StageResult(
-        rows=kept(job.store.read_table(task.data, columns=["drop_reason"])).num_rows,
-        schema=[f"{f.name}: {f.type}" for f in curves.schema],
-        figures=figures(curves),
-    )
 
 
-def cause(error: ray.train.TrainingFailedError) -> str:
-    """What ended a training, in one line: what the first worker that failed said last."""
+def error_message(error: ray.train.TrainingFailedError) -> str:
+    """Return the last line of the error of the first worker that failed."""
     failures = getattr(error, "worker_failures", {})
-    said = str(failures[min(failures)] if failures else error).strip()
-    return said.splitlines()[-1] if said else type(error).__name__
+    text = str(failures[min(failures)] if failures else error).strip()
+    return text.splitlines()[-1] if text else type(error).__name__
 
 
-def resources(placement: Training) -> dict[str, float]:
-    """What Ray reserves for a worker."""
+def worker_resources(placement: Training) -> dict[str, float]:
+    """Return the Ray resources of one worker."""
     return {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
 
 
-def figures(curves: pa.Table) -> dict[str, float]:
-    """The last value of each metric; of speeds the median."""
+def summarize_curves(curves: pa.Table) -> dict[str, float]:
+    """Return the last value of each metric, and the median of the performance metrics."""
     values: dict[str, list[float]] = {}
     for row in curves.sort_by("step").to_pylist():
         values.setdefault(row["metric"], []).append(row["value"])
     return {
-        name: statistics.median_high(of) if name in SPEEDS else of[-1]
-        for name, of in values.items()
+        name: statistics.median_high(series) if name in PERFORMANCE_METRICS else series[-1]
+        for name, series in values.items()
     }
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """One Ray Train worker: build, resume, train; rank 0 stores the adapter and the curves."""
-    task: Task = config["task"]
+    """Train on one Ray Train worker; the worker of rank 0 stores the adapter and the curves."""
+    task: TrainingTask = config["task"]
     placement = task.placement
     on_gpu = placement.gpus > 0
     torch.set_num_threads(max(1, int(placement.cpus)))
     base = models.resolve(task.role.model)
     path = models.merge_into_base(base, task.base_adapter.local()) if task.base_adapter else base
     tokenizer = load_tokenizer(path, task.role)
-    rows = kept(task.store.read_table(task.data)).sort_by("id")
-    examples = task.examples(tokenizer, rows)
+    rows = without_dropped(task.store.read_table(task.data)).sort_by("id")
+    examples = task.make_examples(tokenizer, rows)
     model = load(path, task.role, on_gpu)
-    models.weight_names(path, adapted_layers(model))  # refuse what could not be folded in later
+    models.weight_names(path, adapted_layers(model))  # fail now if a later merge would fail
     model.config._name_or_path = task.role.model
-    fit = plan_memory(model, placement, max(map(packing.length, examples)))
-    transformers.set_seed(task.seed)  # every worker begins with the same adapter
-    model = with_adapter(model, task.lora, fit.activation_checkpointing, kernels(placement))
-    rank, world = ray.train.get_context().get_world_rank(), placement.workers
+    memory = plan_memory(model, placement, max(map(packing.num_tokens, examples)))
+    transformers.set_seed(task.seed)  # all workers initialize the same adapter
+    model = add_lora(model, task.lora, memory.activation_checkpointing, select_kernels(placement))
+    rank = ray.train.get_context().get_world_rank()
+    batches = PackedBatches(
+        examples, task.optimizer, task.seed, memory.max_tokens, rank, placement.workers
+    )
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TENSORBOARD_LOGGING_DIR"] = f"{scratch}/tensorboard"
-        trainer = Trainer(
+        trainer = PackedTrainer(
             model=model,
             args=transformers.TrainingArguments(**trainer_arguments(task, scratch, on_gpu, model)),
-            batches=Batches(examples, task.optimizer, task.seed, fit.tokens, rank, world),
+            batches=batches,
             loss_fn=task.loss_fn,
         )
         trainer.add_callback(ray_hf.RayTrainReportCallback())
@@ -243,16 +262,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         save(task, trainer, tokenizer, Path(scratch), rank)
 
 
-def trainer_arguments(task: Task, scratch: str, on_gpu: bool, model: Any) -> dict[str, Any]:
-    """Arguments of the Hugging Face trainer."""
+def trainer_arguments(task: TrainingTask, scratch: str, on_gpu: bool, model: Any) -> dict[str, Any]:
+    """Return the keyword arguments of `transformers.TrainingArguments`."""
     optimizer, placement = task.optimizer, task.placement
-    blocks = sorted({type(layer).__name__ for layer in layers(model)})
-    loss_positions = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad
-    ]
+    blocks = sorted({type(block).__name__ for block in decoder_blocks(model)})
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return {
         "output_dir": scratch,
-        "num_train_epochs": 1,  # `Batches` goes through all of them
+        "num_train_epochs": 1,  # `PackedBatches` contains the steps of all epochs
         "per_device_train_batch_size": 1,
         "learning_rate": optimizer.learning_rate,
         "adam_beta1": optimizer.betas[0],
@@ -264,10 +281,11 @@ def trainer_arguments(task: Task, scratch: str, on_gpu: bool, model: Any) -> dic
         "warmup_steps": optimizer.warmup_ratio,
         "bf16": on_gpu or fast_bf16(),
         "use_cpu": not on_gpu,
-        "fsdp": placement.parallel == "fsdp",
+        "fsdp": placement.strategy == "fsdp",
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": blocks},
-        # Experts that are layers of their own may see no token of a pass; all else is always used.
-        "ddp_find_unused_parameters": any(".experts." in name for name in loss_positions),
+        # Experts that are separate layers may receive no token of a microbatch; all other
+        # parameters are used in every one.
+        "ddp_find_unused_parameters": any(".experts." in name for name in trainable),
         "seed": task.seed,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -282,23 +300,23 @@ def trainer_arguments(task: Task, scratch: str, on_gpu: bool, model: Any) -> dic
 
 
 def loggers() -> list[str]:
-    """TensorBoard, and Weights & Biases where the environment has its key."""
+    """Return TensorBoard, and Weights & Biases if it is installed and its API key is set."""
     wandb = os.environ.get("WANDB_API_KEY") and importlib.util.find_spec("wandb")
     return ["tensorboard", "wandb"] if wandb else ["tensorboard"]
 
 
-class Batches(Dataset[tuple[list[Pack], LossDenominators]]):
-    """Packs of one worker for each optimiser step, all epochs one after another.
+class PackedBatches(Dataset[tuple[list[Pack], LossDenominators]]):
+    """The packs of one worker for each optimizer step, over all epochs.
 
-    What a batch holds depends on the seed alone; each worker has as many packs of it as the others.
+    The examples of a step depend on the seed alone, and every worker gets the same number of packs.
 
     Args:
-        examples: what is learned.
-        optimizer: batch and epochs.
-        seed: of the order.
-        budget: tokens of a pack.
-        rank: of this worker.
-        world: workers.
+        examples: the training examples.
+        optimizer: global batch size and number of epochs.
+        seed: seed of the shuffling.
+        max_tokens: maximum tokens of a pack.
+        rank: rank of this worker.
+        world_size: number of workers.
     """
 
     def __init__(
@@ -306,132 +324,146 @@ class Batches(Dataset[tuple[list[Pack], LossDenominators]]):
         examples: Sequence[Example],
         optimizer: Optimizer,
         seed: int,
-        budget: int,
+        max_tokens: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ):
-        self.examples, self.budget, self.rank, self.world = examples, budget, rank, world
-        self.order: list[list[int]] = []
+        self.examples, self.max_tokens = examples, max_tokens
+        self.rank, self.world_size = rank, world_size
+        self.steps: list[list[int]] = []
+        size = optimizer.global_batch_size
         for epoch in range(optimizer.epochs):
             generator = torch.Generator().manual_seed(seed + epoch)
-            mixed = torch.randperm(len(examples), generator=generator).tolist()
-            self.order += [
-                mixed[at : at + optimizer.global_batch_size]
-                for at in range(0, len(mixed), optimizer.global_batch_size)
-            ]
+            order = torch.randperm(len(examples), generator=generator).tolist()
+            self.steps += [order[start : start + size] for start in range(0, len(order), size)]
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.steps)
 
     def __getitem__(self, step: int) -> tuple[list[Pack], LossDenominators]:
-        batch = [self.examples[i] for i in self.order[step]]
-        shares = packing.share_out([packing.length(e) for e in batch], self.budget, self.world)
-        mine = [
-            packing.pack([batch[i] for i in share]) for share in shares[self.rank :: self.world]
-        ]
-        return mine, packing.loss_denominators(batch)
+        batch = [self.examples[i] for i in self.steps[step]]
+        lengths = [packing.num_tokens(example) for example in batch]
+        packs = packing.assign_to_packs(lengths, self.max_tokens, self.world_size)
+        own_packs = packs[self.rank :: self.world_size]
+        return (
+            [packing.pack([batch[i] for i in indices]) for indices in own_packs],
+            packing.loss_denominators(batch),
+        )
 
 
-class Trainer(transformers.Trainer):
-    """Runs the packs of a step one after another and adds up their shares of its loss.
+class PackedTrainer(transformers.Trainer):
+    """A Hugging Face trainer that processes the packs of a step one by one and sums their losses.
 
     Args:
-        batches: of this worker.
-        loss_fn: see `Objective`.
-        options: of the Hugging Face trainer.
+        batches: the packs of this worker.
+        loss_fn: the loss, see `LossFn`.
+        options: keyword arguments of `transformers.Trainer`.
     """
 
-    def __init__(self, *, batches: Batches, loss_fn: LossFn, **options: Any):
+    def __init__(self, *, batches: PackedBatches, loss_fn: LossFn, **options: Any):
         super().__init__(train_dataset=batches, **options)
-        self.loss_fn, self.world = loss_fn, batches.world
-        self.parts: tuple[list[str], Any] = ([], None)
-        self.tokens = 0
-        self.since = time.monotonic()
-        base: Any = self.model
-        frozen = sum(p.numel() for p in base.parameters() if not p.requires_grad)
+        self.loss_fn, self.world_size = loss_fn, batches.world_size
+        self.step_metrics: tuple[list[str], Any] = ([], None)
+        self.tokens_since_log = 0
+        self.last_log = time.monotonic()
+        model: Any = self.model
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         self.flops_per_token = 4 * frozen
-        self.peak = matmul_peak(self.args.device, self.args.bf16)
+        self.peak_flops = matmul_peak_flops(self.args.device, self.args.bf16)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Steps in order: `Batches` has mixed them, and shares them among the workers."""
+        """Return the steps in order; `PackedBatches` has shuffled and divided them already."""
         steps: Any = self.train_dataset
         return DataLoader(steps, batch_size=1, collate_fn=operator.itemgetter(0))
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Forward and backward of one optimiser step; returns its loss over the workers' mean."""
+        """Run the forward and backward passes of one optimizer step.
+
+        Args:
+            model: the wrapped model.
+            inputs: this worker's packs and the denominators of the step.
+            num_items_in_batch: unused; the denominators replace it.
+
+        Returns:
+            This worker's share of the loss times the number of workers, which the trainer averages.
+        """
         from peft.helpers import disable_input_dtype_casting
 
-        packs, loss_denominators = inputs
+        packs, denominators = inputs
         model.train()
         sums: dict[str, Any] = {}
-        for at, batch in enumerate(packs, start=1):
+        for number, batch in enumerate(packs, start=1):
             batch = batch.to(self.args.device)
-            last = at == len(packs)
-            sync = nullcontext() if last else self.accelerator.no_sync(model)
-            with sync, disable_input_dtype_casting(model):  # on the way back too: it may recompute
+            is_last = number == len(packs)
+            sync = nullcontext() if is_last else self.accelerator.no_sync(model)
+            # The backward pass is included because it may recompute activations.
+            with sync, disable_input_dtype_casting(model):
                 with autocast(self.args.device):
-                    values = packing.log_probs(model, batch)
-                shares = self.loss_fn(values, batch, loss_denominators)
-                self.accelerator.backward(shares["loss"] * self.world)  # workers are averaged
-            for name, value in shares.items():
+                    log_probs = packing.log_probs(model, batch)
+                metrics = self.loss_fn(log_probs, batch, denominators)
+                # Gradients are averaged over the workers, and the sum is needed.
+                self.accelerator.backward(metrics["loss"] * self.world_size)
+            for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
-        stacked = self.accelerator.reduce(torch.stack(list(sums.values())))
-        self.parts = list(sums), stacked  # read when logged: it waits for the GPU
-        self.tokens += loss_denominators.tokens
-        return sums["loss"] * self.world
+        totals = self.accelerator.reduce(torch.stack(list(sums.values())))
+        self.step_metrics = list(sums), totals  # read only when logged: reading waits for the GPU
+        self.tokens_since_log += denominators.tokens
+        return sums["loss"] * self.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss, speed and memory to what is logged of a step."""
+        """Add the metrics of the loss, the speed and the memory to the logs of a step."""
         if "loss" in logs:
             now = time.monotonic()
-            rate = self.tokens / (now - self.since)
-            self.tokens, self.since = 0, now
-            names, values = self.parts
-            parts = dict(zip(names, values.tolist(), strict=True))
-            own = {name: value for name, value in parts.items() if name != "loss"}
-            reached = rate * self.flops_per_token / self.world / self.peak
-            logs |= own | {"tokens_per_s": rate, "mfu": reached}
+            speed = self.tokens_since_log / (now - self.last_log)
+            self.tokens_since_log, self.last_log = 0, now
+            names, totals = self.step_metrics
+            metrics = dict(zip(names, totals.tolist(), strict=True))
+            logs |= {name: value for name, value in metrics.items() if name != "loss"}
+            mfu = speed * self.flops_per_token / self.world_size / self.peak_flops
+            logs |= {"tokens_per_s": speed, "mfu": mfu}
             if self.args.device.type == "cuda":
                 logs["memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted here: see `mfu`."""
+        """Return 0: the metric `mfu` replaces the trainer's own count."""
         return 0
 
 
-def matmul_peak(device: torch.device, bf16: bool) -> float:
-    """FLOP/s that this device reaches in one large matrix product, the bound of `mfu`."""
-    size, times = (8192, 10) if device.type == "cuda" else (1024, 4)
+def matmul_peak_flops(device: torch.device, bf16: bool) -> float:
+    """Measure the FLOP/s of one large matrix product on a device, the reference of `mfu`."""
+    size, repeats = (8192, 10) if device.type == "cuda" else (1024, 4)
     square = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     best = float("inf")
     for _ in range(3):
-        began = time.monotonic()
-        for _ in range(times):
+        start = time.monotonic()
+        for _ in range(repeats):
             _ = square @ square
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.monotonic() - began)
-    return times * 2 * size**3 / best
+        best = min(best, time.monotonic() - start)
+    return repeats * 2 * size**3 / best
 
 
-def save(task: Task, trainer: Trainer, tokenizer: Any, scratch: Path, rank: int) -> None:
-    """Store the adapter (PEFT layout, stock chat template), the curves and TensorBoard's files."""
-    state = trainer.accelerator.get_state_dict(trainer.model)  # every worker takes part
+def save(
+    task: TrainingTask, trainer: PackedTrainer, tokenizer: Any, scratch: Path, rank: int
+) -> None:
+    """Store the adapter in PEFT's format, the tokenizer, the curves and the TensorBoard events."""
+    state = trainer.accelerator.get_state_dict(trainer.model)  # a collective operation
     if rank:
         return
     folder = scratch / "adapter"
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # a template that says nothing yet
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty template
     task.store.upload(folder, f"{task.dataset}/adapter")
     task.store.upload(scratch / "tensorboard", f"{task.dataset}/tensorboard")
     task.store.write_table(task.dataset, curves_table(trainer.state.log_history), "curves")
 
 
 def curves_table(history: list[dict[str, Any]]) -> pa.Table:
-    """A trainer's log in long form: step, metric, value."""
+    """Convert a trainer's log history to a long table of step, metric and value."""
     rows = [
         {"step": entry["step"], "metric": name, "value": float(value)}
         for entry in history
@@ -442,18 +474,23 @@ def curves_table(history: list[dict[str, Any]]) -> pa.Table:
 
 
 class ProgressCallback(transformers.TrainerCallback):
-    """Tells the driver how far training is."""
+    """Reports the progress of training to the driver.
+
+    Args:
+        counters: handle of a `ProgressCounters` actor.
+    """
 
     def __init__(self, counters: Any):
         self.counters = counters
-        self.began = 0.0
+        self.start = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began = time.monotonic()
-        self._set(kept=state.global_step, step=state.global_step, steps=state.max_steps, seconds=0)
+        self.start = time.monotonic()
+        step = state.global_step
+        self._set(kept=step, step=step, steps=state.max_steps, seconds=0)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._set(step=state.global_step, seconds=time.monotonic() - self.began)
+        self._set(step=state.global_step, seconds=time.monotonic() - self.start)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
