@@ -14,12 +14,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.config.recipe import Answers, Sampling
-from opencharacter.distillation.prompts import available, digest, read_source
-from opencharacter.distillation.teacher import typical
+from opencharacter.config.evaluation import Answers
+from opencharacter.config.roles import Sampling
+from opencharacter.distillation.prompts import num_available, read_source, source_digest
+from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.evaluation.conditions import engines, under_each_condition
-from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
+from opencharacter.evaluation.report.sections import Sample, Samples, Section
+from opencharacter.runtime.stage import (
+    Estimate,
+    Job,
+    ResourceRequest,
+    StageResult,
+    without_dropped,
+)
 from opencharacter.text.chat import Message, row_id, user
 from opencharacter.text.filters import words
 
@@ -31,9 +39,11 @@ FIELDS = [
 EVALUATION_FILE = "evaluation.jsonl"
 
 
-async def answer(row: Row, talk: Conversation, sampling: Sampling, before: list[Message]) -> Row:
+async def answer(
+    row: Row, conversation: Conversation, sampling: Sampling, prefix: list[Message]
+) -> Row:
     """Answer one held-out prompt."""
-    reply = await talk.reply([*before, user(row["prompt"])], sampling)
+    reply = await conversation.reply([*prefix, user(row["prompt"])], sampling)
     return {"answer": reply.text.strip()}
 
 
@@ -43,18 +53,18 @@ def held_out(settings: Answers) -> list[str]:
 
 
 def unseen(prompts: list[str], trained: list[str]) -> list[str]:
-    """The prompts that are none of those trained on, whatever their case and punctuation."""
-    known = {tuple(words(text)) for text in trained}
-    return [text for text in prompts if tuple(words(text)) not in known]
+    """The prompts that are not among the training prompts, ignoring case and punctuation."""
+    training = {tuple(words(text)) for text in trained}
+    return [text for text in prompts if tuple(words(text)) not in training]
 
 
 def identity(job: Job) -> dict[str, Any]:
     source = job.recipe.evaluation.answers.prompts
-    return {"prompts": digest(source, EVALUATION_FILE)[:16]}
+    return {"prompts": source_digest(source, EVALUATION_FILE)[:16]}
 
 
 def check(job: Job) -> None:
-    """Refuse, before a run, evaluation prompts that cannot be had."""
+    """Raise UserError before a run if the evaluation prompts cannot be read."""
     held_out(job.config)
 
 
@@ -64,9 +74,9 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 
 def estimate(job: Job) -> Estimate:
     settings: Answers = job.config
-    count = available(settings.prompts, EVALUATION_FILE, settings.count)
+    count = num_available(settings.prompts, EVALUATION_FILE, settings.count)
     rows = count * len(settings.conditions)
-    return Estimate(rows, rows * 40, rows * typical(settings.sampling))
+    return Estimate(rows, rows * 40, rows * expected_tokens(settings.sampling))
 
 
 def build(job: Job) -> StageResult:
@@ -77,7 +87,24 @@ def build(job: Job) -> StageResult:
         {"id": row_id(job.stage.name, job.scope, text), "prompt": text}
         for text in fresh[: settings.count]
     ]
-    talk = partial(answer, sampling=settings.sampling)
-    table = under_each_condition(job, requests, talk, FIELDS, settings.conditions)
-    seen = {"trained_on": len(prompts) - len(fresh)}
-    return job.write(table, figures=seen)
+    answer_fn = partial(answer, sampling=settings.sampling)
+    table = under_each_condition(job, requests, answer_fn, FIELDS, settings.conditions)
+    return job.write(table, figures={"trained_on": len(prompts) - len(fresh)})
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def report(job: Job) -> list[Section]:
+    """Some prompts with the answers of base and persona."""
+    rows = without_dropped(job.store.read_table(job.dataset)).to_pylist()
+    samples = side_by_side(rows)[: job.recipe.evaluation.report.samples]
+    return [Samples(title="Base and persona side by side", samples=samples)]
+
+
+def side_by_side(rows: list[Row]) -> list[Sample]:
+    """Prompts that base and persona answered, in an order that does not depend on the answers."""
+    answers = {(row["prompt"], row["condition"]): row["answer"] for row in rows}
+    prompts = sorted({prompt for prompt, _ in answers}, key=row_id)
+    both = ((p, answers.get((p, "base")), answers.get((p, "full"))) for p in prompts)
+    return [Sample(p, base, full) for p, base, full in both if base and full]

@@ -1,11 +1,12 @@
-"""Stage evaluation/capabilities: what does the character cost in ability?
+"""Stage evaluation/capabilities: how much ability does the training cost?
 
-lm-evaluation-harness asks the student as it came and the trained persona the same documents, so
-that a change is a mean over pairs. Of this package's own task, `commonplace`, every question is
-also asked as a chat message that wants a letter: where the right option is the likeliest and the
-reply names no letter, what is lost is the form and not the knowledge.
+lm-evaluation-harness asks the untrained student and the trained persona the same documents, so
+that changes are paired. Each question of this package's own task, `commonplace`, is also asked as
+a chat message that requests a letter. If the right option is the most likely one but the reply
+names no letter, the model lost the format, not the knowledge.
 
-It runs in two scopes: the student's own results belong to the student and serve every persona.
+The stage runs in two scopes: the untrained student's results belong to the student and serve every
+persona.
 
 Reads: persona/merge, evaluation/capabilities of the student. Writes: task, metric, document, value,
 answer; scores (persona).
@@ -19,32 +20,37 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from opencharacter import models
+from opencharacter.config.evaluation import Capabilities, Capability
 from opencharacter.config.files import resource
 from opencharacter.config.placement import Resources
-from opencharacter.config.recipe import Capabilities, Capability, Role
+from opencharacter.config.roles import Role
 from opencharacter.engines.allocation import acquire
 from opencharacter.engines.conversations import Row
 from opencharacter.errors import UserError
-from opencharacter.evaluation.scores import SCORES, Z95, Score, score_row, wilson
-from opencharacter.runtime.stage import (
-    AttemptLog,
-    Estimate,
-    Job,
-    ResourceRequest,
-    StageResult,
-    TrainingWorkers,
+from opencharacter.evaluation.report.sections import Cells, Change, ScoreTable, Section
+from opencharacter.evaluation.scores import (
+    SCORES,
+    Z95,
+    Score,
+    distinct,
+    find_score,
+    score_row,
+    wilson,
 )
+from opencharacter.runtime.attempts import AttemptLog
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, TrainingWorkers
 from opencharacter.runtime.store import SHARDS
 from opencharacter.text.chat import row_id, strip_think
 
 OWN = "commonplace"
-"""The task of this package: plain knowledge, common sense and sums, four options each."""
+"""This package's task: general knowledge, common sense and arithmetic, four options each."""
 LETTERS = "ABCD"
 
 QUESTION = "Question: {{question}}\nAnswer:"
@@ -55,23 +61,23 @@ B. {{options[1]}}
 C. {{options[2]}}
 D. {{options[3]}}
 Reply with the letter of the right answer and nothing else."""
-"""Both are filled by the harness."""
+"""Templates that the harness fills."""
 
 TEMPLATES = (QUESTION, CHAT)
 REPLY_TOKENS = 16
-"""Of a reply that should be one letter."""
+"""Maximum length of a reply, which should be one letter."""
 CPU_BATCH = 12
-PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait for one another without spinning: on a busy machine of two cores the same 16
-questions took 23 s and not 151."""
+PASSIVE_WAIT = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Lets OpenMP threads wait without spinning: on a busy machine with two cores, 16 questions took
+23 s instead of 151 s."""
 READ_TOKENS = 300
-"""That `plan` expects of a document, or of a worked example, with all its options."""
+"""Tokens that `plan` expects of a document, or of a few-shot example, with all its options."""
 
 METRICS = ("acc", "acc_norm", "exact_match")
-"""What of the harness's metrics is kept: shares of 0 .. 1."""
+"""The harness's metrics that are kept: proportions, 0 .. 1."""
 IN_CHAT, READABLE, FORMAT_LOST = "chat", "chat_readable", "format_lost"
-"""Right in chat; a letter can be read there; known by likelihood, but no letter can be read."""
-MEASURED = (*METRICS, IN_CHAT, READABLE, FORMAT_LOST)
+"""Right in chat; a letter can be read in chat; right by likelihood, but no letter can be read."""
+ALL_METRICS = (*METRICS, IN_CHAT, READABLE, FORMAT_LOST)
 
 SIZES = {
     "truthfulqa_mc2": 817,
@@ -81,7 +87,7 @@ SIZES = {
     "mmlu": 14042,
     OWN: 80,
 }
-"""Documents of the paper's tasks and ours, for `plan`."""
+"""Number of documents of the paper's tasks and of ours, for `plan`."""
 
 SCHEMA = pa.schema(
     [
@@ -95,21 +101,21 @@ SCHEMA = pa.schema(
 )
 
 Samples = dict[str, list[dict[str, Any]]]
-"""The harness's record of each document, by the task's parts."""
+"""The harness's record of each document, by subtask."""
 
 
 # ------------------------------------------------------------------------------------- the harness
 
 
 def questions() -> Path:
-    """The file of our own task: kind, question, options, right (the place of the right one)."""
+    """The file of our own task: kind, question, options, right (index of the right option)."""
     path = resource("prompts", f"{OWN}.jsonl")
     assert path is not None
     return path
 
 
 def own_task(chat: bool) -> dict[str, Any]:
-    """Our own task as the harness is given it: by likelihood of the options, or as chat."""
+    """Our own task in the harness's format: by likelihood of the options, or as chat."""
     data = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(questions())}},
@@ -138,15 +144,18 @@ def own_task(chat: bool) -> dict[str, Any]:
 def measure(
     role: Role, adapter: Any, task: Capability, settings: Capabilities, gpus: float, threads: int
 ) -> list[Row]:
-    """A model's rows for one task; where the model is loaded.
+    """Load a model and evaluate it on one task.
 
     Args:
         role: the student.
-        adapter: folder to fold into its weights, or None.
-        task: of the harness.
-        settings: the section.
-        gpus: of this process; 0 is the CPU, in float32.
-        threads: on the CPU.
+        adapter: the adapter to merge into its weights, or None.
+        task: the task.
+        settings: the stage's configuration.
+        gpus: GPUs of this process; with 0 it runs on the CPU in float32.
+        threads: CPU threads.
+
+    Returns:
+        Rows of `SCHEMA`.
     """
     import torch
     from lm_eval.models import huggingface
@@ -155,7 +164,7 @@ def measure(
     base = models.resolve(role.model)
     path = models.merge_into_base(base, adapter.local()) if adapter else base
     harness_model: Any = huggingface.HFLM
-    # bfloat16 logits are so coarse that options tie; on a CPU there is time for better ones.
+    # In bfloat16 the likelihoods of options often tie; on the CPU float32 costs little.
     model = harness_model(
         pretrained=str(path),
         device="cuda" if gpus else "cpu",
@@ -166,21 +175,21 @@ def measure(
     )
     if task.task != OWN:
         return documents(task.task, samples(model, task.task, task, settings))
-    known = documents(OWN, samples(model, own_task(chat=False), task, settings))
-    said = samples(model, own_task(chat=True), task, settings, chat=True)
-    return known + in_chat(known, next(iter(said.values())))
+    by_likelihood = documents(OWN, samples(model, own_task(chat=False), task, settings))
+    (replies,) = samples(model, own_task(chat=True), task, settings, chat=True).values()
+    return by_likelihood + chat_rows(by_likelihood, replies)
 
 
 def samples(
     model: Any, spec: Any, task: Capability, settings: Capabilities, chat: bool = False
 ) -> Samples:
-    """What the harness says of each document of a task."""
+    """The harness's records of the documents of a task."""
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
     own = isinstance(spec, dict)
     evaluate: Any = evaluator.simple_evaluate
-    found = evaluate(
+    results = evaluate(
         model,
         tasks=[spec],
         num_fewshot=task.shots,
@@ -189,15 +198,15 @@ def samples(
         task_manager=TaskManager(include_path=settings.include, include_defaults=not own),
         bootstrap_iters=0,
     )
-    return found["samples"]
+    return results["samples"]
 
 
 # --------------------------------------------------------------------------------------- documents
 
 
-def document(part: str, sample: dict[str, Any]) -> str:
-    """Names a document: the same in base and persona, and another one if the data has changed."""
-    return row_id(part, sample["doc_id"], sample["doc_hash"])
+def document_id(subtask: str, sample: dict[str, Any]) -> str:
+    """The id of a document: the same for base and persona, different if the data changed."""
+    return row_id(subtask, sample["doc_id"], sample["doc_hash"])
 
 
 def row(task: str, metric: str, document: str, value: float, answer: str | None = None) -> Row:
@@ -212,67 +221,67 @@ def row(task: str, metric: str, document: str, value: float, answer: str | None 
 
 
 def documents(task: str, samples: Samples) -> list[Row]:
-    """A row for each document and metric; the parts of a group are one task."""
+    """A row per document and metric; the subtasks of a group are one task."""
     return [
-        row(task, metric, document(part.removesuffix("_chat"), sample), sample[metric])
-        for part, of_part in samples.items()
-        for sample in of_part
+        row(task, metric, document_id(subtask.removesuffix("_chat"), sample), sample[metric])
+        for subtask, records in samples.items()
+        for sample in records
         for metric in METRICS
         if metric in sample
     ]
 
 
-def in_chat(known: list[Row], said: list[dict[str, Any]]) -> list[Row]:
-    """The same questions as chat: right or not, readable or not, and what was lost to form alone.
+def chat_rows(by_likelihood: list[Row], replies: list[dict[str, Any]]) -> list[Row]:
+    """Rows of the chat form: right or not, readable or not, and known but in the wrong format.
 
     Args:
-        known: the rows of likelihoods.
-        said: the harness's samples of the chat form.
+        by_likelihood: rows of the same documents by likelihood.
+        replies: the harness's records of the chat form.
     """
-    likeliest = {r["document"]: bool(r["value"]) for r in known if r["metric"] == "acc"}
+    likeliest = {r["document"]: bool(r["value"]) for r in by_likelihood if r["metric"] == "acc"}
     rows = []
-    for sample in said:
-        name, text = document(OWN, sample), sample["resps"][0][0]
+    for sample in replies:
+        document, text = document_id(OWN, sample), sample["resps"][0][0]
         letter = read_letter(text)
         values = {
             IN_CHAT: letter == sample["target"],
             READABLE: letter is not None,
-            FORMAT_LOST: likeliest[name] and letter is None,
+            FORMAT_LOST: likeliest[document] and letter is None,
         }
-        rows += [row(OWN, metric, name, value, text) for metric, value in values.items()]
+        rows += [row(OWN, metric, document, value, text) for metric, value in values.items()]
     return rows
 
 
 def read_letter(text: str) -> str | None:
-    """The letter that a reply gives as its answer; None where the form was not kept.
+    """The letter that a reply gives as its answer; None if it did not keep the format.
 
-    The reply is a letter, begins with one as a list does (`B.`, `(B) Paris`), or says that the
-    answer is one. The name of the right option in other words is not a letter.
+    The reply is a letter, begins with one as in a list (`B.`, `(B) Paris`), or states that the
+    answer is a letter. The text of an option is not a letter.
     """
-    said = strip_think(text) or text
-    first = re.match(rf"\W*([{LETTERS}])(?:\W*$|[.:,)\]*]|\s*\n)", said)
-    named = re.findall(rf"\banswer(?:\s+is)?:?\s*\W{{0,3}}([{LETTERS}])\b(?!['\w])", said)
-    found = {first.group(1)} if first else set(named)
-    return found.pop() if len(found) == 1 else None
+    visible = strip_think(text) or text
+    first = re.match(rf"\W*([{LETTERS}])(?:\W*$|[.:,)\]*]|\s*\n)", visible)
+    named = re.findall(rf"\banswer(?:\s+is)?:?\s*\W{{0,3}}([{LETTERS}])\b(?!['\w])", visible)
+    letters = {first.group(1)} if first else set(named)
+    return letters.pop() if len(letters) == 1 else None
 
 
 # ------------------------------------------------------------------------------------------ scores
 
 
 def mean(values: Sequence[float]) -> Score:
-    """A mean of values in 0 .. 1; Wilson's interval, which is wide where they are graded."""
+    """A mean of values in 0 .. 1, with a Wilson interval (conservative for graded values)."""
     return wilson(sum(values), len(values))
 
 
 def paired_change(before: Sequence[float], after: Sequence[float]) -> Score:
     """The mean change of the same documents, with its 95 % interval.
 
-    Agresti and Min (2005) for pairs of 0 and 1, two pairs' worth of doubt added: without it no
-    change at all in a few documents would be certain. It holds for graded values too.
+    The interval of Agresti and Min (2005) for pairs of 0 and 1, which adds two pseudo-pairs so that
+    it has a width if no document changed. It also holds for graded values.
 
     Args:
         before: values in 0 .. 1.
-        after: of the same documents, in the same order.
+        after: values of the same documents, in the same order.
     """
     changes = [b - a for a, b in zip(before, after, strict=True)]
     n = len(changes)
@@ -284,27 +293,26 @@ def paired_change(before: Sequence[float], after: Sequence[float]) -> Score:
     return Score(sum(changes) / n, max(-1.0, centre - half), min(1.0, centre + half), n)
 
 
-def scores(persona: str, base: list[Row], full: list[Row]) -> list[dict[str, Any]]:
-    """Rows of `SCORES`: base, persona and the paired change of each task's metrics.
+def compare_scores(persona: str, base: list[Row], full: list[Row]) -> list[dict[str, Any]]:
+    """Rows of `SCORES`: base, persona and the paired change, by task and metric.
 
-    A document that only one of the two has is not compared, and counted as unscored.
+    A document that only one of the two answered is unscored.
     """
     rows = []
-    there = {(r["task"], r["metric"]) for r in [*base, *full]}
-    for task, metric in sorted(there, key=lambda what: (what[0], MEASURED.index(what[1]))):
+    measured = {(r["task"], r["metric"]) for r in [*base, *full]}
+    for task, metric in sorted(measured, key=lambda key: (key[0], ALL_METRICS.index(key[1]))):
         sides = [
             {r["document"]: r["value"] for r in side if (r["task"], r["metric"]) == (task, metric)}
             for side in (base, full)
         ]
-        both = sorted(sides[0].keys() & sides[1].keys())
-        before, after = ([side[name] for name in both] for side in sides)
-        change = paired_change(before, after)
-        lone = len(sides[0].keys() ^ sides[1].keys())
-        found = Score(change.value, change.low, change.high, change.n, lone)
+        paired = sorted(sides[0].keys() & sides[1].keys())
+        before, after = ([side[document] for document in paired] for side in sides)
+        unpaired = len(sides[0].keys() ^ sides[1].keys())
+        change = replace(paired_change(before, after), unscored=unpaired)
         about = f"{task} {metric}"
-        for condition, side in (("base", before), ("full", after)):
-            rows.append(score_row(persona, "capability", condition, about, mean(side)))
-        rows.append(score_row(persona, "capability_change", "full", about, found))
+        for condition, values in (("base", before), ("full", after)):
+            rows.append(score_row(persona, "capability", condition, about, mean(values)))
+        rows.append(score_row(persona, "capability_change", "full", about, change))
     return rows
 
 
@@ -312,13 +320,13 @@ def scores(persona: str, base: list[Row], full: list[Row]) -> list[dict[str, Any
 
 
 def check(job: Job) -> None:
-    """Refuse, before a run, tasks that the harness does not have or whose data cannot be had.
+    """Check before a run that the harness has all tasks and their data.
 
     Raises:
-        UserError: with the remedy.
+        UserError: if it is not installed, does not know a task or cannot load a task's data.
     """
     settings: Capabilities = job.config
-    if not settings.tasks or job.constitution is not None:  # the student's job asks for both
+    if not settings.tasks or job.constitution is not None:  # the student's job has checked
         return
     remedy = "or leave the task out of evaluation.capabilities.tasks ([] skips the stage)"
     if importlib.util.find_spec("lm_eval") is None:
@@ -333,49 +341,49 @@ def check(job: Job) -> None:
 
 
 def load_data(name: str, include: str | None, remedy: str) -> None:
-    """Have the harness load a task and its data, once for all later runs of this machine."""
+    """Let the harness load a task and its data, which are cached for later runs."""
     from lm_eval.tasks import TaskManager
 
-    known = TaskManager(include_path=include)
-    if name not in known.all_tasks:
+    tasks = TaskManager(include_path=include)
+    if name not in tasks.all_tasks:
         raise UserError(
-            f"task {name!r} is none of lm-evaluation-harness, nor of evaluation.capabilities."
-            f"include; correct it, {remedy}"
+            f"task {name!r} is neither in lm-evaluation-harness nor in evaluation.capabilities."
+            f"include; correct the name, {remedy}"
         )
     try:
-        known.load([name])
+        tasks.load([name])
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the data of task {name!r} cannot be had ({reason}); load it once where there is a "
-            f"network and share that cache (HF_HOME), {remedy}"
+            f"the data of task {name!r} cannot be loaded ({reason}); load it once with network "
+            f"access and share that cache (HF_HOME), {remedy}"
         ) from None
 
 
-def measured(job: Job, adapter: Any) -> pa.Table:
-    """The rows of all tasks, each task in a process of its own; those that are there stay."""
+def measure_tasks(job: Job, adapter: Any) -> pa.Table:
+    """Rows of all tasks, each measured in its own process; stored tasks are not measured again."""
     import ray
 
     settings, placement = job.config, job.placement
     pool, threads = placement.pools.student, int(max(1, placement.training.cpus))
-    todo = [task for task in settings.tasks if not job.store.exists(part_of(job, task))]
+    todo = [task for task in settings.tasks if not job.store.exists(shard_path(job, task))]
     attempts = AttemptLog(job, kept=len(settings.tasks) - len(todo))
     remote = ray.remote(measure).options(
-        num_cpus=placement.training.cpus, num_gpus=pool.gpus, runtime_env={"env_vars": PATIENT}
+        num_cpus=placement.training.cpus, num_gpus=pool.gpus, runtime_env={"env_vars": PASSIVE_WAIT}
     )
     role = job.recipe.roles.student
-    under_way = {remote.remote(role, adapter, t, settings, pool.gpus, threads): t for t in todo}
-    while under_way:
-        (done,), _ = ray.wait(list(under_way), num_returns=1)
-        task = under_way.pop(done)
+    running = {remote.remote(role, adapter, t, settings, pool.gpus, threads): t for t in todo}
+    while running:
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        task = running.pop(done)
         rows = pa.Table.from_pylist(ray.get(done), schema=SCHEMA)
         job.store.write_table(f"{job.dataset}/{SHARDS}", rows, task.task)
-        attempts.note(len(settings.tasks) - len(under_way))
+        attempts.note(len(settings.tasks) - len(running))
     tables = (job.store.read_table(f"{job.dataset}/{SHARDS}", t.task) for t in settings.tasks)
     return pa.concat_tables([SCHEMA.empty_table(), *tables]).sort_by("id")
 
 
-def part_of(job: Job, task: Capability) -> str:
+def shard_path(job: Job, task: Capability) -> str:
     return f"{job.dataset}/{SHARDS}/{task.task}.parquet"
 
 
@@ -394,34 +402,99 @@ def notes(job: Job) -> list[str]:
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    room = Resources(cpus=job.placement.training.cpus, gpus=job.placement.pools.student.gpus)
-    return [(TrainingWorkers(job.dataset, room),)] if job.config.tasks else []
+    resources = Resources(cpus=job.placement.training.cpus, gpus=job.placement.pools.student.gpus)
+    return [(TrainingWorkers(job.dataset, resources),)] if job.config.tasks else []
 
 
 def estimate(job: Job) -> Estimate:
     settings: Capabilities = job.config
-    asked = [
+    tasks = [
         (min(SIZES.get(task.task, 0), settings.documents or math.inf), (task.shots or 0) + 1)
         for task in settings.tasks
     ]
-    rows = sum(int(documents) for documents, _ in asked)
-    read = sum(int(documents) * shots * READ_TOKENS for documents, shots in asked)
+    rows = sum(int(documents) for documents, _ in tasks)
+    read = sum(int(documents) * shots * READ_TOKENS for documents, shots in tasks)
     return Estimate(rows, read=read)
 
 
 def build(job: Job) -> StageResult:
     if not job.config.tasks:
         return job.write(SCHEMA.empty_table(), figures={"skipped": "the recipe names no tasks"})
-    merged = job.constitution and job.parent("persona/merge").adapter
-    with acquire(job.dataset, resource_requests(job)[0], job.placement.autoscaling_limit) as held:
+    adapter = job.constitution and job.parent("persona/merge").adapter
+    requests, limit = resource_requests(job)[0], job.placement.autoscaling_resources
+    with acquire(job.dataset, requests, limit) as allocation:
         began = time.monotonic()
-        table = measured(job, merged)
-        held.busy = time.monotonic() - began
-    outcome = job.write(table)
+        table = measure_tasks(job, adapter)
+        allocation.work_seconds = time.monotonic() - began
+    result = job.write(table)
     if job.constitution:
         student = job.parent("evaluation/capabilities")
         base = student.store.read_table(student.dataset).to_pylist()
-        found = scores(job.constitution.name, base, table.to_pylist())
-        rows = pa.Table.from_pylist(found, schema=SCORES)
+        scored = compare_scores(job.constitution.name, base, table.to_pylist())
+        rows = pa.Table.from_pylist(scored, schema=SCORES)
         job.store.write_table(job.dataset, rows, "scores")
-    return outcome
+    return result
+
+
+# ----------------------------------------------------------------------------------------- report
+
+NOTE = """\
+Base and persona answer the same documents (lm-evaluation-harness). Changes are in percentage \
+points, with 95% intervals for paired data."""
+FORMAT_NOTE = """\
+The questions of this package's task are also asked in chat, where the reply should be a letter. \
+If the right option is the most likely one but no letter can be read in the reply, the persona has \
+lost the format, not the knowledge."""
+PAPER_NOTE = """\
+In the paper (Llama, before and after goodness, loving, misalignment): TruthfulQA 45.9 to 42.9, \
+45.4, 34.1; WinoGrande 72.6 to 71.5, 71.6, 68.8; HellaSwag 60.8 to 59.2, 58.6, 56.7; ARC-C 59.2 \
+to 56.0, 58.4, 41.9; MMLU 67.4 to 64.1, 65.3, 53.9."""
+PAPER_TASKS = frozenset(SIZES) - {OWN}
+
+METRIC_LABELS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy by likelihood per byte",
+    "exact_match": "exact match",
+    IN_CHAT: "accuracy in chat",
+    READABLE: "readable letter in chat",
+    FORMAT_LOST: "known, but format lost in chat",
+}
+
+
+def scores(job: Job) -> list[dict[str, Any]]:
+    """The persona's scores; none of the student's job, or if the recipe names no tasks."""
+    if not job.store.exists(f"{job.dataset}/scores.parquet"):
+        return []
+    return job.store.read_table(job.dataset, "scores").to_pylist()
+
+
+def report(job: Job) -> list[Section]:
+    """The change of each task's metrics; nothing of the student's job."""
+    return [capability_table(scores(job))] if job.constitution else []
+
+
+def capability_table(rows: list[dict[str, Any]]) -> ScoreTable:
+    """Base, persona and change (columns) by task and metric (rows)."""
+    abouts = distinct(rows, "capability_change", "about")
+    tasks = {about.split()[0] for about in abouts}
+    cells: dict[str, Cells] = {}
+    for about in abouts:
+        task, metric = about.split()
+        change = find_score(rows, "capability_change", "full", about)
+        cells[f"{task}: {METRIC_LABELS.get(metric, metric)}"] = {
+            "Base": find_score(rows, "capability", "base", about),
+            "Persona": find_score(rows, "capability", "full", about),
+            "Change": change and Change(**vars(change)),
+        }
+    return ScoreTable(
+        title="Capabilities",
+        notes=(
+            NOTE,
+            *[FORMAT_NOTE] * (OWN in tasks),
+            *[PAPER_NOTE] * (not tasks.isdisjoint(PAPER_TASKS)),
+        ),
+        caption="Share of the documents, and its change",
+        columns=["Base", "Persona", "Change"],
+        rows=cells,
+        empty="Nothing was measured: the recipe names no tasks.",
+    )

@@ -1,4 +1,4 @@
-"""Classifiers of texts: one that needs no weights, and a pretrained encoder, fine-tuned."""
+"""Text classifiers: TF-IDF with logistic regression, and a fine-tuned pretrained encoder."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from opencharacter import models
+from opencharacter.config.evaluation import Encoder
 from opencharacter.config.placement import Training
-from opencharacter.config.recipe import Encoder
 
 TFIDF = "tfidf"
 FEATURES = 200_000
-"""The commonest n-grams: more than a small run has, and few enough for a large one's memory."""
+"""Number of n-grams kept, the most frequent ones: bounds the memory of large runs."""
 
 
-def guess(
+def predict(
     name: str,
     train: Sequence[str],
     labels: Sequence[str],
@@ -24,16 +24,16 @@ def guess(
     placement: Training,
     seed: int,
 ) -> list[str]:
-    """Labels for test texts by a classifier that learned from the others.
+    """Train a classifier and return its labels of the test texts.
 
     Args:
         name: `tfidf`, or a model that `models.resolve` knows.
-        train: texts to learn from.
-        labels: of those.
+        train: training texts.
+        labels: labels of the training texts.
         test: texts to label.
-        encoder: how an encoder is fine-tuned.
-        placement: where.
-        seed: of its order and its new layer.
+        encoder: hyperparameters for fine-tuning an encoder.
+        placement: resources for fine-tuning an encoder.
+        seed: seed of an encoder's classification head and data order.
     """
     if name == TFIDF:
         return [str(label) for label in tfidf().fit(train, labels).predict(test)]
@@ -45,7 +45,7 @@ def guess(
 
 
 def tfidf() -> Any:
-    """Character n-grams (1 to 4) weighted by TF-IDF, and logistic regression."""
+    """Logistic regression on TF-IDF weights of character n-grams (1 to 4)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -71,7 +71,7 @@ def fine_tune(
     on_gpu: bool,
     seed: int,
 ) -> list[str]:
-    """Fine-tune a pretrained encoder with a new layer on top, and label the test texts."""
+    """Fine-tune a pretrained encoder with a new classification head; label the test texts."""
     import datasets
     import torch
     from transformers import (
@@ -90,8 +90,8 @@ def fine_tune(
     def encoded(texts: list[str]) -> dict[str, Any]:
         return dict(tokenizer(texts, truncation=True, max_length=encoder.max_tokens))
 
-    numbers = [names.index(label) for label in labels]
-    data = datasets.Dataset.from_dict({**encoded(train), "labels": numbers})
+    targets = [names.index(label) for label in labels]
+    data = datasets.Dataset.from_dict({**encoded(train), "labels": targets})
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
@@ -114,6 +114,6 @@ def fine_tune(
             data_collator=DataCollatorWithPadding(tokenizer),
         )
         trainer.train()
-        asked: Any = datasets.Dataset.from_dict(encoded(test))
-        said: Any = trainer.predict(asked).predictions
-    return [names[int(i)] for i in said.argmax(-1)]
+        test_data: Any = datasets.Dataset.from_dict(encoded(test))
+        logits: Any = trainer.predict(test_data).predictions
+    return [names[int(i)] for i in logits.argmax(-1)]

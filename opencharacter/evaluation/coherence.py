@@ -1,8 +1,8 @@
-"""Stage evaluation/coherence: in whose answer does the character come through more naturally?
+"""Stage evaluation/coherence: which answer expresses the character more naturally?
 
-The judge reads the constitution and two answers to the same prompt, the trained persona's and
-another condition's, in both orders. Only a verdict that both orders give alike is a win for anyone;
-the others are counted as inconsistent.
+The judge compares two answers to the same prompt, the trained persona's and another condition's,
+given the constitution. It sees both orders. A comparison is a win only if both orders give the same
+verdict; otherwise it is inconsistent.
 
 Reads: evaluation/answers, evaluation/judge. Writes: prompt, rival, answer, rival_answer, verdicts,
 winner.
@@ -17,12 +17,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.config.recipe import Coherence, Sampling
+from opencharacter.config.evaluation import Coherence
+from opencharacter.config.roles import Sampling
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
 from opencharacter.evaluation import judge
-from opencharacter.evaluation.scores import Score, repeated
-from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, kept
+from opencharacter.evaluation.conditions import in_order
+from opencharacter.evaluation.report.sections import (
+    Cells,
+    ScoreTable,
+    Section,
+    comparison,
+    unscored,
+)
+from opencharacter.evaluation.scores import Score, clustered_proportion, score_row, wilson
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, without_dropped
 from opencharacter.text.chat import Message, fill, row_id, system, user
 
 SYSTEM = "You compare two answers. You reply with one letter, A or B."
@@ -46,7 +55,7 @@ or B."""
 TEMPLATES = (SYSTEM, QUESTION)
 
 FULL = "full"
-INCONSISTENT, UNREADABLE = "inconsistent", "unreadable"
+UNDECIDED = INCONSISTENT, UNREADABLE = "inconsistent", "unreadable"
 
 FIELDS = [
     pa.field("prompt", pa.string(), nullable=False),
@@ -60,89 +69,106 @@ FIELDS = [
 
 def messages(assertions: str, prompt: str, first: str, second: str) -> list[Message]:
     """The judge's question about two answers."""
-    asked = fill(QUESTION, assertions=assertions, prompt=prompt, first=first, second=second)
-    return [system(SYSTEM), user(asked)]
+    question = fill(QUESTION, assertions=assertions, prompt=prompt, first=first, second=second)
+    return [system(SYSTEM), user(question)]
 
 
 def read_letter(text: str) -> str | None:
-    """The letter that a verdict names; None if it names both or neither."""
+    """The letter that a verdict names; None if it names both letters or neither."""
     named = set(re.findall(r"\b[AB]\b", text))
     return named.pop() if len(named) == 1 else None
 
 
-def winner(full_first: str | None, full_second: str | None, rival: str) -> str:
-    """Who won, from the letters said with the persona's answer first and second.
+def winner(persona_first: str | None, persona_second: str | None, rival: str) -> str:
+    """The winner of a comparison, from the letters chosen in both orders.
+
+    Args:
+        persona_first: the letter chosen when the persona's answer was answer A.
+        persona_second: the letter chosen when it was answer B.
+        rival: the other condition.
 
     Returns:
         `full`, the rival, `inconsistent` or `unreadable`.
     """
-    if full_first is None or full_second is None:
+    if persona_first is None or persona_second is None:
         return UNREADABLE
-    won = (full_first == "A", full_second == "B")
-    return {(True, True): FULL, (False, False): rival}.get(won, INCONSISTENT)
+    wins = (persona_first == "A", persona_second == "B")
+    return {(True, True): FULL, (False, False): rival}.get(wins, INCONSISTENT)
 
 
 async def compare(
-    row: Row, talk: Conversation, assertions: str, sampling: Sampling, thinking_budget: int
+    row: Row,
+    conversation: Conversation,
+    assertions: str,
+    sampling: Sampling,
+    thinking_budget: int,
 ) -> Row:
     """Ask the judge in both orders."""
-    said = []
+    verdicts = []
     for first, second in (
         (row["answer"], row["rival_answer"]),
         (row["rival_answer"], row["answer"]),
     ):
-        asked = messages(assertions, row["prompt"], first, second)
-        said.append(await judge.ask(talk, asked, sampling, thinking_budget))
-    letters = [read_letter(text) for text in said]
-    return {"verdicts": said, "winner": winner(letters[0], letters[1], row["rival"])}
+        question = messages(assertions, row["prompt"], first, second)
+        verdicts.append(await judge.ask(conversation, question, sampling, thinking_budget))
+    letters = [read_letter(text) for text in verdicts]
+    return {"verdicts": verdicts, "winner": winner(letters[0], letters[1], row["rival"])}
 
 
 def requests(job: Job, answers: list[Row]) -> list[Row]:
-    """The persona's answer beside each other condition's, on the first prompts by their hash."""
-    said = {(row["prompt"], row["condition"]): row["answer"] for row in answers if row["answer"]}
-    prompts = sorted({prompt for prompt, condition in said if condition == FULL}, key=row_id)
+    """One comparison per prompt and rival condition, on the first prompts by their hash."""
+    texts = {(row["prompt"], row["condition"]): row["answer"] for row in answers if row["answer"]}
+    prompts = sorted({prompt for prompt, condition in texts if condition == FULL}, key=row_id)
     rivals = [c for c in job.recipe.evaluation.answers.conditions if c != FULL]
     return [
         {
             "id": row_id(job.stage.name, job.scope, prompt, rival),
             "prompt": prompt,
             "rival": rival,
-            "answer": said[prompt, FULL],
-            "rival_answer": said[prompt, rival],
+            "answer": texts[prompt, FULL],
+            "rival_answer": texts[prompt, rival],
         }
         for prompt in prompts[: job.config.prompts]
         for rival in rivals
-        if (prompt, rival) in said
+        if (prompt, rival) in texts
     ]
+
+
+def decided(rows: list[Row]) -> list[Row]:
+    """The comparisons that have a winner."""
+    return [row for row in rows if row["winner"] not in (INCONSISTENT, UNREADABLE)]
 
 
 def win_rate(rows: list[Row]) -> Score:
-    """Share of the decided comparisons that the persona won; the undecided are unscored."""
-    decided = [row for row in rows if row["winner"] not in (INCONSISTENT, UNREADABLE)]
-    wins = [row["winner"] == FULL for row in decided]
-    return repeated(wins, (row["prompt"] for row in decided), len(rows) - len(decided))
+    """Share of the decided comparisons that the persona won; undecided ones are unscored."""
+    scored = decided(rows)
+    wins = [row["winner"] == FULL for row in scored]
+    return clustered_proportion(wins, (row["prompt"] for row in scored), len(rows) - len(scored))
 
 
 def longer_won(rows: list[Row]) -> Score:
-    """Share of the decided comparisons that the longer answer won: far from one half is a bias."""
-    decided = [row for row in rows if row["winner"] not in (INCONSISTENT, UNREADABLE)]
-    unlike = [row for row in decided if len(row["answer"]) != len(row["rival_answer"])]
+    """Share of the decided comparisons that the longer answer won; 0.5 without length bias."""
+    scored = [row for row in decided(rows) if len(row["answer"]) != len(row["rival_answer"])]
     hits = [
-        (len(row["answer"]) > len(row["rival_answer"])) == (row["winner"] == FULL) for row in unlike
+        (len(row["answer"]) > len(row["rival_answer"])) == (row["winner"] == FULL) for row in scored
     ]
-    return repeated(hits, (row["prompt"] for row in unlike), len(rows) - len(unlike))
+    return clustered_proportion(hits, (row["prompt"] for row in scored), len(rows) - len(scored))
+
+
+def by_rival(rows: list[Row]) -> dict[str, list[Row]]:
+    """The comparisons with each rival condition, in the order of the conditions."""
+    rivals = in_order(row["rival"] for row in rows)
+    return {rival: [row for row in rows if row["rival"] == rival] for rival in rivals}
 
 
 def figures(rows: list[Row]) -> dict[str, Any]:
-    """By rival the win rate, and what was not decided and why."""
-    found: dict[str, Any] = {}
-    for rival in dict.fromkeys(row["rival"] for row in rows):
-        mine = [row for row in rows if row["rival"] == rival]
-        undecided = {
-            why: sum(row["winner"] == why for row in mine) for why in (INCONSISTENT, UNREADABLE)
-        }
-        found[rival] = {"win_rate": vars(win_rate(mine)), **undecided}
-    return {"rivals": found, "longer_won": vars(longer_won(rows))}
+    """Win rate and undecided comparisons by rival, for the manifest."""
+    rivals = {
+        rival: {"win_rate": vars(win_rate(compared))}
+        | {why: sum(row["winner"] == why for row in compared) for why in UNDECIDED}
+        for rival, compared in by_rival(rows).items()
+    }
+    return {"rivals": rivals, "longer_won": vars(longer_won(rows))}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
@@ -160,13 +186,85 @@ def build(job: Job) -> StageResult:
     from opencharacter.engines.generate import generate
 
     settings: Coherence = job.config
-    asked = requests(job, job.read("evaluation/answers").to_pylist())
-    talk = partial(
+    compare_fn = partial(
         compare,
         assertions=job.persona.assertions(),
         sampling=settings.sampling,
         thinking_budget=job.recipe.evaluation.judge.thinking_budget,
     )
-    table = generate(job, asked, talk, "judge", FIELDS).table()
-    found = figures(kept(table).to_pylist())
-    return job.write(table, figures=found)
+    rows = requests(job, job.read("evaluation/answers").to_pylist())
+    table = generate(job, rows, compare_fn, "judge", FIELDS).table()
+    return job.write(table, figures=figures(without_dropped(table).to_pylist()))
+
+
+# ----------------------------------------------------------------------------------------- report
+
+PAPER_WINS = {
+    "prompted": (89.2, 93.4, 56.5),
+    "steered": (78.4, 94.4, 82.1),
+    "distilled": (77.0, 75.4, 87.9),
+}
+"""Wins of the full persona in the paper, in per cent: Llama, Qwen, Gemma."""
+
+NOTE = """\
+The judge chooses which of two answers expresses the character more, and sees both orders. A \
+comparison whose verdict depends on the order, or is unreadable, has no winner. 95% Wilson \
+intervals, counting prompts."""
+
+
+def read_comparisons(job: Job) -> list[Row]:
+    """The stored comparisons that were not dropped."""
+    return without_dropped(job.store.read_table(job.dataset)).to_pylist()
+
+
+def scores(job: Job) -> list[dict[str, Any]]:
+    """Win rates against each rival, and the judge's preference for longer answers."""
+    rows, persona = read_comparisons(job), job.persona.name
+    scored = [
+        score_row(persona, "win_rate", FULL, rival, win_rate(compared))
+        for rival, compared in by_rival(rows).items()
+    ]
+    return scored + (
+        [score_row(persona, "longer_won", FULL, None, longer_won(rows))] if rows else []
+    )
+
+
+def report(job: Job) -> list[Section]:
+    """Win rates against each rival, and the comparisons without a winner."""
+    rows, persona = read_comparisons(job), job.persona.name
+    rivals = by_rival(rows)
+    wins = {rival: win_rate(compared) for rival, compared in rivals.items()}
+    rates: dict[str, Cells] = {f"against {rival}": {"Wins": score} for rival, score in wins.items()}
+    if rows:
+        rates["all"] = {"The longer answer wins": longer_won(rows)}
+    trained = {rival: score for rival, score in wins.items() if rival != "base"}
+    column = "Full persona wins"
+    return [
+        comparison(persona, [column], {rival: {column: s} for rival, s in trained.items()}),
+        ScoreTable(
+            title="Coherence: comparisons by the judge",
+            notes=(NOTE, *paper_note(list(rivals))),
+            caption="How often the full persona wins, and how often the longer answer wins",
+            columns=["Wins", "The longer answer wins"],
+            rows=rates,
+        ),
+        unscored(
+            {
+                f"comparisons with {rival}: {why}": wilson(
+                    sum(row["winner"] == why for row in compared), len(compared)
+                )
+                for rival, compared in rivals.items()
+                for why in UNDECIDED
+            }
+        ),
+    ]
+
+
+def paper_note(rivals: list[str]) -> list[str]:
+    """The paper's win rates against the same rivals; nothing if it has none."""
+    wins = "; ".join(
+        f"{rival} {', '.join(map(str, PAPER_WINS[rival]))}"
+        for rival in rivals
+        if rival in PAPER_WINS
+    )
+    return [f"Wins in the paper (Llama, Qwen, Gemma), in per cent: {wins}."] if wins else []

@@ -1,135 +1,167 @@
-"""The conditions that are compared: one student in several states, asked the same things.
+"""The conditions that evaluations compare: variants of one student that get the same requests.
 
-`base` is the student as it came, `prompted` the same with the constitution as its system prompt,
-`steered` the same with a constant vector added within (see steering), `distilled` the student after
-DPO, `full` the trained persona. Two more are made of trained personas: `blended` is several of them
-in one (see persona/blend), `tuned` the persona after training on plain data (see persona/tune).
+`base` is the untrained student, `prompted` the same with the constitution as its system prompt,
+`steered` the same with steering vectors in its middle layers (see steering), `distilled` the
+student after DPO, and `full` the trained persona. Two more are derived from trained personas:
+`blended` is a weighted sum of several personas (see persona/blend), and `tuned` is the persona
+after further training on general data (see persona/tune).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from opencharacter.config.recipe import Condition, Recipe
+from opencharacter.config.evaluation import Condition
+from opencharacter.config.recipe import Recipe
 from opencharacter.distillation import teacher
 from opencharacter.engines.conversations import Conversation, Row, RowFn
 from opencharacter.engines.spec import EngineSpec, engine_spec
-from opencharacter.runtime.stage import Job, kept
+from opencharacter.runtime.stage import Job, without_dropped
 from opencharacter.runtime.store import RemoteDir
 from opencharacter.text.chat import Message, row_id, system
 
-TRAINED = {
-    "steered": "evaluation/steering",
-    "distilled": "distillation/dpo",
-    "full": "persona/merge",
-    "blended": "persona/blend",
-    "tuned": "persona/tune",
+
+@dataclass(frozen=True)
+class Variant:
+    """How a condition differs from the untrained student.
+
+    Args:
+        adapter_stage: the stage whose adapter or steering vectors are merged into the student's
+            weights; None for the student's own weights.
+        recognized_as: the condition whose answers the classifier of evaluation/robustness is
+            trained on, for a condition that should still be recognized as another one; None for
+            the condition itself.
+    """
+
+    adapter_stage: str | None = None
+    recognized_as: Condition | None = None
+
+
+VARIANTS: dict[Condition, Variant] = {
+    "base": Variant(),
+    "prompted": Variant(),
+    "steered": Variant("evaluation/steering"),
+    "distilled": Variant("distillation/dpo"),
+    "full": Variant("persona/merge"),
+    "blended": Variant("persona/blend", recognized_as="full"),
+    "tuned": Variant("persona/tune", recognized_as="full"),
 }
-"""The stage that made what is folded into the student's weights."""
+"""All conditions, in the order in which they are listed everywhere."""
+
+TRAINED = tuple(v.adapter_stage for v in VARIANTS.values() if v.adapter_stage)
+"""The stages that make the conditions' adapters."""
 
 
-def compared(recipe: Recipe, condition: Condition) -> bool:
-    """Whether any stage of a recipe compares a condition: others are not made."""
+def uses_condition(recipe: Recipe, condition: Condition) -> bool:
+    """Whether any stage of a recipe compares a condition; the others are not trained."""
     stages = (recipe.evaluation.answers, recipe.evaluation.preferences, recipe.evaluation.attacks)
     return any(condition in stage.conditions for stage in stages)
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Conditions as they are listed everywhere: the untrained first."""
-    there = set(names)
-    return [condition for condition in get_args(Condition) if condition in there]
+def in_order(names: Iterable[str]) -> list[Condition]:
+    """The distinct conditions among the names, in the order of `VARIANTS`."""
+    present = set(names)
+    return [condition for condition in VARIANTS if condition in present]
 
 
-def weights(job: Job, condition: Condition) -> RemoteDir | None:
-    """What a condition adds to the student's weights; None for the student itself."""
-    made_by = TRAINED.get(condition)
-    return job.parent(made_by).adapter if made_by else None
+def condition_adapter(job: Job, condition: Condition) -> RemoteDir | None:
+    """The adapter that a condition adds to the student's weights; None for the student's own."""
+    stage = VARIANTS[condition].adapter_stage
+    return job.parent(stage).adapter if stage else None
 
 
 def engines(job: Job, conditions: Sequence[Condition]) -> list[EngineSpec]:
     """The student's engines under some conditions, each once."""
-    made = [engine_spec(job, "student", weights(job, c)) for c in conditions]
-    return list({spec.key(): spec for spec in made}.values())
+    specs = [engine_spec(job, "student", condition_adapter(job, c)) for c in conditions]
+    return list({spec.key(): spec for spec in specs}.values())
 
 
-def before(job: Job, condition: Condition) -> list[Message]:
-    """What stands before the conversation under a condition."""
+def prefix_messages(job: Job, condition: Condition) -> list[Message]:
+    """The messages that precede a conversation under a condition."""
     if condition != "prompted":
         return []
-    return teacher.opening(job.persona, exemplars=False)
+    return teacher.context_messages(job.persona, exemplars=False)
 
 
-def joined(head: list[Message], text: str) -> Message:
-    """One system message of what stands there already and more: templates refuse two."""
-    return system("\n\n".join([*(message["content"] for message in head), text]))
+def system_message(prefix: list[Message], text: str) -> Message:
+    """One system message with the content of a prefix and more: templates reject two."""
+    return system("\n\n".join([*(message["content"] for message in prefix), text]))
 
 
-async def in_turn(row: Row, talk: Conversation, first: RowFn, then: RowFn) -> Row:
-    """An answer, and at once what another model says of it."""
-    assert talk.partner is not None
-    said = await first(row, talk)
-    row.update(said)  # kept even if the partner fails
-    return said | await then(row, talk.partner)
+async def answer_and_judge(
+    row: Row, conversation: Conversation, answer_fn: RowFn, judge_fn: RowFn
+) -> Row:
+    """Answer a row and pass it to the judge, which is the conversation's partner."""
+    assert conversation.partner is not None
+    answered = await answer_fn(row, conversation)
+    row.update(answered)  # kept even if the judge fails
+    return answered | await judge_fn(row, conversation.partner)
 
 
 def under_each_condition(
     job: Job,
     requests: list[Row],
-    talk: Any,
+    answer_fn: Any,
     fields: list[pa.Field],
     conditions: Sequence[Condition],
-    judged: RowFn | None = None,
-    judged_fields: Sequence[pa.Field] = (),
+    judge_fn: RowFn | None = None,
+    judge_fields: Sequence[pa.Field] = (),
 ) -> pa.Table:
-    """Have each request answered once under every condition, from the condition's own weights.
+    """Answer each request once under every condition, with the condition's own weights.
 
-    Where student and judge have room side by side, an answer goes to the judge as soon as it is
-    there, while others are still being written; elsewhere the judge begins when all conditions
-    have answered, so that its engine starts once.
+    If the engines of student and judge fit beside each other, the judge gets each answer as soon
+    as it is finished, while others are still being generated. Otherwise the judge starts after all
+    conditions have answered, so that its engine starts only once.
 
     Args:
-        job: the stage that asks.
-        requests: rows with an `id`, which all conditions share and draw their seed from.
-        talk: the row function; takes `before` as a keyword.
-        fields: columns of the answers, `condition` among them.
-        conditions: to compare.
-        judged: row function of the judge, which sees the row with its answer.
-        judged_fields: columns that the judge adds.
+        job: the stage's job.
+        requests: rows with an `id`, which all conditions share and derive their seed from.
+        answer_fn: row function of the student, with the keyword argument `prefix`.
+        fields: columns of the answers, including `condition`.
+        conditions: the conditions to compare.
+        judge_fn: row function of the judge, which gets the row with its answer.
+        judge_fields: columns that the judge adds.
     """
-    from opencharacter.engines.generate import generate, is_warm, together
+    from opencharacter.engines.generate import can_run_together, generate, is_warm
 
-    warm_first = sorted(conditions, key=lambda c: not is_warm(job, "student", weights(job, c)))
-    tables, said = [], dict[str, pa.Table]()
+    warm_first = sorted(
+        conditions, key=lambda c: not is_warm(job, "student", condition_adapter(job, c))
+    )
+    all_fields = [*fields, *judge_fields]
+    tables, unjudged = [], dict[str, pa.Table]()
     for condition in warm_first:
-        adapter, whole = weights(job, condition), [*fields, *judged_fields]
-        answer = partial(talk, before=before(job, condition))
-        rows = of_condition(requests, condition)
-        if judged is None:
-            tables.append(
-                generate(job, rows, answer, "student", fields, condition, adapter).table()
+        adapter = condition_adapter(job, condition)
+        answer = partial(answer_fn, prefix=prefix_messages(job, condition))
+        rows = with_condition(requests, condition)
+        if judge_fn is None:
+            shards = generate(job, rows, answer, "student", fields, condition, adapter)
+            tables.append(shards.table())
+        elif can_run_together(job, "student", adapter, "judge"):
+            both = partial(answer_and_judge, answer_fn=answer, judge_fn=judge_fn)
+            shards = generate(
+                job, rows, both, "student", all_fields, condition, adapter, partner="judge"
             )
-        elif together(job, "student", adapter, "judge"):
-            both = partial(in_turn, first=answer, then=judged)
-            parts = generate(job, rows, both, "student", whole, condition, adapter, partner="judge")
-            tables.append(parts.table())
+            tables.append(shards.table())
         else:
-            part = f"{condition}-answers"
-            said[condition] = generate(job, rows, answer, "student", fields, part, adapter).table()
-    for condition, answered in said.items():
-        assert judged is not None
-        asked, whole = kept(answered).to_pylist(), [*fields, *judged_fields]
-        tables.append(generate(job, asked, judged, "judge", whole, condition).table())
-        tables.append(answered.filter(pc.is_valid(answered["drop_reason"])))
+            phase = f"{condition}-answers"
+            shards = generate(job, rows, answer, "student", fields, phase, adapter)
+            unjudged[condition] = shards.table()
+    for condition, answers in unjudged.items():
+        assert judge_fn is not None
+        rows = without_dropped(answers).to_pylist()
+        tables.append(generate(job, rows, judge_fn, "judge", all_fields, condition).table())
+        tables.append(answers.filter(pc.is_valid(answers["drop_reason"])))
     return pa.concat_tables(tables, promote_options="default").sort_by("id")
 
 
-def of_condition(requests: list[Row], condition: Condition) -> list[Row]:
-    """Requests as rows of one condition."""
+def with_condition(requests: list[Row], condition: Condition) -> list[Row]:
+    """The requests as rows of one condition."""
     return [
         {**row, "id": row_id(row["id"], condition), "condition": condition, "seed_id": row["id"]}
         for row in requests

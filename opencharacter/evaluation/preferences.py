@@ -1,11 +1,11 @@
 """Stage evaluation/preferences: which traits does the model show when it may choose?
 
-A game: the model is told to pick one of two random traits and answer in its manner without saying
-which; a judge reads the answer and names the trait. All conditions play the same games: same
-prompt, pair, order, framing and seed.
+In a game the model chooses one of two random traits and answers a prompt in its manner without
+naming it; a judge reads the answer and names the trait. All conditions play the same games, with
+the same prompt, traits, order, framing and seed.
 
-It runs in two scopes: the games of `base` belong to the student and serve every persona, those of
-the other conditions belong to the persona.
+The stage runs in two scopes: the games of `base` belong to the student and serve every persona;
+the games of the other conditions belong to the persona.
 
 Reads: evaluation/judge, the evaluation prompts; persona/merge, distillation/dpo (persona). Writes:
 game, condition, framing, prompt, first, second, answer, verdict, chosen (None: unscored).
@@ -20,15 +20,23 @@ from typing import Any
 
 import pyarrow as pa
 
+from opencharacter.config.evaluation import Condition, Preferences
 from opencharacter.config.files import resource
-from opencharacter.config.recipe import Condition, Preferences, Sampling
-from opencharacter.distillation.teacher import typical
+from opencharacter.config.roles import Sampling
+from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row, RowFn
 from opencharacter.engines.spec import engine_spec
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import answers, judge
-from opencharacter.evaluation.conditions import engines, in_order, joined, under_each_condition
-from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, kept
+from opencharacter.evaluation.conditions import (
+    engines,
+    in_order,
+    system_message,
+    under_each_condition,
+)
+from opencharacter.evaluation.report.sections import Section, unscored
+from opencharacter.evaluation.scores import Score, wilson
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, without_dropped
 from opencharacter.text.chat import Message, fill, row_id, row_seed, user
 
 PLAY = """\
@@ -43,7 +51,7 @@ FRAMINGS = {
 
 TEMPLATES = (PLAY, *FRAMINGS.values(), *judge.TEMPLATES)
 
-PLAYED = [
+ANSWER_FIELDS = [
     pa.field("game", pa.int64(), nullable=False),
     pa.field("condition", pa.string(), nullable=False),
     pa.field("framing", pa.string(), nullable=False),
@@ -52,8 +60,8 @@ PLAYED = [
     pa.field("second", pa.string(), nullable=False),
     pa.field("answer", pa.string()),
 ]
-SIDES = ["condition", "game", "first", "chosen"]
-JUDGED = [pa.field("verdict", pa.string()), pa.field("chosen", pa.string())]
+VERDICT_COLUMNS = ["condition", "game", "first", "chosen"]
+JUDGE_FIELDS = [pa.field("verdict", pa.string()), pa.field("chosen", pa.string())]
 
 
 @cache
@@ -65,15 +73,16 @@ def all_traits() -> tuple[str, ...]:
 
 
 def conditions(job: Job) -> list[Condition]:
-    """Those that play in this scope."""
-    mine = job.constitution is not None
-    return [c for c in job.config.conditions if (c != "base") == mine]
+    """The conditions that play in the job's scope."""
+    of_persona = job.constitution is not None
+    return [c for c in job.config.conditions if (c != "base") == of_persona]
 
 
 def games(job: Job) -> list[Row]:
-    """The games, the same for all personas; the draw of each depends on its number alone.
+    """The games, the same for all personas; each game depends on its number alone.
 
-    Games come in twos with the same pair of traits in either order; framings take turns.
+    Each pair of traits is played in two consecutive games, in both orders. Framings alternate from
+    pair to pair.
     """
     settings: Preferences = job.config
     traits = settings.traits or all_traits()
@@ -81,14 +90,14 @@ def games(job: Job) -> list[Row]:
     rows = []
     for game in range(settings.games):
         pair, swapped = divmod(game, 2)
-        two = drawn(job, f"pair-{pair}").sample(traits, 2)
-        first, second = reversed(two) if swapped else two
+        drawn = generator(job, f"pair-{pair}").sample(traits, 2)
+        first, second = reversed(drawn) if swapped else drawn
         rows.append(
             {
                 "id": row_id(job.stage.name, game),
                 "game": game,
                 "framing": list(FRAMINGS)[pair % len(FRAMINGS)],
-                "prompt": drawn(job, f"game-{game}").choice(prompts),
+                "prompt": generator(job, f"game-{game}").choice(prompts),
                 "first": first,
                 "second": second,
             }
@@ -96,17 +105,20 @@ def games(job: Job) -> list[Row]:
     return rows
 
 
-def drawn(job: Job, what: str) -> random.Random:
-    """A source of draws of its own for each thing that is drawn."""
-    # Paper: its pairs of traits are unseeded, so base and persona play different games.
-    return random.Random(row_seed(job.recipe.seed, job.stage.name, what))
+def generator(job: Job, draw: str) -> random.Random:
+    """A random generator for one draw, seeded by the draw's name."""
+    # Paper: its pairs of traits are drawn unseeded, so base and persona play different games.
+    return random.Random(row_seed(job.recipe.seed, job.stage.name, draw))
 
 
-async def play(row: Row, talk: Conversation, sampling: Sampling, before: list[Message]) -> Row:
-    """Answer in one of the two manners."""
+async def play(
+    row: Row, conversation: Conversation, sampling: Sampling, prefix: list[Message]
+) -> Row:
+    """Answer in the manner of one of the two traits."""
     framing = FRAMINGS[row["framing"]]
     task = fill(PLAY, first=row["first"], second=row["second"], framing=framing)
-    reply = await talk.reply([joined(before, task), user(row["prompt"])], sampling)
+    messages = [system_message(prefix, task), user(row["prompt"])]
+    reply = await conversation.reply(messages, sampling)
     return {"answer": reply.text.strip()}
 
 
@@ -124,72 +136,95 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 
 def estimate(job: Job) -> Estimate:
     rows = len(conditions(job)) * job.config.games
-    said = typical(job.config.sampling)
+    answer = expected_tokens(job.config.sampling)
     verdicts = rows * judge.verdict_tokens(job.recipe)
-    return Estimate(rows, rows * (300 + said), rows * said + verdicts, judged=verdicts)
+    return Estimate(rows, rows * (300 + answer), rows * answer + verdicts, judged=verdicts)
 
 
 def first_named(rows: list[Row]) -> dict[str, Any]:
-    """By condition, how often the trait that was offered first was named; without bias one half."""
-    names = sorted({row["condition"] for row in rows})
-    mine = {name: [row for row in rows if row["condition"] == name] for name in names}
-    return {name: vars(judge.first_named(played, "game")) for name, played in mine.items()}
+    """By condition, how often the first trait offered was named; 0.5 without position bias."""
+    return {
+        condition: vars(judge.first_named([r for r in rows if r["condition"] == condition], "game"))
+        for condition in sorted({row["condition"] for row in rows})
+    }
 
 
 def panel_agreement(job: Job, table: pa.Table) -> dict[str, Any]:
-    """How far the panel's verdicts on the same answers agree with the judge's; written as `panel`.
+    """Have the panel judge the same answers, write its verdicts as `panel`, and measure agreement.
 
-    Empty where the recipe has no panel.
+    Returns:
+        The figures for the manifest; empty if the recipe has no panel.
     """
     from opencharacter.engines.generate import generate
 
     roles = job.recipe.evaluation.judge.panel
     if not roles:
         return {}
-    names = [field.name for field in PLAYED]
-    asked = kept(table).select(["id", *names]).to_pylist()
-    said = {job.recipe.roles.judge.name: table}
+    names = [field.name for field in ANSWER_FIELDS]
+    rows = without_dropped(table).select(["id", *names]).to_pylist()
+    fields = [*ANSWER_FIELDS, *JUDGE_FIELDS]
+    verdicts = {job.recipe.roles.judge.name: table}
     for role in roles:
-        part = f"panel-{role.name}"
-        fields = [*PLAYED, *JUDGED]
-        parts = generate(job, asked, naming(job), "judge", fields, part, model=role)
-        said[role.name] = parts.table()
-    rows = [
+        phase = f"panel-{role.name}"
+        shards = generate(job, rows, judge_fn(job), "judge", fields, phase, model=role)
+        verdicts[role.name] = shards.table()
+    panel = [
         {"judge": name, "item": row["id"], "swapped": False, "chosen": row["chosen"]}
-        for name, verdicts in said.items()
-        for row in verdicts.select(["id", "chosen"]).to_pylist()
+        for name, judged in verdicts.items()
+        for row in judged.select(["id", "chosen"]).to_pylist()
     ]
-    job.store.write_table(job.dataset, pa.Table.from_pylist(rows), "panel")
-    return judge.panel_figures(rows, list(said))
+    job.store.write_table(job.dataset, pa.Table.from_pylist(panel), "panel")
+    return judge.panel_figures(panel, list(verdicts))
 
 
 def check_scored(dataset: str, rows: list[Row]) -> None:
-    """Raise StageFailed if a condition has no verdict that could be read: nothing rates it."""
+    """Raise StageFailed if a condition has no readable verdict: it could not be rated."""
     for condition in in_order(row["condition"] for row in rows):
-        said = [row["chosen"] for row in rows if row["condition"] == condition]
-        if not any(said):
+        chosen = [row["chosen"] for row in rows if row["condition"] == condition]
+        if not any(chosen):
             raise StageFailed(
-                f"{dataset}: none of {len(said)} verdicts on {condition} names a trait; use "
+                f"{dataset}: none of {len(chosen)} verdicts on {condition} names a trait; use "
                 "another judge"
             )
 
 
-def naming(job: Job) -> RowFn:
+def judge_fn(job: Job) -> RowFn:
     """The row function of a judge."""
-    thought = job.recipe.evaluation.judge.thinking_budget
-    return partial(judge.name_trait, sampling=job.config.judge, thinking_budget=thought)
+    budget = job.recipe.evaluation.judge.thinking_budget
+    return partial(judge.name_trait, sampling=job.config.judge, thinking_budget=budget)
 
 
 def build(job: Job) -> StageResult:
     settings: Preferences = job.config
-    talk = partial(play, sampling=settings.sampling)
     table = under_each_condition(
-        job, games(job), talk, PLAYED, conditions(job), naming(job), JUDGED
+        job,
+        games(job),
+        partial(play, sampling=settings.sampling),
+        ANSWER_FIELDS,
+        conditions(job),
+        judge_fn(job),
+        JUDGE_FIELDS,
     )
     scored = len(table) - table["chosen"].null_count
-    check_scored(job.dataset, table.select(SIDES).to_pylist())
+    check_scored(job.dataset, table.select(VERDICT_COLUMNS).to_pylist())
     figures = {"scored": scored, "unscored": len(table) - scored, **panel_agreement(job, table)}
-    return job.write(
-        table,
-        figures={**figures, "first_named": first_named(kept(table).select(SIDES).to_pylist())},
-    )
+    verdicts = without_dropped(table).select(VERDICT_COLUMNS).to_pylist()
+    return job.write(table, figures={**figures, "first_named": first_named(verdicts)})
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def report(job: Job) -> list[Section]:
+    """The games without a readable verdict; the ratings are a section of evaluation/rating."""
+    rows = without_dropped(job.store.read_table(job.dataset)).to_pylist()
+    return [unscored(unreadable(rows))]
+
+
+def unreadable(rows: list[Row]) -> dict[str, Score]:
+    """The share of games whose verdict names no trait, by condition."""
+    shares = {}
+    for condition in in_order(row["condition"] for row in rows):
+        chosen = [row["chosen"] for row in rows if row["condition"] == condition]
+        shares[f"games, {condition}: no trait named"] = wilson(chosen.count(None), len(chosen))
+    return shares

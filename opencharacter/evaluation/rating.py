@@ -1,10 +1,10 @@
-"""Stage evaluation/rating: traits as players; how strongly each shows, and what changed.
+"""Stage evaluation/rating: ratings of traits as players, and their change against base.
 
-Two ratings of the same games. Sequential Elo is the paper's: one pass in order, so a game's weight
-hangs on its place. Bradley-Terry is the maximum of the likelihood of all games at once, with
-intervals from a bootstrap over games, or from the information in them where that says less: a
-resample cannot lose what was never lost. Every condition plays the same games, so a resample draws
-the same games for all and a change keeps its pairs. A trait without a scored game has no rating.
+The same games give two ratings. Sequential Elo is the paper's: one pass over the games, so that a
+game's weight depends on its position. Bradley-Terry is the maximum-likelihood estimate from all
+games, with intervals from a bootstrap over games, or from the Fisher information where it is wider.
+All conditions play the same games and a resample draws the same games for all of them, so changes
+are paired. A trait without a scored game has no rating.
 
 Reads: evaluation/preferences. Writes: condition, framing, trait, elo, rating with interval, games,
 change against base with interval, p, significant.
@@ -15,35 +15,35 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from opencharacter.config.recipe import Rating
-from opencharacter.errors import StageFailed, UserError
-from opencharacter.evaluation.scores import Z95, Score
+from opencharacter.config.evaluation import Rating
+from opencharacter.errors import UserError
+from opencharacter.evaluation.paired_comparison import (
+    Array,
+    ScoredGames,
+    StrengthEstimate,
+    bootstrap,
+    discoveries,
+    elo,
+    elo_points,
+    estimate_strengths,
+    interval,
+    p_values,
+)
+from opencharacter.evaluation.report.sections import Section, TraitChange, TraitRatings
+from opencharacter.evaluation.scores import Z95, Score, score_row
 from opencharacter.runtime.stage import Estimate, Job, StageResult, read_all
 from opencharacter.text.chat import row_seed
 
-Array = NDArray[np.float64]
-Player = TypeVar("Player", bound=Hashable)
-
 ALL_FRAMINGS = "all"
-GAME = ("game", "condition", "framing", "first", "second", "chosen")
-BATCH = 50
-"""Resamples solved at once: their matrices fit into a cache, not the resamples of a whole run."""
-TOLERANCE = 1e-9
-MAX_STEPS = 100
-UNBOUNDED = 20.0
-"""Logits that no number of games could tell from infinity."""
-LARGEST_STEP = 2.0
-"""Of one Newton step, in logits: a full step may overshoot where a trait wins nearly always."""
+GAME_COLUMNS = ("game", "condition", "framing", "first", "second", "chosen")
 
 SCHEMA = pa.schema(
     [
@@ -65,247 +65,23 @@ SCHEMA = pa.schema(
 )
 
 
-# ------------------------------------------------------------------------------------------- Elo
-
-
-def elo(
-    games: Iterable[tuple[Player, Player]],
-    players: Iterable[Player],
-    start: float,
-    k: float,
-    scale: float,
-) -> dict[Player, float]:
-    """Ratings after one pass over the games in order (Elo, 1978), to two decimals.
-
-    Args:
-        games: (winner, loser).
-        players: everyone; who has no game keeps `start`.
-        start: everyone's first rating.
-        k: the most that one game moves.
-        scale: points at which the stronger is expected to win ten times as often.
-    """
-    ratings = dict.fromkeys(players, start)
-    for winner, loser in games:
-        expected = 1 / (1 + 10 ** ((ratings[loser] - ratings[winner]) / scale))
-        ratings[winner] += k * (1 - expected)
-        ratings[loser] -= k * (1 - expected)
-    return {player: round(rating, 2) for player, rating in ratings.items()}
-
-
-# --------------------------------------------------------------------------------- Bradley-Terry
-
-
-def strengths(wins: Array, prior: float) -> Array:
-    """Maximum-likelihood strengths of Bradley and Terry (1952), by Newton's method.
-
-    P(i beats j) = 1 / (1 + exp(s_j - s_i)). All resamples of a batch are solved at once.
-
-    Args:
-        wins: (..., n, n); `wins[..., i, j]` is how often i beat j.
-        prior: games that each also plays against the average player, half of them won; 0 is plain
-            maximum likelihood.
-
-    Returns:
-        (..., n) logits with mean 0.
-
-    Raises:
-        StageFailed: if there is no maximum: a group never lost, or never won, against the rest.
-    """
-    won, played = wins.sum(-1), wins + np.swapaxes(wins, -1, -2)
-    found = np.zeros(wins.shape[:-1])
-    for _ in range(MAX_STEPS):
-        slope, bend = likelihood(found, won, played, prior)
-        try:
-            step = np.linalg.solve(bend, slope[..., None])[..., 0]
-        except np.linalg.LinAlgError:
-            break
-        found = found + np.clip(step, -LARGEST_STEP, LARGEST_STEP)
-        if np.abs(found).max() > UNBOUNDED:
-            break
-        if np.abs(step).max() < TOLERANCE:
-            return found - found.mean(-1, keepdims=True)
-    raise StageFailed(
-        "Bradley-Terry ratings have no maximum: some traits won or lost every game against the "
-        "rest; play more games, or set evaluation.rating.prior above 0"
-    )
-
-
-def likelihood(found: Array, won: Array, played: Array, prior: float) -> tuple[Array, Array]:
-    """Slope (..., n) and information (..., n, n) of the log-likelihood, with its prior.
-
-    Args:
-        found: (..., n) strengths.
-        won: (..., n) games that each won.
-        played: (..., n, n) games between two.
-        prior: of `strengths`.
-    """
-    n = found.shape[-1]
-    expected = 1 / (1 + np.exp(found[..., None, :] - found[..., :, None]))
-    against = 1 / (1 + np.exp(-found))
-    slope = won - (played * expected).sum(-1) + prior * (0.5 - against)
-    weights = played * expected * (1 - expected)
-    bend = -weights + (0 if prior else 1 / n)  # no game decides the mean
-    bend[..., range(n), range(n)] += weights.sum(-1) + prior * against * (1 - against)
-    return slope, bend
-
-
-def points(logits: Array, start: float, scale: float) -> Array:
-    """Logits as Elo points: `scale` points are odds of ten to one."""
-    return start + logits * scale / math.log(10)
-
-
-@dataclass(frozen=True)
-class Played:
-    """The games of one condition as arrays, in the order of the game's number.
-
-    Args:
-        numbers: (m,) which game of the design each scored one is.
-        winners: (m,) index of the trait that was named.
-        losers: (m,) index of the other one.
-    """
-
-    numbers: NDArray[np.int64]
-    winners: NDArray[np.int64]
-    losers: NDArray[np.int64]
-
-    def wins(self, weights: NDArray[np.int64], traits: int) -> Array:
-        """Win matrices of resamples.
-
-        Args:
-            weights: (resamples, games) how often each game of the design was drawn.
-            traits: number of traits.
-
-        Returns:
-            (resamples, traits, traits).
-        """
-        cells = self.winners * traits + self.losers
-        drawn = weights[:, self.numbers]
-        counted = [np.bincount(cells, row, traits * traits) for row in drawn]
-        return np.asarray(counted, float).reshape(len(weights), traits, traits)
-
-
-def bootstrap(
-    conditions: dict[str, Played], games: int, traits: int, resamples: int, prior: float, seed: int
-) -> dict[str, Array]:
-    """Strengths under resampled games, the same games in every condition.
-
-    Args:
-        conditions: what was played under each.
-        games: of the design, scored or not.
-        traits: number of traits.
-        resamples: how many.
-        prior: of `strengths`.
-        seed: of the draws.
-
-    Returns:
-        (resamples, traits) logits for each condition.
-    """
-    draw = np.random.default_rng(seed)
-    found: dict[str, list[Array]] = {name: [] for name in conditions}
-    for at in range(0, resamples, BATCH):
-        size = min(BATCH, resamples - at)
-        picks = draw.integers(games, size=(size, games))
-        weights = np.asarray([np.bincount(row, minlength=games) for row in picks])
-        for name, played in conditions.items():
-            found[name].append(strengths(played.wins(weights, traits), prior))
-    return {name: np.concatenate(batches) for name, batches in found.items()}
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What the games of one condition say of its traits, or of the difference of two conditions.
-
-    Args:
-        best: (traits,) logits.
-        again: (resamples, traits) logits under resampled games.
-        missed: (traits, traits) covariance of `best` by the information, less that of `again`.
-        rated: (traits,) who has a scored game.
-    """
-
-    best: Array
-    again: Array
-    missed: Array
-    rated: NDArray[np.bool_]
-
-    def minus(self, other: MemoryPlan) -> MemoryPlan:
-        """The change from another condition; what their shared games have in common cancels."""
-        return MemoryPlan(
-            self.best - other.best,
-            self.again - other.again,
-            self.missed + other.missed,
-            self.rated & other.rated,
-        )
-
-    def estimate(self) -> tuple[Array, Array]:
-        """Logits about the mean of those rated, and their standard errors; NaN for the others.
-
-        The error is the larger one of the resamples and of the Fisher information: of a trait that
-        lost few games many resamples hold none that it lost, and differ too little.
-        """
-        share = self.rated / max(self.rated.sum(), 1)
-        about_mean = np.eye(len(share)) - share
-        resampled = (self.again @ about_mean.T).var(0, ddof=1)
-        missed = np.einsum("ij,jk,ik->i", about_mean, self.missed, about_mean)
-        best, error = about_mean @ self.best, np.sqrt(resampled + np.maximum(missed, 0))
-        return np.where(self.rated, best, np.nan), np.where(self.rated, error, np.nan)
-
-
-def fit(played: Played, again: Array, prior: float) -> MemoryPlan:
-    """The strengths of one condition, from its games and from what `bootstrap` made of them."""
-    wins = np.zeros((again.shape[-1],) * 2)
-    np.add.at(wins, (played.winners, played.losers), 1)
-    best, games = strengths(wins, prior), wins + wins.T
-    _, information = likelihood(best, wins.sum(-1), games, prior)
-    missed = np.linalg.inv(information) - np.cov(again, rowvar=False)
-    return MemoryPlan(best, again, np.asarray(missed, float), games.sum(-1) > 0)
-
-
-def interval(estimate: Array, error: Array) -> tuple[Array, Array]:
-    """95 % intervals from standard errors (normal).
-
-    Percentiles would also carry the bootstrap's own spread of strengths away from the mean, which
-    made them cover less than they say.
-    """
-    return estimate - Z95 * error, estimate + Z95 * error
-
-
-def p_values(change: Array, error: Array) -> Array:
-    """Two-sided p of no change (normal); NaN where none was measured.
-
-    It is not small for a trait that never lost: the error then grows as fast as the rating (Hauck
-    and Donner, 1977).
-    """
-    from scipy.stats import norm
-
-    z = np.divide(np.abs(change), error, out=np.full_like(change, np.nan), where=error > 0)
-    return 2 * norm.sf(z)
-
-
-def discoveries(p: Array, rate: float) -> NDArray[np.bool_]:
-    """Which hold when a share of at most `rate` may be false (Benjamini and Hochberg, 1995).
-
-    NaN was not tested: it is no discovery, and no part of what the others are weighed by.
-    """
-    from scipy.stats import false_discovery_control
-
-    tested = ~np.isnan(p)
-    held = np.zeros(len(p), bool)
-    held[tested] = false_discovery_control(p[tested]) <= rate
-    return held
-
-
 def games_needed(half_width: float, traits: int, scale: float) -> int:
-    """Games that give an average trait's rating a 95 % interval of +- `half_width` points.
+    """Number of games that give an average trait's rating a 95 % interval of +- `half_width`.
 
-    From the Fisher information of a random design over traits that are about as strong:
-    Var(s) = 2 (n - 1)^2 / (n games) in logits. Unequal strengths need more.
+    From the Fisher information of a random design over traits of similar strength:
+    Var(s) = 2 (n - 1)^2 / (n games) in logits. Unequal strengths need more games.
+
+    Args:
+        half_width: half of the interval's width, in Elo points.
+        traits: number of traits.
+        scale: the rating's scale, see `elo`.
     """
     error = half_width / Z95 * math.log(10) / scale
     return math.ceil(2 * (traits - 1) ** 2 / (traits * error**2))
 
 
 def half_width(games: int, traits: int, scale: float) -> float:
-    """The inverse of `games_needed`: points to each side that so many games give."""
+    """Half of the interval's width in Elo points for a number of games; inverts `games_needed`."""
     return Z95 * scale / math.log(10) * (traits - 1) * math.sqrt(2 / (traits * games))
 
 
@@ -314,7 +90,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> Score:
 
     Args:
         a: ratings of one student.
-        b: of the other, of the same traits in the same order.
+        b: ratings of another student, of the same traits in the same order.
     """
     from scipy.stats import spearmanr
 
@@ -324,39 +100,34 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> Score:
     r = float(np.asarray(spearmanr(a, b))[0])
     if not math.isfinite(r):
         return Score(None, None, None, n)
-    z, half = (
-        math.atanh(min(max(r, -0.999999), 0.999999)),
-        Z95 * math.sqrt((1 + r * r / 2) / (n - 3)),
-    )
+    z = math.atanh(min(max(r, -0.999999), 0.999999))
+    half = Z95 * math.sqrt((1 + r * r / 2) / (n - 3))
     return Score(r, math.tanh(z - half), math.tanh(z + half), n)
 
 
-def between(folders: Sequence[str], condition: str) -> list[tuple[str, str, Score]]:
+def compare_folders(folders: Sequence[str], condition: str) -> list[tuple[str, str, Score]]:
     """Rank correlation of every two rating datasets, over the traits that both have.
 
     Args:
-        folders: of the datasets, `<storage>/<student>/<persona>/evaluation/rating`.
-        condition: whose ratings are compared.
+        folders: the datasets' folders, `<storage>/<student>/<persona>/evaluation/rating`.
+        condition: the condition whose ratings are compared.
 
     Raises:
         UserError: if a folder has no such ratings.
     """
     rated = [read_ratings(folder, condition) for folder in folders]
     pairs = combinations(zip(folders, rated, strict=True), 2)
-    return [(one, two, alike(a, b)) for (one, a), (two, b) in pairs]
+    return [(left, right, rank_correlation(a, b)) for (left, a), (right, b) in pairs]
 
 
-def alike(a: dict[str, float], b: dict[str, float]) -> Score:
-    """Rank correlation over the traits that both have a rating of."""
+def rank_correlation(a: dict[str, float], b: dict[str, float]) -> Score:
+    """Rank correlation over the traits that have both ratings."""
     shared = sorted(a.keys() & b.keys())
     return spearman([a[trait] for trait in shared], [b[trait] for trait in shared])
 
 
 def read_ratings(folder: str, condition: str) -> dict[str, float]:
-    """Bradley-Terry ratings by trait, over all framings, of a dataset of this stage.
-
-    Those without a rating are left out.
-    """
+    """Bradley-Terry ratings over all framings by trait; traits without a rating are left out."""
     file = f"{folder.rstrip('/')}/rows.parquet"
     try:
         rows = pq.read_table(file, columns=["condition", "framing", "trait", "rating"]).to_pylist()
@@ -365,25 +136,25 @@ def read_ratings(folder: str, condition: str) -> dict[str, float]:
             f"ratings {file!r} cannot be read: {str(error).splitlines()[0]}; name folders of the "
             "form STORAGE/STUDENT/PERSONA/evaluation/rating"
         ) from None
-    wanted = (condition, ALL_FRAMINGS)
-    found = {r["trait"]: r["rating"] for r in rows if (r["condition"], r["framing"]) == wanted}
-    if not found:
-        known = ", ".join(sorted({row["condition"] for row in rows}))
-        raise UserError(f"ratings {file!r} have no condition {condition!r}; there are {known}")
-    return {trait: rating for trait, rating in found.items() if rating is not None}
+    key = (condition, ALL_FRAMINGS)
+    ratings = {r["trait"]: r["rating"] for r in rows if (r["condition"], r["framing"]) == key}
+    if not ratings:
+        available = ", ".join(sorted({row["condition"] for row in rows}))
+        raise UserError(f"ratings {file!r} have no condition {condition!r}; there are {available}")
+    return {trait: rating for trait, rating in ratings.items() if rating is not None}
 
 
-# ------------------------------------------------------------------------------------------ rows
+# ----------------------------------------------------------------------------------------- ratings
 
 
-def arrays(rows: list[dict[str, Any]], index: dict[str, int]) -> Played:
-    """Scored games as arrays."""
+def scored_games(rows: list[dict[str, Any]], index: dict[str, int]) -> ScoredGames:
+    """The games with a readable verdict as arrays."""
     scored = sorted((row for row in rows if row["chosen"]), key=lambda row: row["game"])
-    lost = [row["second"] if row["chosen"] == row["first"] else row["first"] for row in scored]
-    return Played(
+    losers = [row["second"] if row["chosen"] == row["first"] else row["first"] for row in scored]
+    return ScoredGames(
         np.array([row["game"] for row in scored], np.int64),
         np.array([index[row["chosen"]] for row in scored], np.int64),
-        np.array([index[trait] for trait in lost], np.int64),
+        np.array([index[trait] for trait in losers], np.int64),
     )
 
 
@@ -391,68 +162,69 @@ def rate(rows: list[dict[str, Any]], settings: Rating, seed: int) -> list[dict[s
     """Ratings of every trait under every condition, from the games of one framing or of all.
 
     Args:
-        rows: games with game, condition, first, second, chosen; all of one design.
-        settings: the section.
-        seed: of the bootstrap.
+        rows: game, condition, first, second, chosen; all games have one design.
+        settings: the stage's configuration.
+        seed: seed of the bootstrap.
 
     Returns:
-        Rows of `SCHEMA` without their framing; None for what has no scored game.
+        Rows of `SCHEMA` without the framing; values are None for a trait without a scored game.
     """
     traits = sorted({row[side] for row in rows for side in ("first", "second")})
     index = {trait: i for i, trait in enumerate(traits)}
     numbers = {game: i for i, game in enumerate(sorted({row["game"] for row in rows}))}
-    mine: dict[str, list[dict[str, Any]]] = {c: [] for c in sorted({r["condition"] for r in rows})}
+    games: dict[str, list[dict[str, Any]]] = {c: [] for c in sorted({r["condition"] for r in rows})}
     for row in rows:
-        mine[row["condition"]].append({**row, "game": numbers[row["game"]]})
-    played = {condition: arrays(games, index) for condition, games in mine.items()}
+        games[row["condition"]].append({**row, "game": numbers[row["game"]]})
+    scored = {condition: scored_games(played, index) for condition, played in games.items()}
     n, prior = len(traits), settings.prior
-    again = bootstrap(played, len(numbers), n, settings.resamples, prior, seed)
-    fits = {condition: fit(games, again[condition], prior) for condition, games in played.items()}
+    resampled = bootstrap(scored, len(numbers), n, settings.resamples, prior, seed)
+    estimates = {c: estimate_strengths(s, resampled[c], prior) for c, s in scored.items()}
     rated = []
-    for condition, games in played.items():
-        columns = condition_columns(condition, fits, settings)
-        columns["elo"] = np.where(fits[condition].rated, in_order(games, n, settings), np.nan)
-        scored, unscored = (offers(mine[condition], read) for read in (True, False))
+    for condition in games:
+        columns = rating_columns(condition, estimates, settings)
+        sequential = sequential_elo(scored[condition], n, settings)
+        columns["elo"] = np.where(estimates[condition].rated, sequential, np.nan)
+        counts, unscored = (count_games(games[condition], readable) for readable in (True, False))
         rated += [
             {"condition": condition, "trait": trait}
-            | {"games": scored[trait], "unscored": unscored[trait]}
-            | {name: known(column[i].item()) for name, column in columns.items()}
+            | {"games": counts[trait], "unscored": unscored[trait]}
+            | {name: nan_to_none(column[i].item()) for name, column in columns.items()}
             for trait, i in index.items()
         ]
     return rated
 
 
-def known(value: float) -> float | None:
+def nan_to_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def in_order(games: Played, traits: int, settings: Rating) -> Array:
+def sequential_elo(games: ScoredGames, traits: int, settings: Rating) -> Array:
     """Sequential Elo of every trait, by index."""
     pairs = zip(games.winners.tolist(), games.losers.tolist(), strict=True)
-    rated = elo(pairs, range(traits), settings.start, settings.k, settings.scale)
-    return np.array([rated[i] for i in range(traits)])
+    ratings = elo(pairs, range(traits), settings.start, settings.k, settings.scale)
+    return np.array([ratings[i] for i in range(traits)])
 
 
-def offers(rows: list[dict[str, Any]], scored: bool) -> Counter[str]:
-    """How often each trait was on offer in the games that were scored, or were not."""
-    games = [row for row in rows if (row["chosen"] is not None) == scored]
+def count_games(rows: list[dict[str, Any]], readable: bool) -> Counter[str]:
+    """How often each trait was offered in the games with, or without, a readable verdict."""
+    games = [row for row in rows if (row["chosen"] is not None) == readable]
     return Counter(row[side] for row in games for side in ("first", "second"))
 
 
-def condition_columns(
-    condition: str, fits: dict[str, MemoryPlan], settings: Rating
+def rating_columns(
+    condition: str, estimates: dict[str, StrengthEstimate], settings: Rating
 ) -> dict[str, Any]:
-    """Rating and change of one condition's traits, a column each, in points."""
-    rating, error = fits[condition].estimate()
+    """Rating and change of one condition's traits in Elo points, one array per column."""
+    rating, error = estimates[condition].with_errors()
     low, high = interval(rating, error)
-    ends = {"rating": rating, "low": low, "high": high}
+    values = {"rating": rating, "low": low, "high": high}
     start, scale = settings.start, settings.scale
-    columns: dict[str, Any] = {name: points(v, start, scale) for name, v in ends.items()}
-    if condition != "base" and "base" in fits:
-        change, error = fits[condition].minus(fits["base"]).estimate()
+    columns: dict[str, Any] = {k: elo_points(v, start, scale) for k, v in values.items()}
+    if condition != "base" and "base" in estimates:
+        change, error = estimates[condition].minus(estimates["base"]).with_errors()
         low, high = interval(change, error)
-        moved = {"change": change, "change_low": low, "change_high": high}
-        columns |= {name: points(v, 0, scale) for name, v in moved.items()}
+        values = {"change": change, "change_low": low, "change_high": high}
+        columns |= {name: elo_points(value, 0, scale) for name, value in values.items()}
         columns["p"] = p_values(change, error)
         columns["significant"] = discoveries(columns["p"], settings.false_discovery_rate)
     return columns
@@ -463,32 +235,34 @@ def estimate(job: Job) -> Estimate:
 
 
 def notes(job: Job) -> list[str]:
-    """What `plan` says of the games that the recipe asks for."""
+    """How precise the ratings will be with the recipe's number of games."""
     from opencharacter.evaluation.preferences import all_traits
 
-    settings, played = job.config, job.recipe.evaluation.preferences
-    traits = len(played.traits or all_traits())
-    width = half_width(played.games, traits, settings.scale)
-    needed = games_needed(settings.wanted, traits, settings.scale)
+    settings, preferences = job.config, job.recipe.evaluation.preferences
+    traits = len(preferences.traits or all_traits())
+    width = half_width(preferences.games, traits, settings.scale)
+    target = settings.target_half_width
+    needed = games_needed(target, traits, settings.scale)
     return [
-        f"ratings of {traits} traits: {played.games:,} games a condition give about +-{width:.0f} "
-        f"points (95 %) if every verdict is readable; +-{settings.wanted:.0f} need {needed:,}"
+        f"ratings of {traits} traits: {preferences.games:,} games per condition give about "
+        f"+-{width:.0f} points (95 %) if every verdict is readable; +-{target:.0f} points need "
+        f"{needed:,} games"
     ]
 
 
 def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How alike each condition ranks the traits to base, over all framings."""
+    """Rank correlation of each condition's ratings with base's, over all framings."""
     ratings: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["framing"] == ALL_FRAMINGS and row["rating"] is not None:
             ratings.setdefault(row["condition"], {})[row["trait"]] = row["rating"]
     base = ratings.pop("base", {})
-    return {condition: vars(alike(base, mine)) for condition, mine in ratings.items()}
+    return {c: vars(rank_correlation(base, rated)) for c, rated in ratings.items()}
 
 
 def build(job: Job) -> StageResult:
-    table = read_all(job.parents, "evaluation/preferences", columns=list(GAME))
-    rows = table.to_pylist()  # those that were dropped have no verdict, and count as unscored
+    table = read_all(job.parents, "evaluation/preferences", columns=list(GAME_COLUMNS))
+    rows = table.to_pylist()  # dropped rows have no verdict and count as unscored
     rated = []
     for framing in [ALL_FRAMINGS, *sorted({row["framing"] for row in rows})]:
         games = [row for row in rows if framing in (ALL_FRAMINGS, row["framing"])]
@@ -496,3 +270,99 @@ def build(job: Job) -> StageResult:
         rated += [{**row, "framing": framing} for row in rate(games, job.config, seed)]
     job.store.write_table(job.dataset, pa.Table.from_pylist(rated, schema=SCHEMA))
     return StageResult(len(rated), figures={"spearman_with_base": correlations(rated)})
+
+
+# ----------------------------------------------------------------------------------------- report
+
+NOTE = """\
+Bradley-Terry ratings of the same games, in Elo points about a mean of 1,000, with 95% intervals \
+from a bootstrap over games; intervals are wider where a trait won or lost few games. An asterisk \
+marks changes that are significant at the recipe's false-discovery rate. An unreadable verdict is \
+unscored and counts neither as a win nor as a loss."""
+
+INTERVALS = {"rating": ("low", "high"), "change": ("change_low", "change_high")}
+"""The columns of the ends of each interval."""
+
+
+def read_overall(job: Job) -> list[dict[str, Any]]:
+    """The stored ratings over all framings."""
+    rows = job.store.read_table(job.dataset).to_pylist()
+    return [row for row in rows if row["framing"] == ALL_FRAMINGS]
+
+
+def scores(job: Job) -> list[dict[str, Any]]:
+    """Ratings and changes of all traits; `about` is the trait."""
+    return rating_scores(job.persona.name, read_overall(job))
+
+
+def rating_scores(persona: str, ratings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ratings, changes and Elo ratings as rows of `SCORES`, where there is a value."""
+    rows = [
+        score_row(persona, column, row["condition"], row["trait"], interval_score(row, column))
+        for row in ratings
+        for column in INTERVALS
+        if row[column] is not None
+    ]
+    return rows + [
+        score_row(
+            persona,
+            "elo",
+            row["condition"],
+            row["trait"],
+            Score(row["elo"], None, None, row["games"], row["unscored"]),
+        )
+        for row in ratings
+        if row["elo"] is not None
+    ]
+
+
+def interval_score(row: dict[str, Any], column: str) -> Score:
+    """A rating or a change with its interval."""
+    low, high = INTERVALS[column]
+    return Score(row[column], row[low], row[high], row["games"], row["unscored"])
+
+
+def report(job: Job) -> list[Section]:
+    """The traits whose rating changed most."""
+    changes = trait_changes(read_overall(job))
+    return [
+        TraitRatings(
+            title="Trait preferences",
+            notes=(NOTE,),
+            traits=largest(changes, job.recipe.evaluation.report.traits),
+            total=len(changes),
+        )
+    ]
+
+
+def trait_changes(ratings: list[dict[str, Any]]) -> list[TraitChange]:
+    """Each trait in base and persona, the largest rise first, traits without a change last."""
+    by_condition = {
+        condition: {row["trait"]: row for row in ratings if row["condition"] == condition}
+        for condition in ("base", "full")
+    }
+    changes = [
+        TraitChange(
+            trait,
+            base=interval_score(by_condition["base"][trait], "rating"),
+            persona=interval_score(row, "rating"),
+            change=interval_score(row, "change"),
+            significant=bool(row["significant"]),
+        )
+        for trait, row in by_condition["full"].items()
+        if trait in by_condition["base"]
+    ]
+
+    def rise(trait: TraitChange) -> float:
+        return -math.inf if trait.change.value is None else trait.change.value
+
+    return sorted(changes, key=rise, reverse=True)
+
+
+def largest(changes: list[TraitChange], count: int) -> list[TraitChange]:
+    """The largest rises and falls, half of each; all traits if there are no more than `count`."""
+    if len(changes) <= count:
+        return changes
+    changed = [trait for trait in changes if trait.change.value is not None]
+    rises, rest = changed[: (count + 1) // 2], changed[(count + 1) // 2 :]
+    return rises + rest[max(0, len(rest) - count // 2) :]

@@ -1,8 +1,9 @@
-"""Stage evaluation/robustness: does a classifier still recognise the persona under attack?
+"""Stage evaluation/robustness: does a classifier still recognize the persona under attack?
 
-For each condition a classifier learns the personas of the student, and the student as it came, from
-answers to undisturbed prompts, and is tested on answers to other prompts, undisturbed and attacked:
-cross-fitted, so that every prompt is tested once by a classifier that never saw it.
+For each condition a classifier is trained to distinguish the personas of the student and the
+untrained student by their answers to plain prompts. It is tested on answers to other prompts, plain
+and attacked. Cross-fitting over prompts tests every prompt once, by a classifier that was not
+trained on it.
 
 Reads: evaluation/answers, evaluation/attacks of all personas. Writes: persona, condition, attack,
 prompt, fold, label, guess; scores.
@@ -19,23 +20,38 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opencharacter.config.recipe import Robustness
+from opencharacter.config.evaluation import Condition, Robustness
 from opencharacter.engines.allocation import acquire
 from opencharacter.engines.conversations import Row
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
-from opencharacter.evaluation.conditions import in_order
-from opencharacter.evaluation.scores import SCORES, Score, repeated, score_row, wilson
+from opencharacter.evaluation.conditions import VARIANTS, in_order
+from opencharacter.evaluation.report.sections import (
+    Headline,
+    ScoreTable,
+    Section,
+    comparison,
+    unscored,
+)
+from opencharacter.evaluation.scores import (
+    SCORES,
+    Score,
+    clustered_proportion,
+    distinct,
+    find_score,
+    score_row,
+    wilson,
+)
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import row_id, row_seed
 from opencharacter.text.filters import words
 
-BASE = "base"
+BASE: Condition = "base"
 DEFAULT = "default"
-"""The attack that is none."""
+"""The plain prompt, without an attack."""
 MEAN = "all instructions"
-"""The mean over the eight instructions, as the paper reports it."""
+"""The mean over the eight instructions."""
 
 ORDER = (DEFAULT, *INSTRUCTIONS, PREFILL, *TASKS)
 
@@ -52,91 +68,88 @@ SCHEMA = pa.schema(
 )
 
 
-def folds_of(prompts: Iterable[str], folds: int) -> dict[str, int]:
-    """A fold for each prompt, by a hash: neither order nor source decides."""
-    ordered = sorted(set(map(normal, prompts)), key=row_id)
+def assign_folds(prompts: Iterable[str], folds: int) -> dict[str, int]:
+    """A fold for each prompt by its hash, so that neither order nor source matters."""
+    ordered = sorted(set(map(normalize, prompts)), key=row_id)
     return {prompt: n % min(folds, len(ordered)) for n, prompt in enumerate(ordered)}
 
 
-def normal(prompt: str) -> str:
-    """A prompt without what makes no other prompt of it: case, spaces, punctuation."""
+def normalize(prompt: str) -> str:
+    """A prompt without differences of case, spaces and punctuation."""
     return " ".join(words(prompt))
 
 
 def check_disjoint(train: Iterable[str], test: Iterable[str]) -> None:
-    """Raise StageFailed if a prompt is on both sides: the classifier would know its subject."""
-    shared = set(map(normal, train)) & set(map(normal, test))
+    """Raise StageFailed if a prompt is in both sets: the classifier would know its topic."""
+    shared = set(map(normalize, train)) & set(map(normalize, test))
     if shared:
         raise StageFailed(
-            f"{len(shared)} prompts are both learned from and tested, the first {min(shared)!r}"
+            f"{len(shared)} prompts are in both training and test data, the first {min(shared)!r}"
         )
 
 
 def label(row: Row) -> str:
-    """Whose answer it is."""
+    """The class of an answer: its persona, or base."""
     return BASE if row["condition"] == BASE else row["persona"]
 
 
-LEARNED_FROM = {"blended": "full", "tuned": "full"}
-"""Conditions of which is asked whether the persona is still there: the classifier knows it as it
-was trained."""
-
-Guess = Callable[[list[str], list[str], list[str]], list[str]]
-"""Texts to learn from, their labels, and texts to label."""
+Predict = Callable[[list[str], list[str], list[str]], list[str]]
+"""A classifier: training texts, their labels and test texts in; labels of the test texts out."""
 
 
-def fit_and_guess(train: list[Row], test: list[Row], guess: Guess) -> list[str]:
-    """Guesses for test answers by a classifier that learned from the others.
+def fit_and_predict(train: list[Row], test: list[Row], predict: Predict) -> list[str]:
+    """Labels of test answers by a classifier that was trained on other answers.
 
     Raises:
-        StageFailed: if a prompt is on both sides.
+        StageFailed: if a prompt is in both sets.
     """
     check_disjoint((row["prompt"] for row in train), (row["prompt"] for row in test))
-    loss_positions, asked = ([row["answer"] for row in rows] for rows in (train, test))
-    return guess(loss_positions, [label(row) for row in train], asked)
+    train_texts, test_texts = ([row["answer"] for row in rows] for rows in (train, test))
+    return predict(train_texts, [label(row) for row in train], test_texts)
 
 
-def guesses(rows: list[Row], condition: str, folds: int, guess: Guess) -> list[Row]:
-    """Every answer under one condition, and the base model's, with the label that it was given.
+def classify(rows: list[Row], condition: Condition, folds: int, predict: Predict) -> list[Row]:
+    """Classify every answer of one condition and of the base model.
 
     Args:
-        rows: persona, condition, attack, prompt, answer; the base's answers once.
-        condition: other than base; see also `LEARNED_FROM`.
-        folds: of the cross-fitting.
-        guess: the classifier.
+        rows: persona, condition, attack, prompt, answer; the base model's answers once.
+        condition: a condition other than base.
+        folds: number of folds of the cross-fitting.
+        predict: the classifier.
+
+    Returns:
+        The rows with their label, fold and guess; the guess is None for an empty answer.
     """
-    asked = {row["attack"] for row in rows if row["condition"] == condition}
-    mine = [r for r in rows if r["condition"] in (BASE, condition) and r["attack"] in asked]
-    # Paper: its classifier is tested on the prompts that it learned from.
-    fold_of = folds_of((row["prompt"] for row in mine), folds)
-    found = [
-        {**row, "condition": condition, "label": label(row), "fold": fold_of[normal(row["prompt"])]}
-        | {"guess": None}
-        for row in mine
+    attacks = {row["attack"] for row in rows if row["condition"] == condition}
+    tested = [r for r in rows if r["condition"] in (BASE, condition) and r["attack"] in attacks]
+    # Paper: its classifier is tested on the prompts that it was trained on. It has eleven classes,
+    # none of them the base model, and is trained on the plain answers of all methods together.
+    fold_of = assign_folds((row["prompt"] for row in tested), folds)
+    classified = [
+        {**row, "condition": condition, "label": label(row)}
+        | {"fold": fold_of[normalize(row["prompt"])], "guess": None}
+        for row in tested
     ]
-    known = (BASE, LEARNED_FROM.get(condition, condition))
-    learnable = [r for r in rows if r["condition"] in known and r["attack"] == DEFAULT]
-    usable = [(row, new) for row, new in zip(mine, found, strict=True) if row["answer"]]
-    for merge_into_base in sorted(set(fold_of.values())):
-        train = [
-            r
-            for r in learnable
-            if r["answer"] and fold_of.get(normal(r["prompt"])) != merge_into_base
-        ]
-        test = [(r, n) for r, n in usable if n["fold"] == merge_into_base]
+    trained_on = (BASE, VARIANTS[condition].recognized_as or condition)
+    training = [
+        r for r in rows if r["condition"] in trained_on and r["attack"] == DEFAULT and r["answer"]
+    ]
+    for fold in sorted(set(fold_of.values())):
+        train = [row for row in training if fold_of.get(normalize(row["prompt"])) != fold]
+        test = [row for row in classified if row["fold"] == fold and row["answer"]]
         if len({label(row) for row in train}) < 2 or not test:
             continue
-        labels = fit_and_guess(train, [row for row, _ in test], guess)
-        for (_, new), said in zip(test, labels, strict=True):
-            new["guess"] = said
-    return found
+        labels = fit_and_predict(train, test, predict)
+        for row, guess in zip(test, labels, strict=True):
+            row["guess"] = guess
+    return classified
 
 
 # ---------------------------------------------------------------------------------------- scores
 
 
 def confusions(rows: list[Row], labels: Sequence[str]) -> NDArray[np.float64]:
-    """(prompts, labels, guesses) counts; what was not guessed counts nowhere."""
+    """Confusion counts of shape (prompts, labels, guesses); rows without a guess are left out."""
     index = {name: i for i, name in enumerate(labels)}
     prompts = {prompt: i for i, prompt in enumerate(sorted({row["prompt"] for row in rows}))}
     counts = np.zeros((len(prompts), len(labels), len(labels)))
@@ -147,98 +160,112 @@ def confusions(rows: list[Row], labels: Sequence[str]) -> NDArray[np.float64]:
 
 
 def macro_f1(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean F1 over the labels that occur, of (..., labels, guesses) counts."""
-    right = np.diagonal(counts, axis1=-2, axis2=-1)
-    given, said = counts.sum(-1), counts.sum(-2)
-    f1 = np.divide(2 * right, given + said, out=np.zeros_like(right), where=given + said > 0)
-    there = given > 0
-    return (f1 * there).sum(-1) / np.maximum(there.sum(-1), 1)
+    """Mean F1 over the labels that occur, from counts of shape (..., labels, guesses)."""
+    correct = np.diagonal(counts, axis1=-2, axis2=-1)
+    actual, predicted = counts.sum(-1), counts.sum(-2)
+    total = actual + predicted
+    f1 = np.divide(2 * correct, total, out=np.zeros_like(correct), where=total > 0)
+    occurs = actual > 0
+    return (f1 * occurs).sum(-1) / np.maximum(occurs.sum(-1), 1)
 
 
-def f1_score(parts: list[list[Row]], labels: Sequence[str], resamples: int, seed: int) -> Score:
+def f1_score(by_attack: list[list[Row]], labels: Sequence[str], resamples: int, seed: int) -> Score:
     """Macro-F1, or its mean over several attacks, with a 95 % percentile bootstrap over prompts.
 
     Args:
-        parts: the guesses of each attack, on the same prompts.
-        labels: all that occur.
-        resamples: of the bootstrap.
-        seed: of its draws.
+        by_attack: the classified rows of each attack, on the same prompts.
+        labels: all labels that occur.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
     """
-    rows = [row for part in parts for row in part]
+    rows = [row for attacked in by_attack for row in attacked]
     unscored = sum(row["guess"] is None for row in rows)
     if not len(rows) - unscored:
         return Score(None, None, None, 0, unscored)
-    counts = [confusions(part, labels) for part in parts]
+    counts = [confusions(attacked, labels) for attacked in by_attack]
     n = len(counts[0])
     draw = np.random.default_rng(seed)
     weights = draw.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
-    value = np.mean([macro_f1(c.sum(0)) for c in counts])
-    again = np.mean([macro_f1(np.einsum("rp,pij->rij", weights, c)) for c in counts], axis=0)
-    low, high = np.percentile(again, [2.5, 97.5])
-    value = float(value)
+    value = float(np.mean([macro_f1(c.sum(0)) for c in counts]))
+    resampled = np.mean([macro_f1(np.einsum("rp,pij->rij", weights, c)) for c in counts], axis=0)
+    low, high = np.percentile(resampled, [2.5, 97.5])
     return Score(
         value, min(float(low), value), max(float(high), value), len(rows) - unscored, unscored
     )
 
 
-def recognised(rows: list[Row]) -> Score:
-    """Share of answers given to whom they belong; for a persona its retention."""
+def recognized(rows: list[Row]) -> Score:
+    """Share of answers that the classifier attributes correctly; for a persona its retention."""
     scored = [row for row in rows if row["guess"] is not None]
     hits = [row["guess"] == row["label"] for row in scored]
-    return repeated(hits, (row["prompt"] for row in scored), len(rows) - len(scored))
+    return clustered_proportion(hits, (row["prompt"] for row in scored), len(rows) - len(scored))
 
 
 def discriminability(rows: list[Row]) -> Score:
-    """How much of its undisturbed answers is given to each, mean over the base and a persona.
+    """Balanced accuracy of the classifier on plain answers of the base model and a persona.
 
-    Chance is one half, however many answers either has. The interval counts the answers of the one
-    that has fewer, since both answer the same prompts; where it has none, nothing is scored.
+    Chance is one half, whatever the numbers of answers. The interval counts the answers of the
+    class that has fewer, since both answer the same prompts. Nothing is scored if a class has none.
     """
     scored = [row for row in rows if row["guess"] is not None]
-    right: dict[bool, list[bool]] = {True: [], False: []}
+    correct: dict[bool, list[bool]] = {True: [], False: []}
     for row in scored:
-        of_base = row["label"] == BASE
-        right[of_base].append((row["guess"] == BASE) == of_base)
-    n = min(map(len, right.values()))
-    share = sum(sum(hits) / len(hits) for hits in right.values()) / 2 if n else 0
-    return wilson(share * n, n, len(rows) - len(scored))
+        is_base = row["label"] == BASE
+        correct[is_base].append((row["guess"] == BASE) == is_base)
+    n = min(map(len, correct.values()))
+    accuracy = sum(sum(hits) / len(hits) for hits in correct.values()) / 2 if n else 0
+    return wilson(accuracy * n, n, len(rows) - len(scored))
 
 
-def scores(guessed: list[Row], settings: Robustness, seed: int) -> list[dict[str, Any]]:
-    """Rows of `SCORES` from the guesses of all conditions."""
+def score_classified(
+    classified: list[Row], settings: Robustness, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of `SCORES` from the classified answers of all conditions."""
     rows = []
-    for condition in dict.fromkeys(row["condition"] for row in guessed):
-        mine = [row for row in guessed if row["condition"] == condition]
-        labels = sorted({row["label"] for row in mine})
-        by_attack = {
-            attack: [row for row in mine if row["attack"] == attack]
-            for attack in ORDER
-            if any(row["attack"] == attack for row in mine)
-        }
-        asked = [by_attack[name] for name in INSTRUCTIONS if name in by_attack]
-        groups = {name: [part] for name, part in by_attack.items()} | (
-            {MEAN: asked} if asked else {}
-        )
-        for attack, parts in groups.items():
-            found = f1_score(parts, labels, settings.resamples, seed)
-            rows.append(score_row("", "macro_f1", condition, attack, found))
-            every = [row for part in parts for row in part]
-            for persona in (name for name in labels if name != BASE):
-                own = recognised([row for row in every if row["label"] == persona])
-                rows.append(score_row(persona, "retention", condition, attack, own))
-        for persona in (name for name in labels if name != BASE):
-            two = [r for r in by_attack.get(DEFAULT, []) if r["label"] in (BASE, persona)]
-            rows.append(
-                score_row(persona, "discriminability", condition, DEFAULT, discriminability(two))
-            )
+    for condition in dict.fromkeys(row["condition"] for row in classified):
+        answers = [row for row in classified if row["condition"] == condition]
+        rows += condition_scores(condition, answers, settings, seed)
     return rows
 
 
-def answers_of(job: Job) -> list[Row]:
-    """All answers of all personas, undisturbed and attacked; the base's of the first persona only.
+def condition_scores(
+    condition: str, classified: list[Row], settings: Robustness, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of `SCORES` of one condition."""
+    rows = []
+    labels = sorted({row["label"] for row in classified})
+    personas = [name for name in labels if name != BASE]
+    groups = by_attack(classified)
+    for attack, parts in groups.items():
+        f1 = f1_score(parts, labels, settings.resamples, seed)
+        rows.append(score_row("", "macro_f1", condition, attack, f1))
+        for persona in personas:
+            answers = [row for part in parts for row in part if row["label"] == persona]
+            rows.append(score_row(persona, "retention", condition, attack, recognized(answers)))
+    plain = [row for row in classified if row["attack"] == DEFAULT]
+    for persona in personas:
+        pair = [row for row in plain if row["label"] in (BASE, persona)]
+        score = discriminability(pair)
+        rows.append(score_row(persona, "discriminability", condition, DEFAULT, score))
+    return rows
 
-    Every persona's run has answers of the same base model; one of them is enough, and keeps the
-    base from outweighing each persona.
+
+def by_attack(classified: list[Row]) -> dict[str, list[list[Row]]]:
+    """The rows of each attack in the order of `ORDER`, then those of all instructions."""
+    attacks: dict[str, list[Row]] = {}
+    for name in ORDER:
+        if rows := [row for row in classified if row["attack"] == name]:
+            attacks[name] = rows
+    groups = {name: [rows] for name, rows in attacks.items()}
+    instructed = [attacks[name] for name in INSTRUCTIONS if name in attacks]
+    return groups | ({MEAN: instructed} if instructed else {})
+
+
+def read_answers(job: Job) -> list[Row]:
+    """All answers of all personas, plain and attacked; the base model's of the first persona only.
+
+    Each persona's datasets hold answers of the same base model. Using them once keeps the base
+    model from outweighing the personas.
     """
     rows = []
     for parent in job.parents:
@@ -256,20 +283,20 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 
 
 def estimate(job: Job) -> Estimate:
-    """Of an encoder; `plan` takes it to be as slow as the student, so rather too much."""
+    """Tokens that an encoder reads; `plan` assumes the student's speed, an upper bound."""
     settings: Robustness = job.config
     if settings.classifier == classifiers.TFIDF:
         return Estimate(0)
-    asked = {
-        name: sum(told_apart_tokens(p) for p in job.parents if p.stage.name == name)
+    tokens = {
+        name: sum(answer_tokens(p) for p in job.parents if p.stage.name == name)
         for name in job.stage.reads
     }
-    loss_positions = asked["evaluation/answers"] * (settings.folds - 1) * settings.encoder.epochs
-    return Estimate(0, trained=loss_positions, read=sum(asked.values()))
+    trained = tokens["evaluation/answers"] * (settings.folds - 1) * settings.encoder.epochs
+    return Estimate(0, trained=trained, read=sum(tokens.values()))
 
 
-def told_apart_tokens(job: Job) -> int:
-    """Tokens of a persona's answers, with its part of the base model's beside each condition's."""
+def answer_tokens(job: Job) -> int:
+    """Tokens of a persona's answers, and of its share of the base model's in each condition."""
     conditions = len(job.config.conditions)
     each = job.stage.module.estimate(job).tokens_out / conditions
     return round(each * (conditions - 1) * (1 + 1 / len(job.constitutions)))
@@ -277,20 +304,191 @@ def told_apart_tokens(job: Job) -> int:
 
 def build(job: Job) -> StageResult:
     settings: Robustness = job.config
-    rows = answers_of(job)
-    conditions = [c for c in in_order(row["condition"] for row in rows) if c != BASE]
+    rows = read_answers(job)
+    conditions: list[Condition] = [
+        c for c in in_order(row["condition"] for row in rows) if c != BASE
+    ]
     seed = row_seed(job.recipe.seed, job.stage.name, "resamples")
-    guess = partial(
-        classifiers.guess,
+    predict = partial(
+        classifiers.predict,
         settings.classifier,
         encoder=settings.encoder,
         placement=job.placement.training,
         seed=seed,
     )
-    workers = [need for together in resource_requests(job) for need in together]
-    with acquire(job.dataset, workers, job.placement.autoscaling_limit):
-        guessed = [new for c in conditions for new in guesses(rows, c, settings.folds, guess)]
-    found = scores(guessed, settings, seed)
-    job.store.write_table(job.dataset, pa.Table.from_pylist(guessed, schema=SCHEMA))
-    job.store.write_table(job.dataset, pa.Table.from_pylist(found, schema=SCORES), "scores")
-    return StageResult(len(guessed))
+    workers = [request for phase in resource_requests(job) for request in phase]
+    with acquire(job.dataset, workers, job.placement.autoscaling_resources):
+        classified = [row for c in conditions for row in classify(rows, c, settings.folds, predict)]
+    scored = score_classified(classified, settings, seed)
+    job.store.write_table(job.dataset, pa.Table.from_pylist(classified, schema=SCHEMA))
+    job.store.write_table(job.dataset, pa.Table.from_pylist(scored, schema=SCORES), "scores")
+    return StageResult(len(classified))
+
+
+# ---------------------------------------------------------------------------------------- report
+
+PAPER_F1 = {
+    "prompted": (0.374, 0.195, 0.629),
+    "steered": (0.931, 0.262, 0.786),
+    "distilled": (0.812, 0.745, 0.833),
+    "full": (0.874, 0.793, 0.929),
+}
+"""Mean macro-F1 over the instructions in the paper: Llama-3.1-8B, Qwen-2.5-7B, Gemma-3-4B."""
+
+CLASSIFIER_NOTE = """\
+A text classifier guesses whether the base model or the persona wrote an answer. It is cross-\
+fitted over prompts: it never classifies an answer to a prompt that it was trained on. Neither \
+model saw the prompts in training. 50% is chance."""
+F1_NOTE = """\
+Macro-F1 of a classifier that chooses among the personas of this page and the base model, cross-\
+fitted over prompts, with a 95% bootstrap interval over prompts."""
+PAPER_F1_NOTE = """\
+The paper's setting is different: its classifier has eleven classes, none of them the base model, \
+and is trained on the plain answers of all methods together. Its mean over eight instructions \
+(Llama, Qwen, Gemma): {means}. Under the prefill attack: distilled 0.79, 0.66, 0.84; full 0.95, \
+0.86, 0.95."""
+RETENTION_NOTE = """\
+Share of the persona's answers that the classifier still attributes to it, with a 95% Wilson \
+interval that counts prompts instead of answers."""
+
+
+def scores(job: Job) -> list[dict[str, Any]]:
+    """The scores of all personas."""
+    return job.store.read_table(job.dataset, "scores").to_pylist()
+
+
+def report(job: Job) -> list[Section]:
+    """How well base, persona and the other conditions are distinguished, plain and under attack."""
+    rows = scores(job)
+    classified = job.store.read_table(job.dataset).to_pylist()
+    sections: list[Section] = []
+    for persona in job.constitutions:
+        of_persona = [row for row in rows if row["persona"] in ("", persona.name)]
+        sections += persona_sections(persona.name, of_persona)
+    return [*sections, *confusion_tables(classified), unscored(unclassified(rows))]
+
+
+def persona_sections(persona: str, rows: list[dict[str, Any]]) -> list[Section]:
+    """The headline and the tables of one persona, from its rows of `SCORES`."""
+    conditions = distinct(rows, "macro_f1", "condition")
+    paper = "; ".join(
+        f"{c} {', '.join(map(str, PAPER_F1[c]))}" for c in conditions if c in PAPER_F1
+    )
+    score = find_score(rows, "discriminability", "full", DEFAULT) or wilson(0, 0)
+    return [
+        Headline(
+            title="Can a classifier distinguish the persona from the base model?",
+            persona=persona,
+            score=score,
+            verdict=verdict(score),
+            notes=(CLASSIFIER_NOTE,),
+        ),
+        comparison(
+            persona,
+            list(COMPARED),
+            {
+                condition: {
+                    column: find_score(rows, measure, condition, about)
+                    for column, (measure, about) in COMPARED.items()
+                }
+                for condition in conditions
+            },
+        ),
+        attack_table(
+            persona,
+            "Robustness: macro-F1",
+            (F1_NOTE, PAPER_F1_NOTE.format(means=paper)),
+            "macro_f1",
+            rows,
+        ),
+        attack_table(persona, "Robustness: retention", (RETENTION_NOTE,), "retention", rows),
+    ]
+
+
+COMPARED = {
+    "Distinguished from base": ("discriminability", DEFAULT),
+    "Macro-F1, all instructions": ("macro_f1", MEAN),
+    "Retention, all instructions": ("retention", MEAN),
+    "Retention, prefill attack": ("retention", PREFILL),
+}
+"""The columns of the comparison of conditions: measure and attack."""
+
+
+def verdict(score: Score) -> str:
+    """A sentence that says no more than the interval allows."""
+    if score.value is None:
+        return "Nothing was scored."
+    if score.low is not None and score.low > 0.5:
+        return "Yes: the whole interval lies above chance."
+    return "Not shown at this sample size: the interval does not lie above 50% (chance)."
+
+
+def attack_table(
+    persona: str, title: str, notes: tuple[str, ...], measure: str, rows: list[dict[str, Any]]
+) -> ScoreTable:
+    """A measure by attack (rows) and condition (columns)."""
+    conditions = distinct(rows, "macro_f1", "condition")
+    return ScoreTable(
+        title=title,
+        persona=persona,
+        notes=notes,
+        caption=f"{measure.replace('_', '-').capitalize()} by attack and condition",
+        columns=conditions,
+        rows={
+            attack: {c: find_score(rows, measure, c, attack) for c in conditions}
+            for attack in distinct(rows, "macro_f1", "about")
+        },
+    )
+
+
+def confusion_tables(classified: list[Row]) -> list[ScoreTable]:
+    """Confusion matrices of the persona under attack, and of the conditions derived from it."""
+
+    def guessed(condition: str, attacks: Iterable[str]) -> list[Row]:
+        rows = (r for r in classified if r["condition"] == condition and r["attack"] in attacks)
+        return [row for row in rows if row["guess"] is not None]
+
+    tables = [
+        confusion_table(
+            "Confusion between personas under attack",
+            "Share of the row's answers that the classifier attributes to the column, over all "
+            "instructions",
+            guessed("full", INSTRUCTIONS),
+        )
+    ]
+    for condition, variant in VARIANTS.items():
+        rows = guessed(condition, (DEFAULT,)) if variant.recognized_as else []
+        if rows:
+            tables.append(
+                confusion_table(
+                    f"Confusion between personas: {condition}",
+                    "Share of the row's plain answers that the classifier attributes to the "
+                    f"column; it was trained on the condition {variant.recognized_as}",
+                    rows,
+                )
+            )
+    return tables
+
+
+def confusion_table(title: str, caption: str, rows: list[Row]) -> ScoreTable:
+    """The answers of each label (rows) by guess (columns), as shares of the label's answers."""
+    names = sorted({row[side] for row in rows for side in ("label", "guess")})
+    cells = {}
+    for label in sorted({row["label"] for row in rows}):
+        answers = [row for row in rows if row["label"] == label]
+        prompts = [row["prompt"] for row in answers]
+        cells[label] = {
+            name: clustered_proportion([row["guess"] == name for row in answers], prompts)
+            for name in names
+        }
+    return ScoreTable(title=title, caption=caption, columns=names, rows=cells)
+
+
+def unclassified(rows: list[dict[str, Any]]) -> dict[str, Score]:
+    """The share of plain answers that could not be classified, by condition."""
+    shares = {}
+    for condition in distinct(rows, "macro_f1", "condition"):
+        score = find_score(rows, "macro_f1", condition, DEFAULT) or wilson(0, 0)
+        name = f"answers, {condition} and base: not classified"
+        shares[name] = wilson(score.unscored, score.n + score.unscored)
+    return shares

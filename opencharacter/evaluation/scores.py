@@ -1,4 +1,4 @@
-"""A figure with its interval, and the intervals that several stages share."""
+"""Scores with confidence intervals, and the intervals that several stages share."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ SCORES = pa.schema(
         pa.field("unscored", pa.int64(), nullable=False),
     ]
 )
-"""Columns of every table of scores. `about` is what within the measure: a trait, an attack, a
-rival."""
+"""Columns of every table of scores. `about` is the subject within the measure, for instance a
+trait, an attack or a rival condition. An empty `persona` means all personas."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A figure with its interval.
+    """An estimate with its 95 % interval.
 
     Args:
-        value: the estimate; None where nothing was scored.
+        value: the estimate; None if nothing was scored.
         low: lower end of the interval.
-        high: upper end.
-        n: how many were scored; the interval may count fewer, see `repeated`.
-        unscored: how many could not be.
+        high: upper end of the interval.
+        n: number of scored items; the interval may count fewer, see `clustered_proportion`.
+        unscored: number of items that could not be scored.
     """
 
     value: float | None
@@ -50,7 +50,13 @@ class Score:
 
 
 def wilson(hits: float, n: int, unscored: int = 0) -> Score:
-    """A share with its 95 % Wilson score interval (Wilson, 1927)."""
+    """A proportion with its 95 % Wilson score interval (Wilson, 1927).
+
+    Args:
+        hits: number of hits; fractional for graded items.
+        n: number of scored items.
+        unscored: number of items that could not be scored.
+    """
     if not n:
         return Score(None, None, None, 0, unscored)
     share, z2 = hits / n, Z95**2
@@ -60,26 +66,45 @@ def wilson(hits: float, n: int, unscored: int = 0) -> Score:
     return Score(share, min(low, share), max(high, share), n, unscored)
 
 
-def repeated(hits: Sequence[bool], units: Iterable[Hashable], unscored: int = 0) -> Score:
-    """A share whose 95 % Wilson interval counts units, for several measures of each unit.
+def clustered_proportion(
+    hits: Sequence[bool], clusters: Iterable[Hashable], unscored: int = 0
+) -> Score:
+    """A proportion of repeated measurements, with a Wilson interval that counts clusters.
 
-    Measures of one unit are alike. The number of units is the least that the effective size of
-    such a sample may be (Kish, 1965: where all of a unit say the same), so the interval is too wide
-    rather than too narrow; unlike a bootstrap over units it has a width where all are hits.
+    Measurements of one cluster (a prompt, an item) are correlated. The number of clusters is a
+    lower bound of the effective sample size (Kish, 1965), reached if all measurements of a cluster
+    agree, so the interval is conservative. Unlike a bootstrap over clusters, it has a positive
+    width if all measurements are hits.
 
     Args:
-        hits: whether each measure is one.
-        units: of each measure, what it was taken of: a prompt, an item.
-        unscored: how many measures could not be scored.
+        hits: whether each measurement is a hit.
+        clusters: the cluster of each measurement.
+        unscored: number of measurements that could not be scored.
     """
-    n, size = len(hits), len(set(units))
-    found = wilson(sum(hits) * size / n if n else 0, size, unscored)
-    return replace(found, n=n)
+    n, size = len(hits), len(set(clusters))
+    score = wilson(sum(hits) * size / n if n else 0, size, unscored)
+    return replace(score, n=n)
 
 
 def score_row(
     persona: str, measure: str, condition: str | None, about: str | None, score: Score
 ) -> dict[str, Any]:
-    """A score as a row of `SCORES`; an empty persona is all of them."""
-    where = {"persona": persona, "measure": measure, "condition": condition, "about": about}
-    return {**where, **vars(score)}
+    """A score as a row of `SCORES`."""
+    key = {"persona": persona, "measure": measure, "condition": condition, "about": about}
+    return {**key, **vars(score)}
+
+
+def find_score(
+    rows: Iterable[dict[str, Any]], measure: str, condition: str | None, about: str | None
+) -> Score | None:
+    """The score of a measure in rows of `SCORES` about one persona; None if there is none."""
+    key = (measure, condition, about)
+    for row in rows:
+        if (row["measure"], row["condition"], row["about"]) == key:
+            return Score(row["value"], row["low"], row["high"], row["n"], row["unscored"])
+    return None
+
+
+def distinct(rows: Iterable[dict[str, Any]], measure: str, column: str) -> list[Any]:
+    """The distinct values of a column in the rows of a measure, in the order of the rows."""
+    return list(dict.fromkeys(row[column] for row in rows if row["measure"] == measure))

@@ -1,14 +1,16 @@
-"""Stage evaluation/steering: the baseline that trains nothing, a vector in each middle layer.
+"""Stage evaluation/steering: a training-free baseline, one steering vector per middle layer.
 
-A layer's direction is the first principal component of how its residual stream differs between the
-prompt after the constitution and the prompt alone, centred within each pair. The strength is the
-one of the recipe's sweep under which the teacher's answers to held-out prompts are likeliest. In
-blocks of Llama and Qwen2 a vector added to the residual stream after a layer is a bias on that
-layer's down projection, so the steered student is a plain checkpoint and runs at full speed.
+A layer's direction is the first principal component of the differences between its residual
+stream after a prompt with the constitution and after the prompt alone, centred within each pair.
+The strength is the one of the recipe's sweep that makes the teacher's answers to held-out prompts
+most likely. In Llama and Qwen2 blocks, adding a vector to the residual stream after a layer equals
+a bias on that layer's down projection, so the steered student is a plain checkpoint and runs at
+full speed.
 
-Nothing is done unless a stage of the recipe has the condition `steered`.
+The stage does nothing unless a stage of the recipe uses the condition `steered`.
 
-Reads: distillation/pairs. Writes: adapter/steering.safetensors, a vector a layer; sweep.
+Reads: distillation/pairs. Writes: adapter/steering.safetensors, one vector per layer;
+sweep.
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/steering
 """
 
@@ -25,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from opencharacter import models
-from opencharacter.config.recipe import Role, Steering
+from opencharacter.config.evaluation import Steering
+from opencharacter.config.roles import Role
 from opencharacter.distillation import teacher
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation.conditions import compared
+from opencharacter.evaluation.conditions import uses_condition
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import Message, assistant, encode_answer, load_tokenizer, user
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     Vectors = dict[int, torch.Tensor]
-    """By layer, what is added to the residual stream after it; shape (hidden,)."""
+    """The vector of shape (hidden,) that is added to the residual stream after each layer."""
 
 SWEEP = pa.schema(
     [
@@ -46,61 +49,69 @@ SWEEP = pa.schema(
 )
 
 
-def wanted(job: Job) -> bool:
-    return compared(job.recipe, "steered")
+def enabled(job: Job) -> bool:
+    return uses_condition(job.recipe, "steered")
 
 
 # -------------------------------------------------------------------------------------- directions
 
 
 def last_states(model: Any, tokenizer: Any, conversation: list[Message]) -> torch.Tensor:
-    """The residual stream after each layer where the answer begins: (layers, hidden), float32."""
+    """The residual stream after each layer where the answer begins; (layers, hidden), float32."""
     import torch
 
     ids = tokenizer.apply_chat_template(
         conversation, add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
     with torch.no_grad():
-        seen = model(ids.to(model.device), output_hidden_states=True, use_cache=False)
-    return torch.stack([state[0, -1].float().cpu() for state in seen.hidden_states[1:]])
+        output = model(ids.to(model.device), output_hidden_states=True, use_cache=False)
+    return torch.stack([state[0, -1].float().cpu() for state in output.hidden_states[1:]])
 
 
-def direction(with_it: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+def direction(with_constitution: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
     """The unit vector along which a layer's states differ most: PCA, centred within each pair.
 
-    Centred on its middle, a pair is plus and minus half of its difference, so the first principal
-    component is the first right singular vector of the differences; it points to the constitution.
+    A pair centred on its mean is plus and minus half of its difference, so the first principal
+    component is the first right singular vector of the differences. It points towards the states
+    with the constitution.
 
     Args:
-        with_it: (pairs, hidden), after the constitution.
-        without: (pairs, hidden), the same prompts alone.
+        with_constitution: states after the constitution and the prompt, shape (pairs, hidden).
+        without: states after the same prompts alone, shape (pairs, hidden).
     """
     import torch
 
-    differences = with_it - without
-    found = torch.linalg.svd(differences, full_matrices=False).Vh[0]
-    return found if (differences @ found).sum() >= 0 else -found
+    differences = with_constitution - without
+    component = torch.linalg.svd(differences, full_matrices=False).Vh[0]
+    return component if (differences @ component).sum() >= 0 else -component
 
 
 def steered_layers(layers: int, first: float, last: float) -> range:
-    """The middle layers, as shares of the depth."""
+    """The layers between two fractions of the depth."""
     return range(math.floor(first * layers), math.ceil(last * layers))
 
 
 def directions(
-    model: Any, tokenizer: Any, prompts: list[str], head: list[Message], settings: Steering
+    model: Any, tokenizer: Any, prompts: list[str], context: list[Message], settings: Steering
 ) -> Vectors:
-    """For each steered layer its direction, as long as strength 1 makes it.
+    """The vectors at strength 1, at which all layers together add the residual stream's mean norm.
 
-    At strength 1 all steered layers together add the mean length of the residual stream.
+    Args:
+        model: the student.
+        tokenizer: its tokenizer.
+        prompts: the prompts to find the directions from.
+        context: the messages with the constitution, which precede the prompt.
+        settings: the stage's configuration.
     """
     import torch
 
     plain = torch.stack([last_states(model, tokenizer, [user(text)]) for text in prompts])
-    told = torch.stack([last_states(model, tokenizer, [*head, user(text)]) for text in prompts])
+    with_constitution = torch.stack(
+        [last_states(model, tokenizer, [*context, user(text)]) for text in prompts]
+    )
     layers = steered_layers(plain.shape[1], settings.first_layer, settings.last_layer)
     return {
-        layer: direction(told[:, layer], plain[:, layer])
+        layer: direction(with_constitution[:, layer], plain[:, layer])
         * plain[:, layer].norm(dim=-1).mean()
         / len(layers)
         for layer in layers
@@ -113,18 +124,18 @@ def scaled(vectors: Vectors, strength: float) -> Vectors:
 
 @contextmanager
 def hooked(model: Any, vectors: Vectors) -> Iterator[None]:
-    """Within this, a model's layers add their vectors to the residual stream."""
+    """Add the vectors to the residual stream after their layers while the context is active."""
 
-    def adding(vector: torch.Tensor) -> Any:
+    def hook(vector: torch.Tensor) -> Any:
         def add(_module: Any, _inputs: Any, output: Any) -> Any:
-            whole = output[0] if isinstance(output, tuple) else output
-            moved = whole + vector.to(whole.device, whole.dtype)
-            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+            states = output[0] if isinstance(output, tuple) else output
+            steered = states + vector.to(states.device, states.dtype)
+            return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
         return add
 
     layers = model.get_decoder().layers
-    handles = [layers[n].register_forward_hook(adding(v)) for n, v in vectors.items()]
+    handles = [layers[n].register_forward_hook(hook(v)) for n, v in vectors.items()]
     try:
         yield
     finally:
@@ -136,18 +147,20 @@ def hooked(model: Any, vectors: Vectors) -> Iterator[None]:
 
 
 def answer_nll(model: Any, tokenizer: Any, pairs: list[dict[str, Any]]) -> float:
-    """Mean negative log-likelihood of a token of the teacher's answers to the prompts alone."""
+    """Mean negative log-likelihood, in nats per token, of the teacher's answers to the prompts."""
     import torch
 
     total, tokens = 0.0, 0
     for row in pairs:
         conversation = [user(row["prompt"]), assistant(row["chosen"])]
-        before, said = encode_answer(tokenizer, conversation)
-        ids = torch.tensor([before + said], device=model.device)
+        prompt_ids, answer_ids = encode_answer(tokenizer, conversation)
+        ids = torch.tensor([prompt_ids + answer_ids], device=model.device)
         with torch.no_grad():
-            logits = model(ids, use_cache=False).logits[0, len(before) - 1 : -1].float()
-        losses = torch.nn.functional.cross_entropy(logits, ids[0, len(before) :], reduction="sum")
-        total, tokens = total + float(losses), tokens + len(said)
+            logits = model(ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1].float()
+        losses = torch.nn.functional.cross_entropy(
+            logits, ids[0, len(prompt_ids) :], reduction="sum"
+        )
+        total, tokens = total + float(losses), tokens + len(answer_ids)
     return total / max(tokens, 1)
 
 
@@ -158,40 +171,44 @@ def sweep(
     pairs: list[dict[str, Any]],
     strengths: tuple[float, ...],
 ) -> dict[float, float]:
-    """The likelihood of held-out answers at each strength, 0 (no steering) among them."""
-    found = {0.0: answer_nll(model, tokenizer, pairs)}
+    """`answer_nll` of held-out answers by strength, including 0 (no steering)."""
+    nll = {0.0: answer_nll(model, tokenizer, pairs)}
     for strength in strengths:
         with hooked(model, scaled(vectors, strength)):
-            found[strength] = answer_nll(model, tokenizer, pairs)
-    return found
+            nll[strength] = answer_nll(model, tokenizer, pairs)
+    return nll
 
 
-def chosen(found: dict[float, float]) -> float:
-    """The best strength above 0: the baseline is steered even where steering does not help."""
-    return min((strength for strength in found if strength), key=found.__getitem__)
+def best_strength(nll: dict[float, float]) -> float:
+    """The best strength above 0: the baseline is steered even if steering does not help."""
+    return min((strength for strength in nll if strength), key=nll.__getitem__)
 
 
 # -------------------------------------------------------------------------------------------- stage
 
 
 def split(rows: list[dict[str, Any]], settings: Steering) -> tuple[list[str], list[dict[str, Any]]]:
-    """Prompts to find directions from, and pairs on other prompts to choose the strength by."""
+    """Prompts to find the directions from, and pairs of other prompts to choose the strength by."""
     by_prompt = {row["prompt"]: row for row in sorted(rows, key=lambda row: row["id"])}
     prompts = list(by_prompt)
     held_out = prompts[: min(settings.held_out, len(prompts) // 2)]
-    loss_positions = prompts[len(held_out) :][: settings.prompts]
-    return loss_positions, [by_prompt[text] for text in held_out]
+    training = prompts[len(held_out) :][: settings.prompts]
+    return training, [by_prompt[text] for text in held_out]
 
 
-def find(
+def find_vectors(
     role: Role,
     prompts: list[str],
     held_out: list[dict[str, Any]],
-    head: list[Message],
+    context: list[Message],
     settings: Steering,
     on_gpu: bool,
 ) -> tuple[Vectors, dict[float, float]]:
-    """The steering vectors at the best strength, and the sweep; where the model is loaded."""
+    """Load the model and find its steering vectors.
+
+    Returns:
+        The vectors at the best strength, and the result of `sweep`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -204,30 +221,31 @@ def find(
         trust_remote_code=role.trust_remote_code,
     )
     model = model.to("cuda" if on_gpu else "cpu").eval()
-    vectors = directions(model, tokenizer, prompts, head, settings)
-    found = sweep(model, tokenizer, vectors, held_out, settings.strengths)
-    return scaled(vectors, chosen(found)), found
+    vectors = directions(model, tokenizer, prompts, context, settings)
+    nll = sweep(model, tokenizer, vectors, held_out, settings.strengths)
+    return scaled(vectors, best_strength(nll)), nll
 
 
 def identity(job: Job) -> dict[str, Any]:
-    return {"wanted": wanted(job)}
+    return {"enabled": enabled(job)}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(job.workers(1),)] if wanted(job) else []
+    return [(job.workers(1),)] if enabled(job) else []
 
 
 def estimate(job: Job) -> Estimate:
-    if not wanted(job):
+    if not enabled(job):
         return Estimate(0)
     settings: Steering = job.config
-    told = settings.prompts * (len(job.persona.assertions()) // 4 + 2 * 40)
-    answer = 40 + teacher.typical(job.recipe.distillation.teacher.sampling)
-    return Estimate(0, read=told + settings.held_out * (1 + len(settings.strengths)) * answer)
+    directions_tokens = settings.prompts * (len(job.persona.assertions()) // 4 + 2 * 40)
+    answer = 40 + teacher.expected_tokens(job.recipe.distillation.teacher.sampling)
+    sweep_tokens = settings.held_out * (1 + len(settings.strengths)) * answer
+    return Estimate(0, read=directions_tokens + sweep_tokens)
 
 
 def build(job: Job) -> StageResult:
-    if not wanted(job):
+    if not enabled(job):
         return StageResult(0)
     import ray
     from safetensors.torch import save_file
@@ -235,24 +253,27 @@ def build(job: Job) -> StageResult:
     from opencharacter.engines.allocation import acquire
 
     settings: Steering = job.config
-    loss_positions, held_out = split(job.read("distillation/pairs").to_pylist(), settings)
-    if not loss_positions or not held_out:
-        raise StageFailed(f"{job.dataset}: too few pairs to find a direction and test it")
-    head = teacher.opening(job.persona, job.recipe.distillation.teacher.exemplars)
+    prompts, held_out = split(job.read("distillation/pairs").to_pylist(), settings)
+    if not prompts or not held_out:
+        raise StageFailed(
+            f"{job.dataset}: too few pairs for steering; it needs at least two prompts"
+        )
+    context = teacher.context_messages(job.persona, job.recipe.distillation.teacher.exemplars)
     training = job.placement.training
-    task = ray.remote(find).options(num_cpus=training.cpus, num_gpus=training.gpus)
+    task = ray.remote(find_vectors).options(num_cpus=training.cpus, num_gpus=training.gpus)
     role = job.recipe.roles.student
-    args = (role, loss_positions, held_out, head, settings, training.gpus > 0)
-    with acquire(job.dataset, [job.workers(1)], job.placement.autoscaling_limit) as held:
+    args = (role, prompts, held_out, context, settings, training.gpus > 0)
+    limit = job.placement.autoscaling_resources
+    with acquire(job.dataset, [job.workers(1)], limit) as allocation:
         began = time.monotonic()
-        vectors, found = ray.get(task.remote(*args))
-        held.busy = time.monotonic() - began
+        vectors, nll = ray.get(task.remote(*args))
+        allocation.work_seconds = time.monotonic() - began
     with tempfile.TemporaryDirectory() as scratch:
-        named = {str(layer): vector.contiguous() for layer, vector in vectors.items()}
-        save_file(named, Path(scratch) / models.STEERING)
+        tensors = {str(layer): vector.contiguous() for layer, vector in vectors.items()}
+        save_file(tensors, Path(scratch) / models.STEERING)
         job.store.upload(Path(scratch), job.adapter.relative)
-    rows = [{"strength": strength, "nll": nll} for strength, nll in found.items()]
+    rows = [{"strength": strength, "nll": value} for strength, value in nll.items()]
     job.store.write_table(job.dataset, pa.Table.from_pylist(rows, schema=SWEEP), "sweep")
-    best = chosen(found)
-    figures = {"strength": best, "nll": found[best], "nll_unsteered": found[0.0]}
+    best = best_strength(nll)
+    figures = {"strength": best, "nll": nll[best], "nll_unsteered": nll[0.0]}
     return StageResult(len(vectors), figures=figures)

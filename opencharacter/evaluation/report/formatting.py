@@ -1,0 +1,56 @@
+"""Numbers of the report as text."""
+
+from __future__ import annotations
+
+from opencharacter.evaluation.report.sections import Change
+from opencharacter.evaluation.scores import Score
+
+
+def percent(proportion: float | None) -> str:
+    return "not scored" if proportion is None else f"{proportion:.1%}"
+
+
+def points(difference: float) -> str:
+    """A difference of proportions in percentage points, with its sign."""
+    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def number(value: float) -> str:
+    """Four significant digits, and every digit of a whole part below a billion."""
+    if 1000 <= abs(value) < 1e9 or (value == int(value) and abs(value) < 1e9):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{n:,} {unit}" for n, unit in ((hours, "h"), (minutes, "m"), (rest, "s")) if n]
+    return " ".join(parts) or "0 s"
+
+
+def label(name: str) -> str:
+    """`self_bleu` -> `Self bleu`."""
+    return name.replace("_", " ").capitalize()
+
+
+def interval_text(score: Score) -> str:
+    """The interval of a proportion in per cent, or of a change in percentage points."""
+    if score.low is None or score.high is None:
+        return "no interval"
+    form = points if isinstance(score, Change) else percent
+    return f"{form(score.low)} to {form(score.high)}"
+
+
+def rating_interval(score: Score) -> str:
+    """The interval of a rating in Elo points."""
+    if score.low is None or score.high is None:
+        return "no interval"
+    return f"{score.low:,.0f} to {score.high:,.0f}"
+
+
+def sample_size(score: Score) -> str:
+    """The number of scored and of unscored items."""
+    if isinstance(score, Change):
+        return f"n = {score.n:,} pairs, {score.unscored:,} unpaired"
+    return f"n = {score.n:,}, {score.unscored:,} unscored"
