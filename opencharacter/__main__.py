@@ -1,4 +1,4 @@
-"""`python -m opencharacter`."""
+"""Lets `python -m opencharacter` run the command line."""
 
 from opencharacter.cli.main import main
 

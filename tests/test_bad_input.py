@@ -1,4 +1,4 @@
-"""Every bad input: one line that names the value, the limit and the remedy, exit code 2."""
+"""Invalid input is rejected in one line with the value, the limit and the remedy; exit code 2."""
 
 import json
 import re
@@ -45,7 +45,7 @@ GOOD = f"name: odd\ndescription: A sentence.\ntraits:{TRAIT}"
 
 CASES = {
     "unknown recipe": lambda t: (["nonesuch", *POET], "nonesuch.*demo"),
-    "recipe file absent": lambda t: (["./nope.yaml", *POET], "no such file"),
+    "missing recipe file": lambda t: (["./nope.yaml", *POET], "no such file"),
     "unknown recipe field": lambda t: (
         [recipe(t, sead=3), *POET],
         "unknown field 'sead'",
@@ -64,9 +64,9 @@ CASES = {
     ),
     "answers that cannot be paired": lambda t: (
         [recipe(t, distillation={"teacher": {"answers": 3}}), *POET],
-        r"distillation: teacher\.answers is 3 and student\.answers 5.*make them equal",
+        r"distillation: teacher\.answers is 3 and student\.answers is 5.*make them equal",
     ),
-    "nothing for sft to learn": lambda t: (
+    "no data for SFT": lambda t: (
         [
             recipe(
                 t,
@@ -77,7 +77,7 @@ CASES = {
             ),
             *POET,
         ],
-        "all 0, which leaves sft nothing to learn; raise one",
+        "all 0, so sft has no training data; raise one",
     ),
     "unknown stage to rebuild": lambda t: (
         [recipe(t), *POET, "--rebuild", "distil/dpo"],
@@ -92,8 +92,11 @@ CASES = {
         "line 2: not YAML",
     ),
     "recipe that is a list": lambda t: ([write(t / "r.yaml", "- a"), *POET], "expected a mapping"),
-    "name that is no path": lambda t: ([student(t, name="../etc"), *POET], r"'\.\./etc' may only"),
-    "model path absent": lambda t: ([student(t, model="/no/weights"), *POET], "/no/weights"),
+    "invalid recipe name": lambda t: (
+        [student(t, name="../etc"), *POET],
+        r"'\.\./etc' is not a valid name",
+    ),
+    "missing model folder": lambda t: ([student(t, model="/no/weights"), *POET], "/no/weights"),
     "unknown embedded model": lambda t: (
         [student(t, model="embedded:gpt-9"), *POET],
         "gpt-9.*smollm2-135m",
@@ -119,12 +122,21 @@ CASES = {
         [recipe(t), *persona(t, GOOD + TRAIT.lstrip("\n"))],
         "trait stated twice: 'i am plain.'",
     ),
-    "name unlike its file": lambda t: ([recipe(t), *persona(t, GOOD, "other")], "make it 'other'"),
-    "all and another": lambda t: ([recipe(t), *POET, "-c", "all"], "name no other beside it"),
-    "personas with a comma": lambda t: ([recipe(t), "-c", "humor,loving"], "repeat -c for each"),
-    "the template": lambda t: ([recipe(t), "-c", "template"], "a form to fill in"),
+    "name that differs from its file": lambda t: (
+        [recipe(t), *persona(t, GOOD, "other")],
+        "line 1: name = 'odd': must be the file's name, 'other'",
+    ),
+    "all and another persona": lambda t: ([recipe(t), *POET, "-c", "all"], "give no other -c"),
+    "personas with a comma": lambda t: (
+        [recipe(t), "-c", "humor,loving"],
+        "repeat -c for each one",
+    ),
+    "the constitution template": lambda t: (
+        [recipe(t), "-c", "template"],
+        "is a template; copy it with",
+    ),
     "duplicate persona": lambda t: ([recipe(t), *POET, *POET], "'poeticism' is given twice"),
-    "persona named as the student": lambda t: (
+    "persona named like the student": lambda t: (
         [student(t, name="poeticism"), *POET],
         "has the student's name",
     ),
@@ -137,14 +149,14 @@ CASES = {
         [recipe(t), *POET, "--only", "persona/merge", "--until", "persona/merge"],
         "exclude each other",
     ),
-    "prompts file absent": lambda t: (
+    "missing prompts file": lambda t: (
         [
             recipe(t, distillation={"prompts": {"general_prompts": "/no/such.jsonl"}}),
             *POET,
         ],
         "/no/such.jsonl.*embedded",
     ),
-    "prompts without prompts": lambda t: (
+    "empty prompts file": lambda t: (
         [
             recipe(
                 t,
@@ -154,7 +166,7 @@ CASES = {
             ),
             *POET,
         ],
-        "every row needs a text 'prompt'",
+        "every row needs a string field 'prompt'",
     ),
     "storage that is a file": lambda t: (
         [recipe(t), *POET, "--storage", write(t / "file", "x") + "/runs"],
@@ -169,35 +181,35 @@ CASES = {
         [recipe(t), *POET, "--placement", write(t / "p.yaml", {"gpus": 4})],
         "unknown field 'gpus'",
     ),
-    "a number for a mapping": lambda t: (
+    "number instead of a mapping": lambda t: (
         [recipe(t), *POET, "--placement", write(t / "p.yaml", {"pools": 4})],
         "pools = 4: Input should be a mapping",
     ),
-    "no GPU for a placement that asks for one": lambda t: (
+    "placement that needs a missing GPU": lambda t: (
         [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"gpus": 1}})],
-        "training asks for 1 GPUs.*has 0",
+        "training requests 1 GPUs.*has 0",
     ),
-    "a judge of the panel that is not there": lambda t: (
+    "missing judge of the panel": lambda t: (
         [panel(t, name="second", model="/no/judge"), *POET],
         "role judge: missing weights at /no/judge",
     ),
-    "two judges of one name": lambda t: (
+    "two judges with the same name": lambda t: (
         [panel(t, model="/no/judge"), *POET],
-        "evaluation.judge.panel have a name twice: echo, echo; give each judge its own",
+        "evaluation.judge.panel use a name twice: echo, echo; give each judge its own name",
     ),
-    "a trait that no verdict can name": lambda t: (
+    "trait that no verdict can name": lambda t: (
         [recipe(t, evaluation={"preferences": {"traits": ["warm", "Two words"]}}), *POET],
         r"preferences\.traits\.1 = 'Two words': a judge names a trait by one word",
     ),
-    "a single trait": lambda t: (
+    "single trait": lambda t: (
         [recipe(t, evaluation={"preferences": {"traits": ["warm"]}}), *POET],
-        r"preferences\.traits: has one trait; name two or more, or none for all",
+        r"preferences\.traits: has one trait; name at least two, or none to use all",
     ),
-    "a task that the harness does not have": lambda t: (
+    "unknown lm_eval task": lambda t: (
         [recipe(t, evaluation={"capabilities": {"tasks": [{"task": "nonesuch"}]}}), *POET],
-        r"task 'nonesuch' is none of lm-evaluation-harness",
+        r"task 'nonesuch' is neither in lm-evaluation-harness nor",
     ),
-    "a blend of a persona that is not trained": lambda t: (
+    "blend of an untrained persona": lambda t: (
         [
             recipe(
                 t,
@@ -208,11 +220,11 @@ CASES = {
         ],
         "names 'humor'.*add --constitution humor",
     ),
-    "rank over the engine's limit": lambda t: (
+    "rank over the limit of the engine": lambda t: (
         [recipe(t, distillation={"dpo": {"lora": {"rank": 500}}}), *POET],
         "rank 564 is over the engine's limit 512",
     ),
-    "more workers than a batch has rows": lambda t: (
+    "more workers than rows in a batch": lambda t: (
         [recipe(t), *POET, "--placement", write(t / "p.yaml", {"training": {"workers": 33}})],
         "global_batch_size 32 is too small for 33",
     ),
@@ -220,39 +232,47 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_refused_in_one_line_with_nothing_written(case, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
+    case, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    arguments, told = CASES[case](tmp_path)
+    arguments, expected = CASES[case](tmp_path)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr("sys.argv", ["opencharacter", "run", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main.main()
-    said = capsys.readouterr().out.strip()
-    assert stopped.value.code == 2, said
-    assert said.startswith("error:")
-    assert "\n" not in said
-    assert re.search(told, said), said
-    left = [p for p in sorted(tmp_path.rglob("*")) if p not in before and p.is_file()]
-    assert left == []
+    output = capsys.readouterr().out.strip()
+    assert stopped.value.code == 2, output
+    assert output.startswith("error:")
+    assert "\n" not in output
+    assert re.search(expected, output), output
+    written = [p for p in sorted(tmp_path.rglob("*")) if p not in before and p.is_file()]
+    assert written == []
 
 
 OTHERS = {
-    "a persona that is not trained": (
+    "export of an untrained persona": (
         ["export", "demo", "humor", "--to", "x", "--smoke", "--storage", "s"],
         "is missing.*run: opencharacter run demo --smoke --storage s -c humor$",
     ),
-    "a recipe file that is talked to": (
+    "chat with a recipe file": (
         ["chat", "./tiny.yaml", "poeticism"],
         r"run: opencharacter run \./tiny\.yaml -c poeticism$",
     ),
-    "a persona that a server cannot have": (
+    "serve with an unknown persona": (
         ["serve", "config", "demo", "--storage", "s", "-c", "nobody"],
         "constitution 'nobody' is unknown",
     ),
-    "a server to stop that there is not": (["serve", "stop", "--port", "1"], "nothing .* port 1;"),
-    "folders without ratings": (["compare", "a", "b"], "STORAGE/STUDENT/PERSONA/evaluation/rating"),
-    "a weight that is no number": (
+    "stop without a server": (
+        ["serve", "stop", "--port", "1"],
+        "no server at port 1;",
+    ),
+    "compare folders without ratings": (
+        ["compare", "a", "b"],
+        "STORAGE/STUDENT/PERSONA/evaluation/rating",
+    ),
+    "blend with an invalid weight": (
         ["merge", "a:x", "--to", "y"],
         "^error: a:x: weight 'x' is not a number",
     ),
@@ -260,17 +280,17 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_commands_refuse_in_one_line_too(case, tmp_path, monkeypatch, capsys):
+def test_other_commands_refuse_bad_input_in_one_line(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe(tmp_path)
-    arguments, told = OTHERS[case]
+    arguments, expected = OTHERS[case]
     monkeypatch.setattr("sys.argv", ["opencharacter", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main.main()
-    said = capsys.readouterr().out.strip()
-    assert stopped.value.code == 2, said
-    assert "\n" not in said
-    assert re.search(told, said), said
+    output = capsys.readouterr().out.strip()
+    assert stopped.value.code == 2, output
+    assert "\n" not in output
+    assert re.search(expected, output), output
 
 
 def test_a_manifest_from_a_newer_version_is_refused(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Constitutions as YAML, advice on their style, and the commands that handle them."""
+"""Constitutions as YAML, the linter, and the commands `opencharacter constitution`."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import yaml
 from opencharacter.cli import main
 from opencharacter.config.files import resource
 from opencharacter.constitution import schema
-from opencharacter.constitution.lint import advise
+from opencharacter.constitution.lint import lint
 from opencharacter.constitution.schema import Constitution
 from opencharacter.distillation import teacher
 from opencharacter.errors import UserError
@@ -43,18 +43,22 @@ LOCATED = {
     "a missing field": ("trait: I am plain.\n    ", "", 4, r"missing field 'traits\.0\.trait'"),
     "a missing field at the top": ("description: A sentence.\n", "", 1, "field 'description'"),
     "a trait stated twice": ("I am brief.", "I am plain.", 3, "trait stated twice"),
-    "a question asked twice": ("- ten", "- one one", 3, "question asked twice: 'one one'"),
-    "half a character": ("A sentence.", r'"\ud83d\ude00"', 2, "description = .*half a character"),
-    "a bad name": ("name: odd", "name: ../odd", 1, "name = .*may only hold"),
+    "a question asked twice": ("- ten", "- Six", 8, "questions: question asked twice: 'six'"),
+    "a lone surrogate": ("A sentence.", r'"\ud83d\ude00"', 2, "description = .*half a character"),
+    "an invalid name": ("name: odd", "name: ../odd", 1, "name = .*not a valid name"),
+    "a reserved name": ("name: odd", "name: judge", 1, "name = 'judge': is reserved"),
+    "a key given twice": ("questions:\n", "trait: I am slow.\n    questions:\n", 8, "line 6"),
+    "a comment after a text": ("- eight", "- What is C #1?", 11, "ends before ' #'.*quote"),
+    "a recursive alias": ("- eight", "- &a [*a]", 11, "not YAML: an alias contains itself"),
     "a list for a text": ("I am plain.", "[a, b]", 4, r"traits\.0\.trait: .*valid string"),
 }
 
 
 @pytest.mark.parametrize("case", LOCATED)
-def test_a_bad_field_is_refused_with_its_line(case, tmp_path):
-    old, new, line, told = LOCATED[case]
+def test_a_bad_field_is_refused_with_its_line_number(case, tmp_path):
+    old, new, line, expected = LOCATED[case]
     (tmp_path / "odd.yaml").write_text(YAML.replace(old, new, 1))
-    with pytest.raises(UserError, match=rf"odd\.yaml line {line}: .*{told}"):
+    with pytest.raises(UserError, match=rf"odd\.yaml line {line}: .*{expected}"):
         schema.load(str(tmp_path / "odd.yaml"))
 
 
@@ -141,7 +145,7 @@ ADVISED = {
     "same trait": (
         stating("I greet everyone with a joke.", "I use a joke to greet everyone."),
         "traits[1]",
-        "nearly says what traits[0] says",
+        "states nearly the same as traits[0]",
     ),
     "same question": (
         asking("Name three rivers in Spain.", "Can you name three rivers in Spain?"),
@@ -178,10 +182,10 @@ ADVISED = {
 
 
 @pytest.mark.parametrize("case", ADVISED)
-def test_style_that_could_be_better_is_advised_upon(case):
-    persona, where, said = ADVISED[case]
-    found = [advice for advice in advise(persona) if advice.where == where]
-    assert any(said in advice.said for advice in found), advise(persona)
+def test_the_linter_warns_about_wording(case):
+    persona, where, expected = ADVISED[case]
+    findings = [finding for finding in lint(persona) if finding.where == where]
+    assert any(expected in finding.message for finding in findings), lint(persona)
 
 
 UNSUSPECTED = {
@@ -193,31 +197,31 @@ UNSUSPECTED = {
 
 
 @pytest.mark.parametrize("case", UNSUSPECTED)
-def test_traits_that_agree_are_not_suspected(case):
-    assert advise(stating(*UNSUSPECTED[case])) == []
+def test_the_linter_accepts_consistent_traits(case):
+    assert lint(stating(*UNSUSPECTED[case])) == []
 
 
 @pytest.mark.parametrize("name", [*schema.packaged(), "template"])
-def test_packaged_constitutions_need_no_advice(name):
-    assert advise(schema.parse(TEMPLATE.with_stem(name))) == []
+def test_packaged_constitutions_have_no_lint_warnings(name):
+    assert lint(schema.parse(TEMPLATE.with_stem(name))) == []
 
 
-def test_the_template_is_no_constitution():
-    with pytest.raises(UserError, match="'template' is a form to fill in"):
+def test_the_template_is_not_listed_as_a_constitution():
+    with pytest.raises(UserError, match="'template' is a template; copy it"):
         schema.load("template")
 
 
-@pytest.mark.parametrize("part", schema.TO_FILL)
-def test_what_the_template_leaves_open_has_to_be_filled_in(part, tmp_path):
+@pytest.mark.parametrize("part", schema.PLACEHOLDERS)
+def test_unfilled_parts_of_the_template_are_refused(part, tmp_path):
     assert part in TEMPLATE.read_text()
     (tmp_path / "odd.yaml").write_text(YAML.replace("I am plain.", f'"I {part}."'))
-    with pytest.raises(UserError, match=r"line 4: .* is still the template's"):
+    with pytest.raises(UserError, match=r"line 4: .* is the template's text; replace it"):
         schema.load(str(tmp_path / "odd.yaml"))
 
 
 @pytest.mark.parametrize("names", [["poeticism", "all"], ["humor,poeticism"]])
-def test_several_names_are_told_how_to_be_given(names):
-    with pytest.raises(UserError, match=r"name no other beside it|repeat -c for each"):
+def test_the_error_for_joined_names_shows_how_to_give_several(names):
+    with pytest.raises(UserError, match=r"give no other -c|repeat -c for each one"):
         schema.load_all(names)
 
 
@@ -259,13 +263,13 @@ NOT_ABOUT = [
 
 
 @pytest.mark.parametrize("question", ABOUT)
-def test_a_question_about_the_assistant_is_noticed(question):
-    assert any("about the assistant" in advice.said for advice in advise(asking(question)))
+def test_the_linter_flags_a_question_about_the_assistant(question):
+    assert any("about the assistant" in finding.message for finding in lint(asking(question)))
 
 
 @pytest.mark.parametrize("question", NOT_ABOUT)
-def test_a_question_about_anything_else_is_not(question):
-    assert advise(asking(question)) == []
+def test_the_linter_accepts_a_question_about_anything_else(question):
+    assert lint(asking(question)) == []
 
 
 @pytest.fixture
@@ -287,7 +291,7 @@ def original(count: int = 5, **changes) -> str:
     return json.dumps([{"trait": "I stay calm.", "questions": questions} | changes])
 
 
-def test_import_writes_a_constitution_and_tells_what_was_repaired(command):
+def test_import_writes_a_constitution_and_lists_the_repairs(command):
     Path("calm.txt").write_text(original(clarification=" "))
     code, said = command("import", "calm.txt", "--description", "It is [bold]calm[/bold].")
     assert code == 0
@@ -296,7 +300,7 @@ def test_import_writes_a_constitution_and_tells_what_was_repaired(command):
     assert schema.load("calm.yaml").description == "It is [bold]calm[/bold]."
 
 
-def test_import_replaces_a_file_only_with_force(command):
+def test_import_overwrites_a_file_only_with_force(command):
     Path("calm.txt").write_text(original())
     Path("quiet.yaml").write_text("mine")
     arguments = ("import", "calm.txt", "--name", "quiet")
@@ -308,7 +312,7 @@ def test_import_replaces_a_file_only_with_force(command):
     assert schema.load("./quiet.yaml").name == "quiet"
 
 
-def test_import_refuses_a_file_name_that_cannot_load(command):
+def test_import_refuses_a_file_name_that_could_not_be_loaded(command):
     Path("calm.txt").write_text(original())
     code, said = command("import", "calm.txt", "--to", "quiet.yaml")
     assert (code, said) == (
@@ -317,23 +321,23 @@ def test_import_refuses_a_file_name_that_cannot_load(command):
     )
 
 
-def test_import_writes_nothing_into_a_folder_that_is_absent(command):
+def test_import_refuses_a_missing_folder(command):
     Path("calm.txt").write_text(original())
     code, said = command("import", "calm.txt", "--to", "there/calm.yaml")
     assert code == 2
     assert "cannot be written: No such file" in said[0]
 
 
-def test_export_and_import_meet(command):
+def test_an_exported_constitution_imports_unchanged(command):
     assert command("export", "humor", "--to", "humor.jsonl")[0] == 0
     assert command("import", "humor.jsonl")[0] == 0
     assert schema.load("./humor.yaml").traits == schema.load("humor").traits
 
 
-def test_export_refuses_an_unknown_ending(command):
+def test_export_refuses_an_unknown_file_extension(command):
     code, said = command("export", "humor", "--to", "humor.csv")
     assert code == 2
-    assert "'.csv' is unknown; give one of .json, .txt, .jsonl" in said[0]
+    assert "unknown suffix '.csv'; use one of .json, .txt, .jsonl" in said[0]
 
 
 @pytest.mark.parametrize("name", ["curiosity", "123", "null"])
@@ -346,13 +350,13 @@ def test_new_copies_the_template_under_its_name(name, command):
     assert [old for new, old in pairs if new != old] == ["name: template"]
 
 
-def test_new_refuses_a_name_that_is_no_path(command):
+def test_new_refuses_an_invalid_name(command):
     code, said = command("new", "../odd")
     assert code == 2
-    assert "may only hold a-z" in said[0]
+    assert "is not a valid name: use a-z" in said[0]
 
 
-def test_validate_looks_at_every_file_and_fails_at_the_end(command):
+def test_validate_checks_every_file_before_it_fails(command):
     Path("odd.yaml").write_text(YAML)
     Path("bad.yaml").write_text(YAML.replace("I am brief.", "[/red] Am I?"))
     code, said = command("validate", "bad.yaml", "odd.yaml", "poeticism")
@@ -364,24 +368,24 @@ def test_validate_looks_at_every_file_and_fails_at_the_end(command):
     assert said[-1] == "ok: poeticism (10 traits, 50 questions)"
 
 
-def test_advice_is_a_failure_only_on_request(command):
+def test_lint_warnings_fail_validate_only_with_strict(command):
     Path("odd.yaml").write_text(YAML)
     assert command("validate", "odd.yaml")[0] == 0
     assert command("validate", "odd.yaml", "--strict")[0] == 1
     assert command("validate", "humor", "--strict")[0] == 0
 
 
-def test_show_prints_everything_and_the_exact_prompt(command, poet):
+def test_show_prints_all_fields_and_the_exact_system_prompt(command, poet):
     code, said = command("show", "poeticism", "--prompt")
     text = "\n".join(said)
     assert code == 0
     assert said[0] == f"poeticism: {poet.description}"
     for part in [t.trait for t in poet.traits] + [e.assistant for e in poet.exemplars]:
         assert part in text
-    assert text.endswith(teacher.opening(poet, exemplars=False)[0]["content"])
+    assert text.endswith(teacher.context_messages(poet, exemplars=False)[0]["content"])
     assert re.search(r"10 traits, 50 questions, \d exemplars", text)
 
 
-def test_show_prints_what_looks_like_markup(command):
+def test_show_prints_markup_literally(command):
     Path("odd.yaml").write_text(YAML.replace("I am plain.", "I say [red]:smile:[/b]."))
     assert " 1. I say [red]:smile:[/b]. (5 questions)" in command("show", "odd.yaml")[1]

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The commands of `opencharacter`: they parse options, call the API, and print."""

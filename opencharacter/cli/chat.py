@@ -1,4 +1,4 @@
-"""Talking to a persona in a terminal: with an engine in this process, or with a server."""
+"""`opencharacter chat`: a chat in the terminal, with an engine in this process or with a server."""
 
 from __future__ import annotations
 
@@ -9,76 +9,78 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from opencharacter.cli.options import PlacementFile, Run, Smoke, Storage
-from opencharacter.config.placement import Placement
-from opencharacter.config.recipe import Recipe
+from opencharacter.api import MERGE, Run
+from opencharacter.cli.options import (
+    PlacementOption,
+    SetOption,
+    SmokeOption,
+    StorageOption,
+    open_run,
+)
 from opencharacter.engines.backends import start
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.errors import RowFailed, UserError
-from opencharacter.persona.merge import merged
 from opencharacter.runtime.progress import console
-from opencharacter.runtime.stage import Job
 from opencharacter.text.chat import Message, assistant, strip_think, system, user
 
-KEY = "OPENCHARACTER_API_KEY"
+API_KEY_VARIABLE = "OPENCHARACTER_API_KEY"
+BASE = "base"
 HELP = (
-    "type a message; /model NAME changes who answers, /system TEXT sets a system prompt, "
-    "/save FILE.json keeps the conversation, /reset starts over, /quit leaves"
+    "Type a message. /model NAME switches the model, /system TEXT sets a system prompt, /save "
+    "FILE.json saves the conversation, /reset starts over, /quit ends."
 )
-Answer = Callable[[str, list[Message]], AsyncIterator[str]]
-"""Answers a conversation piece by piece, in the voice of a model; raises RowFailed if it cannot."""
+StreamAnswer = Callable[[str, list[Message]], AsyncIterator[str]]
+"""Streams the answer of a model to a conversation; raises RowFailed if it fails."""
 
 
-async def talk(jobs: list[Job], recipe: Recipe, placement: Placement) -> None:
-    """Read lines, stream answers; `jobs` are those of one persona, or of none for the base model.
-
-    Raises:
-        UserError: if the persona is not trained yet.
-    """
-    merges = [job for job in jobs if job.stage.name == "persona/merge"]
-    adapter = merged(merges[0]) if merges else None
-    spec = EngineSpec(recipe.roles.student, placement.pools.student, adapter)
-    name = merges[0].scope if merges else recipe.roles.student.name
+async def chat_locally(run: Run) -> None:
+    """Chat with the persona of a run, or with the base model if the run has no persona."""
+    adapter, name = None, run.recipe.roles.student.name
+    if run.constitutions:
+        job = run.finished_job(MERGE, run.constitutions[0].name)
+        adapter, name = job.adapter, job.scope
     console.print(f"starting {name} ...")
-    running = start(spec)
-    sampling = recipe.evaluation.answers.sampling
+    engine = start(EngineSpec(run.recipe.roles.student, run.placement.pools.student, adapter))
+    sampling = run.recipe.evaluation.answers.sampling
     try:
         await converse(
-            lambda _, messages: running.stream(messages, sampling), ChatSession([name], name)
+            lambda _, messages: engine.stream(messages, sampling), ChatSession([name], name)
         )
     finally:
-        running.close()
+        engine.close()
 
 
-async def talk_to_server(url: str, model: str | None) -> None:
-    """The same with a server of OpenAI's kind, its key in the environment.
+async def chat_with_server(url: str, model: str | None) -> None:
+    """Chat with a model of an OpenAI-compatible server; the API key comes from the environment.
 
     Args:
-        url: of the server, with or without `/v1`.
-        model: who answers; the first that is listed if None.
+        url: address of the server, with or without `/v1`.
+        model: the model; the first one that the server lists if None.
 
     Raises:
-        UserError: if the server cannot be reached, or does not have the model.
+        UserError: if the server cannot be reached, or does not serve the model.
     """
     from openai import APIError, AsyncOpenAI
 
-    key = os.environ.get(KEY, "none")
+    key = os.environ.get(API_KEY_VARIABLE, "none")
     client = AsyncOpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1", api_key=key)
     try:
         models = [listed.id async for listed in client.models.list()]
     except APIError as error:
-        raise UserError(f"{url}: {error}; is it the server's address, and its key {KEY}?") from None
+        raise UserError(
+            f"{url}: {error}; check the address, and the API key in {API_KEY_VARIABLE}"
+        ) from None
     if model not in (None, *models):
-        raise UserError(f"model {model!r} is not served; served ones: {', '.join(models)}")
+        raise UserError(f"model {model!r} is not served; served models: {', '.join(models)}")
 
     async def answer(name: str, messages: list[Message]) -> AsyncIterator[str]:
+        request: dict[str, Any] = {"model": name, "messages": messages, "stream": True}
         try:
-            asked: dict = {"model": name, "messages": messages, "stream": True}
-            async for chunk in await client.chat.completions.create(**asked):
+            async for chunk in await client.chat.completions.create(**request):
                 if chunk.choices and chunk.choices[0].delta.content:
                     yield chunk.choices[0].delta.content
         except APIError as error:
@@ -89,84 +91,86 @@ async def talk_to_server(url: str, model: str | None) -> None:
 
 @dataclass
 class ChatSession:
-    """What a conversation is about to be sent with.
+    """The state of a chat.
 
     Args:
-        models: names that may be chosen.
-        model: who answers.
-        prompt: the system prompt, empty for none.
-        said: the conversation so far.
+        models: the models to choose from.
+        model: the model that answers.
+        system_prompt: the system prompt; empty for none.
+        history: the conversation so far.
     """
 
     models: list[str]
     model: str
-    prompt: str = ""
-    said: list[Message] = field(default_factory=list)
+    system_prompt: str = ""
+    history: list[Message] = field(default_factory=list)
 
     def messages(self) -> list[Message]:
-        return [*([system(self.prompt)] if self.prompt else []), *self.said]
+        """Return the messages to send: the system prompt, if any, and the history."""
+        return [*([system(self.system_prompt)] if self.system_prompt else []), *self.history]
 
     def command(self, line: str) -> str:
-        """Do what a line with a slash asks for; returns what to tell the person."""
-        name, _, rest = line.partition(" ")
-        rest = rest.strip()
+        """Execute a line that begins with a slash; returns the text to print."""
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
         if name == "/reset":
-            self.said = []
-            return "starting over"
+            self.history = []
+            return "conversation cleared"
         if name == "/system":
-            self.prompt, self.said = rest, []
-            return "system prompt set; starting over" if rest else "no system prompt"
+            self.system_prompt, self.history = argument, []
+            done = "system prompt set" if argument else "system prompt removed"
+            return f"{done}; conversation cleared"
         if name == "/model":
-            if rest not in self.models:
-                return f"{self.model} answers; there are: {', '.join(self.models)}"
-            self.model, self.said = rest, []
-            return f"{rest} answers; starting over"
+            if argument not in self.models:
+                return f"{self.model} answers; available models: {', '.join(self.models)}"
+            self.model, self.history = argument, []
+            return f"{argument} answers now; conversation cleared"
         if name == "/save":
-            return self.save(rest)
+            return self.save(argument)
         return HELP
 
     def save(self, name: str) -> str:
-        """Write the conversation as JSON; an existing file is left alone."""
+        """Write the conversation to a new JSON file; returns the text to print."""
         try:
             with Path(name).expanduser().open("x", encoding="utf-8") as file:
-                kept = {"model": self.model, "messages": self.messages()}
-                json.dump(kept, file, indent=1, ensure_ascii=False)
+                conversation = {"model": self.model, "messages": self.messages()}
+                json.dump(conversation, file, indent=1, ensure_ascii=False)
         except OSError as error:
             return f"not saved: {error.strerror}: {name!r}"
         return f"saved: {name}"
 
 
-async def converse(answer: Answer, talk: ChatSession) -> None:
-    """The loop: one line in, one streamed answer out, until the input ends."""
-    console.print(f"{talk.model}: {HELP}")
+async def converse(answer: StreamAnswer, session: ChatSession) -> None:
+    """Read lines and stream answers until the input ends."""
+    console.print(f"{session.model}: {HELP}")
     while True:
-        line = await asyncio.to_thread(ask)
+        line = await asyncio.to_thread(read_line)
         if line is None or line == "/quit":
             return
         if line.startswith("/"):
-            console.print(talk.command(line), markup=False, highlight=False, soft_wrap=True)
+            console.print(session.command(line), markup=False, highlight=False, soft_wrap=True)
         elif line:
-            await turn(answer, talk, line)
+            await take_turn(answer, session, line)
 
 
-async def turn(answer: Answer, talk: ChatSession, line: str) -> None:
-    """Say a line and print what comes back; a line that failed is as if never said."""
-    talk.said.append(user(line))
-    heard = ""
+async def take_turn(answer: StreamAnswer, session: ChatSession, line: str) -> None:
+    """Send a line and print the answer; a line that fails is removed from the history again."""
+    session.history.append(user(line))
+    text = ""
     try:
-        async for piece in answer(talk.model, talk.messages()):
-            heard += piece
+        async for piece in answer(session.model, session.messages()):
+            text += piece
             console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-        talk.said.append(assistant(strip_think(heard) or heard))
-    except RowFailed as failed:
-        told = f"({failed.detail or failed.reason}; /reset starts over)"
-        console.print(told, end="", markup=False, soft_wrap=True)
-        talk.said.pop()
+        session.history.append(assistant(strip_think(text) or text))
+    except RowFailed as error:
+        message = f"({error.detail or error.reason}; /reset starts over)"
+        console.print(message, end="", markup=False, soft_wrap=True)
+        session.history.pop()
     console.print()
 
 
-def ask() -> str | None:
-    """One line from the person, None at the end of input."""
+def read_line() -> str | None:
+    """Return one line of input, or None at its end."""
     sys.stdout.write("\n> ")
     sys.stdout.flush()
     line = sys.stdin.readline()
@@ -179,20 +183,18 @@ def chat(
     ],
     persona: Annotated[
         str | None,
-        typer.Argument(help="A trained constitution's name or 'base'; of a server, a model."),
+        typer.Argument(help="A trained persona or 'base'; on a server, the name of a model."),
     ] = None,
-    placement: PlacementFile = None,
-    storage: Storage = None,
-    smoke: Smoke = False,
+    placement: PlacementOption = None,
+    storage: StorageOption = None,
+    set_: SetOption = None,
+    smoke: SmokeOption = False,
 ) -> None:
-    """Talk to a persona in the terminal. /help says what else can be typed; Ctrl-D leaves."""
+    """Chat with a persona in the terminal. /help lists the commands; Ctrl-D ends."""
     if recipe.startswith(("http://", "https://")):
-        asyncio.run(talk_to_server(recipe, persona))
+        asyncio.run(chat_with_server(recipe, persona))
         return
     if persona is None:
-        raise UserError("chat needs a persona's name, or 'base'")
-    names = [] if persona == "base" else [persona]
-    asked = Run(recipe, names, placement, storage, smoke)
-    if names:
-        asked.check_trained(persona)
-    asyncio.run(talk(asked.jobs, asked.recipe, asked.placement))
+        raise UserError("missing argument PERSONA: the name of a trained persona, or 'base'")
+    personas = [] if persona == BASE else [persona]
+    asyncio.run(chat_locally(open_run(recipe, personas, placement, storage, smoke, set_)))

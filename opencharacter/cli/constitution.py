@@ -1,4 +1,4 @@
-"""The commands `opencharacter constitution ...`: list, import, export, new, validate, show."""
+"""`opencharacter constitution`: list, import, export, create, validate and show constitutions."""
 
 from __future__ import annotations
 
@@ -10,144 +10,162 @@ import typer
 import yaml
 from rich.text import Text
 
-from opencharacter.config.base import check_name
-from opencharacter.config.files import find
+from opencharacter.config import files
+from opencharacter.config.base import validate_name
 from opencharacter.constitution import original_formats, schema
-from opencharacter.constitution.lint import advise
+from opencharacter.constitution.lint import lint
 from opencharacter.constitution.schema import Constitution
-from opencharacter.distillation.teacher import opening
+from opencharacter.distillation.teacher import context_messages
 from opencharacter.errors import UserError
 from opencharacter.runtime.progress import console
 
 app = typer.Typer(
-    no_args_is_help=True, help="List, write, check, convert and show constitutions; runs no model."
+    no_args_is_help=True,
+    help="List, create, validate, convert and show constitutions. Runs no model.",
 )
 
-PersonaName = Annotated[
+ConstitutionArgument = Annotated[
     str, typer.Argument(metavar="NAME_OR_FILE", help="A packaged constitution or a .yaml file.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
+TargetOption = Annotated[Path | None, typer.Option(help="The file to write. Default: NAME.yaml.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 
-def say(*parts: str | tuple[str, str]) -> None:
-    """Print users' text as it is: no markup, no emoji codes, no wrapping."""
+def print_verbatim(*parts: str | tuple[str, str]) -> None:
+    """Print text without interpreting markup or emoji codes, and without wrapping."""
     console.print(Text.assemble(*parts), soft_wrap=True, highlight=False)
 
 
-def yaml_file(name: str, to: Path | None) -> Path:
-    """Where the constitution `name` is written; its file must have its name, or it cannot load."""
+def target_file(name: str, to: Path | None) -> Path:
+    """Return the file of a constitution, whose name must be the persona's."""
     path = to or Path(f"{name}.yaml")
     if path.name not in (f"{name}.yaml", f"{name}.yml"):
         raise UserError(f"constitution {name!r} cannot be {path}; call the file {name}.yaml")
     return path
 
 
-def size(persona: Constitution) -> str:
-    questions = sum(len(trait.questions) for trait in persona.traits)
-    return f"{len(persona.traits)} traits, {questions} questions"
+def describe_size(constitution: Constitution) -> str:
+    """Return the number of traits and questions."""
+    questions = sum(len(trait.questions) for trait in constitution.traits)
+    return f"{len(constitution.traits)} traits, {questions} questions"
 
 
 @app.command("list")
 def list_() -> None:
-    """The packaged constitutions, each with its description."""
-    personas = [schema.load(name) for name in schema.packaged()]
-    width = max(len(persona.name) for persona in personas)
-    for persona in personas:
-        say((f"{persona.name:<{width}}", "bold"), f"  {persona.description}")
+    """List the packaged constitutions with their descriptions."""
+    constitutions = [schema.load(name) for name in schema.packaged()]
+    width = max(len(constitution.name) for constitution in constitutions)
+    for constitution in constitutions:
+        print_verbatim((f"{constitution.name:<{width}}", "bold"), f"  {constitution.description}")
 
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="JSON list or JSON lines of the original project.")],
-    name: Annotated[str | None, typer.Option(help="The persona's; else the file's.")] = None,
-    description: Annotated[str | None, typer.Option(help="One sentence, third person.")] = None,
-    to: Annotated[Path | None, typer.Option(help="NAME.yaml here if absent.")] = None,
-    force: Force = False,
+    file: Annotated[
+        Path, typer.Argument(help="A file of the original project: a JSON list, or JSON lines.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the persona. Default: the file's name.")
+    ] = None,
+    description: Annotated[
+        str | None, typer.Option(help="One sentence in the third person.")
+    ] = None,
+    to: TargetOption = None,
+    force: ForceOption = False,
 ) -> None:
-    """Turn a file of the original project into a constitution."""
-    persona, notes = original_formats.read(file, name, description)
-    path = yaml_file(persona.name, to)
-    schema.save(schema.dump(persona), path, force)
+    """Convert a file of the original project to a constitution."""
+    constitution, notes = original_formats.read(file, name, description)
+    path = target_file(constitution.name, to)
+    schema.save(schema.dump(constitution), path, force)
     for note in notes:
-        say(f"note: {file} {note}")
-    say(f"wrote {path} ({size(persona)})")
+        print_verbatim(f"note: {file} {note}")
+    print_verbatim(f"wrote {path} ({describe_size(constitution)})")
 
 
 @app.command()
 def export(
-    name: PersonaName,
-    to: Annotated[Path, typer.Option(help="A .json list, or .jsonl for further questions.")],
-    force: Force = False,
+    name: ConstitutionArgument,
+    to: Annotated[
+        Path, typer.Option(help="The file to write: a .json list, or .jsonl for more questions.")
+    ],
+    force: ForceOption = False,
 ) -> None:
-    """Write a constitution in a format of the original project."""
-    persona = schema.load(name)
-    original_formats.write(persona, to, force)
-    if persona.exemplars:
-        say(f"note: {len(persona.exemplars)} exemplars have no place in that format and stay here")
-    say(f"wrote {to} ({size(persona)})")
+    """Convert a constitution to a format of the original project."""
+    constitution = schema.load(name)
+    original_formats.write(constitution, to, force)
+    if constitution.exemplars:
+        print_verbatim(
+            f"note: {len(constitution.exemplars)} exemplars are not exported, because the format "
+            "has none"
+        )
+    print_verbatim(f"wrote {to} ({describe_size(constitution)})")
 
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="Of the persona, for instance curiosity.")],
-    to: Annotated[Path | None, typer.Option(help="NAME.yaml here if absent.")] = None,
-    force: Force = False,
+    name: Annotated[str, typer.Argument(help="Name of the persona, for example curiosity.")],
+    to: TargetOption = None,
+    force: ForceOption = False,
 ) -> None:
-    """Begin a constitution: a copy of the template, to fill in."""
+    """Create a constitution to fill in, from the template."""
     try:
-        path = yaml_file(check_name(name), to)
+        path = target_file(schema.persona_name(validate_name(name)), to)
     except ValueError as error:
-        raise UserError(f"constitution {error}") from None
-    template = find("constitution", "template", "constitutions", "template.yaml", "*.yaml")
+        raise UserError(f"constitution name {name!r}: {error}") from None
+    template = files.resolve(files.CONSTITUTIONS, schema.TEMPLATE)
     line = yaml.safe_dump({"name": name}).strip()
     text = re.sub(r"^name: .*$", line, template.read_text("utf-8"), count=1, flags=re.MULTILINE)
     schema.save(text, path, force)
-    say(f"wrote {path}; fill it in, then: opencharacter constitution validate {path}")
+    print_verbatim(f"wrote {path}; fill it in, then: opencharacter constitution validate {path}")
 
 
 @app.command()
 def validate(
-    names: Annotated[list[str], typer.Argument(metavar="NAME_OR_FILE...")],
-    strict: Annotated[bool, typer.Option("--strict", help="Advice is exit code 1.")] = False,
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME_OR_FILE...", help="Packaged constitutions or .yaml files."),
+    ],
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 on advice.")] = False,
 ) -> None:
-    """Check constitutions and advise on their style; an error is exit code 2."""
-    codes = [check(name, strict) for name in names]
+    """Validate constitutions and give advice on their style. Exit code 2 on errors."""
+    codes = [print_findings(name, strict) for name in names]
     raise typer.Exit(max(codes))
 
 
-def check(name: str, strict: bool) -> int:
-    """Tell what is wrong with one constitution; the exit code that it deserves."""
+def print_findings(name: str, strict: bool) -> int:
+    """Print errors and advice for a constitution; returns the exit code."""
     try:
-        persona = schema.load(name)
+        constitution = schema.load(name)
     except UserError as error:
-        say(("error: ", "red"), str(error))
+        print_verbatim(("error: ", "red"), str(error))
         return 2
-    findings = advise(persona)
+    findings = lint(constitution)
     for finding in findings:
-        say(("advice: ", "yellow"), f"{name} {finding.where}: {finding.said}")
+        print_verbatim(("advice: ", "yellow"), f"{name} {finding.where}: {finding.message}")
     if not findings:
-        say(("ok: ", "green"), f"{name} ({size(persona)})")
+        print_verbatim(("ok: ", "green"), f"{name} ({describe_size(constitution)})")
     return int(strict and bool(findings))
 
 
 @app.command()
 def show(
-    name: PersonaName,
+    name: ConstitutionArgument,
     prompt: Annotated[
-        bool, typer.Option("--prompt", help="The teacher's system prompt too.")
+        bool, typer.Option("--prompt", help="Also print the teacher's system prompt.")
     ] = False,
 ) -> None:
     """Print a constitution."""
-    persona = schema.load(name)
-    say((persona.name, "bold"), f": {persona.description}")
-    for i, trait in enumerate(persona.traits, 1):
-        say(f"{i:>2}. {trait.trait} ({len(trait.questions)} questions)")
+    constitution = schema.load(name)
+    print_verbatim((constitution.name, "bold"), f": {constitution.description}")
+    for i, trait in enumerate(constitution.traits, 1):
+        print_verbatim(f"{i:>2}. {trait.trait} ({len(trait.questions)} questions)")
         if trait.clarification:
-            say(f"    {trait.clarification}")
-    for exemplar in persona.exemplars:
-        say(("\nuser: ", "bold"), exemplar.user)
-        say(("assistant: ", "bold"), exemplar.assistant)
-    say(f"\n{size(persona)}, {len(persona.exemplars)} exemplars")
+            print_verbatim(f"    {trait.clarification}")
+    for exemplar in constitution.exemplars:
+        print_verbatim(("\nuser: ", "bold"), exemplar.user)
+        print_verbatim(("assistant: ", "bold"), exemplar.assistant)
+    print_verbatim(f"\n{describe_size(constitution)}, {len(constitution.exemplars)} exemplars")
     if prompt:
-        # Not through the console, which would expand tabs: this is the exact text.
-        typer.echo(f"\n{opening(persona, exemplars=False)[0]['content']}")
+        # typer.echo prints the exact text; the console would expand tabs.
+        system_prompt = context_messages(constitution, exemplars=False)[0]["content"]
+        typer.echo(f"\n{system_prompt}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated
@@ -9,177 +10,197 @@ from typing import Annotated
 import typer
 
 from opencharacter import models, pipeline
+from opencharacter.api import Run
 from opencharacter.cli.options import (
-    Names,
-    PlacementFile,
-    RecipeName,
-    Run,
-    Smoke,
-    Storage,
+    PersonaOption,
+    PlacementOption,
+    RecipeArgument,
+    SetOption,
+    SmokeOption,
+    StorageOption,
     job_table,
-    print_whole,
+    open_run,
+    print_table,
 )
-from opencharacter.config.placement import Placement, total
-from opencharacter.planning import cost
+from opencharacter.config.placement import Placement, total_resources
+from opencharacter.planning import cost, simulation
+from opencharacter.planning.savings import savings
+from opencharacter.planning.speeds import Speeds, load_speeds
 from opencharacter.runtime.progress import console, duration
 from opencharacter.runtime.stage import Job
 
 GIB = 2**30
-HOURS = ("hours", "GPU-hours", "idle", "price")
+COUNTS = ("rows", "tokens read", "generated", "trained")
+COSTS = ("hours", "GPU-hours", "idle", "price")
 
 
 def plan(
-    recipe: RecipeName,
-    names: Names,
-    placement: PlacementFile = None,
-    storage: Storage = None,
-    smoke: Smoke = False,
+    recipe: RecipeArgument,
+    constitution: PersonaOption,
+    placement: PlacementOption = None,
+    storage: StorageOption = None,
+    set_: SetOption = None,
+    smoke: SmokeOption = False,
     speed: Annotated[
         str | None,
-        typer.Option(help="File of speeds, or a storage with runs: adds time, GPU-hours, price."),
+        typer.Option(
+            help="A .yaml file of speeds, or a storage with finished runs to measure them from. "
+            "Adds time, GPU-hours and price."
+        ),
     ] = None,
 ) -> None:
-    """Say what a run would do: rows and tokens by stage, what is done, what is missing here."""
-    asked = Run(recipe, names, placement, storage, smoke)
-    speeds = cost.load_speeds(speed) if speed else None
-    states = {job.dataset: job.state() for job in asked.jobs}
-    left = [job for job in asked.jobs if states[job.dataset][0] != "done"]
-    planned = cost.plan(left, speeds) if speeds and left else []
-    table = job_table("rows", "tokens read", "written", "trained", *(HOURS if speeds else ()))
-    for name, group in plan_groups(asked).items():
-        said = plan_state([states[job.dataset] for job in group])
-        table.add_row(name, said, *plan_cells(group, planned if speeds else None))
-    table.add_row("total", "", *plan_cells(asked.jobs, planned if speeds else None), style="bold")
-    print_whole(table)
+    """Show what a run would do, without starting it: rows, tokens, cost, and what is missing."""
+    run = open_run(recipe, constitution, placement, storage, smoke, set_)
+    speeds = load_speeds(speed) if speed else None
+    states = {job.dataset: job.state() for job in run.jobs}
+    unfinished = [job for job in run.jobs if states[job.dataset][0] != "done"]
+    planned = simulation.plan(unfinished, speeds) if speeds and unfinished else []
+    table = job_table(*COUNTS, *(COSTS if speeds else ()))
+    groups = group_jobs(run)
+    for name, group in groups.items():
+        state = describe_states([states[job.dataset] for job in group])
+        table.add_row(name, state, *plan_cells(group, planned if speeds else None))
+    table.add_row("total", "", *plan_cells(run.jobs, planned if speeds else None), style="bold")
+    print_table(table)
     if speeds:
-        for line in (*plan_schedule(planned, asked.placement), *plan_savings(asked, speeds)):
+        for line in (*schedule_lines(planned, run.placement), *saving_lines(run, speeds)):
             console.print(line, soft_wrap=True, highlight=False)
-    for name, group in plan_groups(asked).items():
-        told = (getattr(job.stage.module, "notes", lambda _: ())(job) for job in group)
-        for line in dict.fromkeys(line for lines in told for line in lines):
-            console.print(f"{name}: {line}", soft_wrap=True)
-    for name in type(asked.recipe.roles).model_fields:
-        console.print(engine_line(asked, name), soft_wrap=True)
-    for line in missing_here(asked):
+    for name, group in groups.items():
+        for note in stage_notes(group):
+            console.print(f"{name}: {note}", soft_wrap=True)
+    for role in type(run.recipe.roles).model_fields:
+        console.print(engine_line(run, role), soft_wrap=True)
+    for line in missing_here(run):
         console.print(f"missing on this machine: {line}", soft_wrap=True)
 
 
-def engine_line(asked: Run, name: str) -> str:
-    """What a role's engine will be: where, how wide, and the memory that it needs."""
+def stage_notes(group: list[Job]) -> list[str]:
+    """Return the distinct notes that a stage has for some of its jobs."""
+    notes = (getattr(job.stage.module, "notes", lambda _: ())(job) for job in group)
+    return list(dict.fromkeys(note for of_job in notes for note in of_job))
+
+
+def engine_line(run: Run, role_name: str) -> str:
+    """Describe the engines of a role: number, size, and the memory that they need."""
     from opencharacter.engines.backends import engine_arguments
     from opencharacter.engines.spec import EngineSpec
 
-    role, pool = getattr(asked.recipe.roles, name), getattr(asked.placement.pools, name)
+    role, pool = getattr(run.recipe.roles, role_name), getattr(run.placement.pools, role_name)
     spec = EngineSpec(role, pool)
     if not spec.has_weights:
-        return f"engine {name}: {role.endpoint or role.model}"
-    step = engine_arguments(spec)["max_num_batched_tokens"]
-    said = (
-        f"engine {name}: {role.model}, {pool.replicas} x {pool.gpus:g} GPU, each up to "
-        f"{pool.max_num_seqs} conversations of {role.max_model_len:,} tokens, "
-        f"{step:,} tokens a step"
+        return f"engine {role_name}: {role.endpoint or role.model}"
+    batched_tokens = engine_arguments(spec)["max_num_batched_tokens"]
+    line = (
+        f"engine {role_name}: {role.model}, {pool.replicas} x {pool.gpus:g} GPU, each up to "
+        f"{pool.max_num_seqs} sequences of {role.max_model_len:,} tokens, "
+        f"{batched_tokens:,} tokens a step"
     )
     path = models.local_weights(role.model)
     if path is None:
-        return said
-    needs = models.memory_footprint(path)
-    cache = needs.per_token * role.max_model_len * pool.max_num_seqs
-    given = "" if pool.gpus else f" ({pool.kv_cache_gib:g} GiB given)"
+        return line
+    footprint = models.memory_footprint(path)
+    cache = footprint.per_token * role.max_model_len * pool.max_num_seqs
+    reserved = "" if pool.gpus else f" ({pool.kv_cache_gib:g} GiB reserved)"
     return (
-        f"{said}; weights {needs.weights / GIB:.2g} GiB, "
-        f"cache {cache / GIB:.2g} GiB if all were full{given}"
+        f"{line}; weights {footprint.weights / GIB:.2g} GiB, key-value cache {cache / GIB:.2g} GiB "
+        f"if all sequences were full{reserved}"
     )
 
 
-def plan_groups(asked: Run) -> dict[str, list[Job]]:
-    """Jobs by stage; a dataset's name has `*` where several personas have one."""
+def group_jobs(run: Run) -> dict[str, list[Job]]:
+    """Group jobs by dataset, with `*` for the persona if the run has several."""
     groups: dict[str, list[Job]] = {}
-    for job in asked.jobs:
+    for job in run.jobs:
         name = job.dataset
-        if job.constitution and len(asked.constitutions) > 1:
-            own = job.scope.split("/")
-            name = "/".join([*own[:-1], "*", job.stage.name])
+        if job.constitution and len(run.constitutions) > 1:
+            scope = job.scope.split("/")
+            name = "/".join([*scope[:-1], "*", job.stage.name])
         groups.setdefault(name, []).append(job)
     return groups
 
 
-def plan_state(states: list[tuple[str, list[str]]]) -> str:
-    """What storage holds of a group of jobs."""
-    said = Counter(": ".join([state, *differing[:1]]) for state, differing in states)
-    if len(said) == 1:
-        return next(iter(said))
-    return ", ".join(f"{count} {state}" for state, count in said.items())
+def describe_states(states: list[tuple[str, list[str]]]) -> str:
+    """Summarize the states of a group of jobs."""
+    counts = Counter(": ".join([state, *differing[:1]]) for state, differing in states)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
-def plan_cells(group: list[Job], planned: list[cost.PlannedJob] | None) -> list[str]:
-    """The cells of some jobs in `plan`."""
-    found = [job.stage.module.estimate(job) for job in group]
-    numbers = [sum(getattr(e, n) for e in found) for n in ("rows", "tokens_in", "tokens_out")]
-    cells = [*map(plan_cell, numbers), plan_cell(sum(e.trained or e.read for e in found))]
+def plan_cells(group: list[Job], planned: list[simulation.PlannedJob] | None) -> list[str]:
+    """Return the cells of a group of jobs; those of the cost only if there are planned jobs."""
+    estimates = [job.stage.module.estimate(job) for job in group]
+    sums = [
+        sum(getattr(e, name) for e in estimates) for name in ("rows", "tokens_in", "tokens_out")
+    ]
+    cells = [*map(number_cell, sums), number_cell(sum(e.trained or e.read for e in estimates))]
     if planned is None:
         return cells
-    mine = {job.dataset for job in group}
-    sums = cost.sums(one for one in planned if one.job.dataset in mine)
-    price = sums.gpu_hours * group[0].placement.price_per_gpu_hour
-    idle = f"{sums.idle:.0%}" if sums.gpu_hours else ""
-    return [*cells, plan_cell(sums.hours), plan_cell(sums.gpu_hours), idle, plan_cell(price)]
+    datasets = {job.dataset for job in group}
+    totals = simulation.totals(p for p in planned if p.job.dataset in datasets)
+    price = totals.gpu_hours * group[0].placement.price_per_gpu_hour
+    idle = f"{totals.idle:.0%}" if totals.gpu_hours else ""
+    return [
+        *cells,
+        number_cell(totals.hours),
+        number_cell(totals.gpu_hours),
+        idle,
+        number_cell(price),
+    ]
 
 
-def plan_schedule(planned: list[cost.PlannedJob], placement: Placement) -> list[str]:
-    """How long what is not done will take, and what it waits for, but for short steps."""
-    there, whole = cost.planning_resources(placement), cost.wall(planned)
+def schedule_lines(planned: list[simulation.PlannedJob], placement: Placement) -> list[str]:
+    """Describe how long the unfinished jobs take, and the longer steps of the critical path."""
+    available, seconds = cost.planning_resources(placement), simulation.wall_seconds(planned)
     by_stage: dict[str, list[float]] = {}
-    for one in cost.critical_path(planned):
-        by_stage.setdefault(one.job.stage.name, []).append(one.ended - one.began)
+    for job in simulation.critical_path(planned):
+        by_stage.setdefault(job.job.stage.name, []).append(job.ended - job.began)
     steps = [
-        f"{f'{len(took)} x ' if len(took) > 1 else ''}{stage} {duration(sum(took))}"
-        for stage, took in by_stage.items()
-        if sum(took) >= whole / 100
+        f"{f'{len(durations)} x ' if len(durations) > 1 else ''}{stage} {duration(sum(durations))}"
+        for stage, durations in by_stage.items()
+        if sum(durations) >= seconds / 100
     ]
     return [
-        f"wall time {duration(whole)} (GPUs: {there.gpus:g}, CPUs: {there.cpus:g}), "
-        f"{sum(one.starts for one in planned)} starts of an engine",
+        f"wall time {duration(seconds)} (GPUs: {available.gpus:g}, CPUs: {available.cpus:g}), "
+        f"{sum(job.starts for job in planned)} engine starts",
         f"critical path: {' > '.join(steps)}",
     ]
 
 
-def plan_savings(asked: Run, speeds: cost.Speeds) -> Iterator[str]:
-    """What asking for less would save of a whole run."""
-    whole = cost.plan(asked.jobs, speeds)
-    for less in cost.smaller(asked.recipe):
-        jobs = pipeline.jobs(less.recipe, asked.constitutions, asked.placement, asked.store)
-        made = cost.plan(jobs, speeds)
-        saved = cost.wall(whole) - cost.wall(made)
-        gpus = cost.sums(whole).gpu_hours - cost.sums(made).gpu_hours
-        hours = f" and {gpus:,.1f} GPU-hours" if gpus else ""
-        yield f"{less.what}: {duration(saved)}{hours} less; {less.effect}"
+def saving_lines(run: Run, speeds: Speeds) -> Iterator[str]:
+    """Describe what smaller recipes save of a complete run."""
+    whole = simulation.plan(run.jobs, speeds)
+    for saving in savings(run.recipe):
+        jobs = pipeline.jobs(saving.recipe, run.constitutions, run.placement, run.store)
+        smaller = simulation.plan(jobs, speeds)
+        saved = simulation.wall_seconds(whole) - simulation.wall_seconds(smaller)
+        gpu_hours = simulation.totals(whole).gpu_hours - simulation.totals(smaller).gpu_hours
+        and_gpus = f" and {gpu_hours:,.1f} GPU-hours" if gpu_hours else ""
+        yield f"{saving.change}: saves {duration(saved)}{and_gpus}; {saving.effect}"
 
 
-def plan_cell(number: float) -> str:
-    """Whole numbers with commas, others to two places, nothing for nothing."""
+def number_cell(number: float) -> str:
+    """Format an integer with commas, another number with two decimals, and zero as nothing."""
     if not number:
         return ""
     return f"{number:,}" if isinstance(number, int) else f"{number:,.2f}"
 
 
-def missing_here(asked: Run) -> list[str]:
-    """What this machine lacks to run the recipe itself."""
-    import importlib.util
+def missing_here(run: Run) -> list[str]:
+    """Return what this machine lacks to run the recipe by itself."""
+    import torch
 
     from opencharacter.engines.spec import EngineSpec
 
-    roles, pools = dict(asked.recipe.roles), asked.placement.pools
-    found = [
-        f"{name}: {models.missing_requirement(role)}"
-        for name, role in roles.items()
-        if models.missing_requirement(role)
+    roles, pools = dict(run.recipe.roles), run.placement.pools
+    requirements = {name: models.missing_requirement(role) for name, role in roles.items()}
+    missing = [
+        f"{name}: {requirement}" for name, requirement in requirements.items() if requirement
     ]
     if importlib.util.find_spec("vllm") is None:
-        found.append("vLLM: pip install '.[vllm,capabilities]' in the checkout, or make demo")
-    import torch
-
-    rooms = [EngineSpec(role, getattr(pools, name)).resources for name, role in roles.items()]
-    wants_gpu = total([*rooms, asked.placement.training.resources]).gpus
-    if wants_gpu and not torch.cuda.is_available():
-        found.append("a GPU (submit to a cluster, or use the demo recipe)")
-    return found
+        missing.append("vLLM: pip install '.[vllm,capabilities]' in the checkout, or make demo")
+    requests = [EngineSpec(role, getattr(pools, name)).resources for name, role in roles.items()]
+    gpus = total_resources([*requests, run.placement.training.resources]).gpus
+    if gpus and not torch.cuda.is_available():
+        missing.append("a GPU (submit the run to a cluster, or use the demo recipe)")
+    return missing

@@ -1,1 +1,1 @@
-"""What is made (`Recipe`) and where it runs (`Placement`)."""
+"""The configuration: `Recipe` decides what a run produces, `Placement` where it executes."""

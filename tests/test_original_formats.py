@@ -1,4 +1,4 @@
-"""The original project's files: what comes back equal, what is repaired, what is refused."""
+"""Files of the original project: round trips, repairs, and what is rejected."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ FILES = {
 
 @pytest.mark.parametrize("case", FILES)
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
-def test_a_file_comes_back_equal_whatever_its_ending(case, ending, tmp_path):
+def test_a_file_survives_export_and_import_in_every_format(case, ending, tmp_path):
     text, expected, form = FILES[case]
     imported, notes = original_formats.read(write(tmp_path / f"calm.{ending}", text))
     schema.save(schema.dump(imported), tmp_path / "calm.yaml", replace=False)
@@ -69,7 +69,7 @@ def test_packaged_constitutions_survive_export_and_import(persona, tmp_path):
     assert back == persona.model_copy(update={"exemplars": ()})
 
 
-def test_name_and_description_come_from_the_file_unless_given(tmp_path):
+def test_name_and_description_default_to_those_of_the_file(tmp_path):
     path = write(tmp_path / "calm.txt", as_list([item(0)]))
     assert original_formats.read(path)[0].name == "calm"
     assert original_formats.read(path)[0].description == "calm, imported from calm.txt."
@@ -78,7 +78,7 @@ def test_name_and_description_come_from_the_file_unless_given(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["My File.txt", "calm.txt"])
-def test_a_name_that_is_no_path_asks_for_another(file, tmp_path):
+def test_an_invalid_name_asks_for_another(file, tmp_path):
     path = write(tmp_path / file, as_list([item(0)]))
     with pytest.raises(UserError, match="--name"):
         original_formats.read(path, name=None if " " in file else "../calm")
@@ -92,7 +92,7 @@ EMPTY = item(0, clarification="  ")
 
 REPAIRED = {
     "byte order mark": (b"\xef\xbb\xbf" + SPREAD.encode(), "line 1: byte order mark removed"),
-    "CRLF": (SPREAD.replace("\n", "\r\n"), "line ends changed from CRLF to LF"),
+    "CRLF": (SPREAD.replace("\n", "\r\n"), "CRLF line endings changed to LF"),
     "cp1252": (
         as_list([CURLY], indent=1, ensure_ascii=False).encode("cp1252"),
         "line 3: not UTF-8, read as Windows cp1252",
@@ -102,8 +102,8 @@ REPAIRED = {
         + as_lines([item(1, clarification="Caf\u00e9.")], ensure_ascii=False).encode("cp1252"),
         "line 2: not UTF-8, read as Windows cp1252",
     ),
-    "curly quotes": (as_list([CURLY], ensure_ascii=False), "2 curly quotes kept as they are"),
-    "escaped curly quotes": (as_list([CURLY]), "2 curly quotes kept as they are"),
+    "curly quotes": (as_list([CURLY], ensure_ascii=False), None),
+    "escaped curly quotes": (as_list([CURLY]), None),
     "white space": (
         as_lines([item(0), item(1, trait=" I hold to number 1.\n")]),
         "line 2: white space around a text removed",
@@ -120,15 +120,15 @@ REPAIRED = {
 
 
 @pytest.mark.parametrize("case", REPAIRED)
-def test_what_does_no_harm_is_repaired_and_told(case, tmp_path):
-    content, told = REPAIRED[case]
+def test_harmless_faults_are_repaired_and_reported(case, tmp_path):
+    content, expected = REPAIRED[case]
     persona, notes = original_formats.read(write(tmp_path / "calm.txt", content))
     assert persona.traits[-1].questions[4]
     assert persona.traits[0].clarification in (None, "Caf\u00e9.")
-    assert notes == [] if told is None else notes[0].startswith(told)
+    assert notes == [] if expected is None else notes[0].startswith(expected)
 
 
-def test_text_is_repaired_to_what_was_meant(tmp_path):
+def test_wrongly_decoded_text_is_repaired(tmp_path):
     content = as_list([CURLY], ensure_ascii=False).encode("cp1252")
     assert (
         original_formats.read(write(tmp_path / "calm.txt", content))[0].traits[0].trait
@@ -148,16 +148,16 @@ def without(key: str) -> str:
     return as_lines([item(0), {k: v for k, v in item(1).items() if k != key}])
 
 
-REFUSED = {
-    "nothing": ("", 1, "holds no traits"),
-    "empty list": ("[]", 1, "holds no traits"),
+REJECTED = {
+    "nothing": ("", 1, "contains no traits"),
+    "empty list": ("[]", 1, "contains no traits"),
     "prose": ("I am calm.\n", 1, "not JSON: Expecting value"),
     "cut off": (SPREAD[:-20], 19, "not JSON"),
     "a line that is not JSON": (as_lines([item(0)]) + "trait: I am calm.\n", 2, "not JSON"),
-    "curly quotes around a key": (SPREAD.replace('"trait"', "\u201ctrait\u201d"), 3, "straight"),
-    "a text": ('"I am calm."', 1, "expected a list of objects, or one a line, found str"),
-    "a line that is a list": (as_lines([item(0), ["I am calm."]]), 2, "object.*found list"),
-    "an item that is a text": (as_list([item(0), "I am calm."], indent=1), 12, "object.*found str"),
+    "curly quotes around a key": (SPREAD.replace('"trait"', "\u201ctrait\u201d"), 3, "not JSON"),
+    "a text": ('"I am calm."', 1, "expected a list of objects, or one a line, got str"),
+    "a line that is a list": (as_lines([item(0), ["I am calm."]]), 2, "object.*got list"),
+    "an item that is a text": (as_list([item(0), "I am calm."], indent=1), 12, "object.*got str"),
     "trailing comma in the list": (SPREAD[:-2] + ",\n\n]", 21, "trailing comma"),
     "trailing comma in an object": (SPREAD.replace("]\n }", "],\n }"), 10, "trailing comma"),
     "trailing comma after a line": (as_lines([item(0)]).strip() + ",\n", 1, "trailing comma"),
@@ -196,42 +196,52 @@ REFUSED = {
         3,
         "trait: trait stated twice, first on line 1: 'i hold to number 0.'",
     ),
-    "question asked twice": (
+    "question asked twice in a trait": (
+        broken(questions=["a", "b", "c", "d", "e", "B "]),
+        14,
+        r"questions: question asked twice: 'b'",
+    ),
+    "question asked twice, once as an additional one": (
+        broken(additional_questions=["Number 1, question 2?"]),
+        22,
+        r"additional_questions\.0: question asked twice, first on line 17",
+    ),
+    "question of an earlier trait without which four remain": (
         broken(questions=["a", "b", "c", "d", "Number 0, question 1?"]),
         19,
-        r"questions\.4: question asked twice, first on line 6",
+        r"questions\.4 left out; .* same question on line 6.* fewer than 5 questions remain",
     ),
     "bytes of no encoding": (SPREAD.encode().replace(b"hold", b"h\x81ld"), 3, "neither UTF-8 nor"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_could_change_the_data_is_refused_with_line_and_field(case, tmp_path):
-    content, line, told = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_ambiguous_input_is_refused_with_line_and_field(case, tmp_path):
+    content, line, expected = REJECTED[case]
     path = write(tmp_path / "calm.txt", content)
-    with pytest.raises(UserError, match=rf"calm\.txt line {line}: .*{told}") as refused:
+    with pytest.raises(UserError, match=rf"calm\.txt line {line}: .*{expected}") as error:
         original_formats.read(path)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_file_of_two_byte_characters_is_refused(tmp_path):
+def test_a_utf_16_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="save it as UTF-8"):
         original_formats.read(write(tmp_path / "calm.txt", SPREAD.encode("utf-16")))
 
 
-def test_a_file_that_is_absent_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         original_formats.read(tmp_path / "calm.txt")
 
 
-def test_more_than_five_questions_need_the_lines_form(tmp_path):
+def test_more_than_five_questions_need_the_json_lines_format(tmp_path):
     persona, _ = original_formats.read(write(tmp_path / "calm.txt", as_lines(LINED)))
     with pytest.raises(UserError, match=r"traits\.0 has 50 questions.*\.jsonl"):
         original_formats.write(persona, tmp_path / "calm.json")
     assert not (tmp_path / "calm.json").exists()
 
 
-def test_a_file_that_is_there_is_only_replaced_on_request(tmp_path):
+def test_an_existing_file_is_overwritten_only_on_request(tmp_path):
     persona = schema.load("poeticism")
     path = write(tmp_path / "there.json", "mine")
     with pytest.raises(UserError, match="exists"):
@@ -239,3 +249,21 @@ def test_a_file_that_is_there_is_only_replaced_on_request(tmp_path):
     assert path.read_text() == "mine"
     original_formats.write(persona, path, replace=True)
     assert len(objects(path)) == len(persona.traits)
+
+
+def test_a_question_of_two_traits_is_imported_with_the_first_and_reported(tmp_path):
+    shared = "Number 0, question 1?"
+    text = as_list([item(0), item(1, questions=["a", "b", "c", "d", "e", shared])], indent=1)
+    persona, notes = original_formats.read(write(tmp_path / "calm.txt", text))
+    assert shared in persona.traits[0].questions
+    assert persona.traits[1].questions == ("a", "b", "c", "d", "e")
+    assert notes[-1] == (
+        "line 20: questions.5 left out; an earlier trait has the same question on line 6: "
+        f"{shared!r}"
+    )
+
+
+@pytest.mark.parametrize("name", ["judge", "base", "steered"])
+def test_a_reserved_name_is_rejected(name, tmp_path):
+    with pytest.raises(UserError, match=r"is reserved .* choose one with --name"):
+        original_formats.read(write(tmp_path / f"{name}.txt", as_list([item(0)])))
