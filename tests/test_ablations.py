@@ -41,13 +41,13 @@ def recipe(line: str = "") -> Recipe:
     return Recipe.model_validate(data)
 
 
-def test_the_readme_has_them_all():
+def test_every_ablation_is_in_the_readme():
     fields = [".".join(line.split(":")[0].split(".")[:2]) for line in lines()]
     assert set(fields) == set(FIRST_REMADE)
 
 
 @pytest.mark.parametrize("line", lines())
-def test_an_ablation_remakes_nothing_before_what_it_is_about(line, make_jobs):
+def test_an_ablation_reruns_no_stage_before_the_one_that_it_changes(line, make_jobs):
     finish_all(make_jobs(recipe()))
     field = ".".join(line.split(":")[0].split(".")[:2])
     changed = recipe(line)

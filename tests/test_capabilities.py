@@ -7,7 +7,7 @@ import random
 import pytest
 from samples import ECHO_ROLE, recipe_of
 
-from opencharacter.config.recipe import Capabilities, Capability
+from opencharacter.config.evaluation import Capabilities, Capability
 from opencharacter.errors import UserError
 from opencharacter.evaluation import capabilities
 from opencharacter.evaluation.capabilities import (
@@ -47,7 +47,7 @@ OWN = {"task": capabilities.OWN}
         ("", None),
     ],
 )
-def test_a_letter_is_read_only_where_the_form_was_kept(text, letter):
+def test_an_answer_letter_is_parsed_only_in_the_requested_format(text, letter):
     assert read_letter(text) == letter
 
 
@@ -55,7 +55,7 @@ def sample(n, **fields):
     return {"doc_id": n, "doc_hash": f"h{n}", **fields}
 
 
-def test_form_is_told_from_knowledge():
+def test_format_errors_are_distinguished_from_wrong_answers():
     known = capabilities.documents(
         "commonplace", {"commonplace": [sample(n, acc=float(n < 3)) for n in range(4)]}
     )
@@ -68,7 +68,7 @@ def test_form_is_told_from_knowledge():
     assert rows[0]["answer"] == "A"
 
 
-def test_every_metric_of_a_document_is_a_row_and_parts_of_a_group_are_one_task():
+def test_each_metric_of_a_document_is_a_row_and_subtasks_of_a_group_are_one_task():
     parts = {"mmlu_a": [sample(0, acc=1.0, acc_norm=0.0)], "mmlu_b": [sample(0, acc=1.0)]}
     rows = capabilities.documents("mmlu", parts)
     assert [(r["task"], r["metric"], r["value"]) for r in rows] == [
@@ -80,7 +80,7 @@ def test_every_metric_of_a_document_is_a_row_and_parts_of_a_group_are_one_task()
     assert len({r["id"] for r in rows}) == 3
 
 
-def test_a_paired_change_covers_the_truth_and_is_never_certain():
+def test_the_interval_of_a_paired_change_covers_the_truth_and_never_has_zero_width():
     draw = random.Random(7)
     true, covered, trials = -0.1, 0, 1000
     for _ in range(trials):
@@ -98,14 +98,14 @@ def test_a_paired_change_covers_the_truth_and_is_never_certain():
     assert paired_change([], []).value is None
 
 
-def test_pairing_is_narrower_than_two_separate_intervals():
+def test_a_paired_interval_is_narrower_than_two_separate_intervals():
     before = [float(n % 2) for n in range(200)]
     after = [0.0, 0.0, *before[2:]]
     change = paired_change(before, after)
     assert change.high - change.low < 0.05 < 0.13
 
 
-def test_documents_that_only_one_side_has_are_counted_and_not_compared():
+def test_documents_without_a_counterpart_are_counted_and_not_compared():
     base = [capabilities.row("t", "acc", str(n), 1) for n in range(4)]
     full = [capabilities.row("t", "acc", str(n), 0) for n in range(1, 6)]
     by_measure = {
@@ -117,7 +117,7 @@ def test_documents_that_only_one_side_has_are_counted_and_not_compared():
     assert change["about"] == "t acc"
 
 
-def test_the_packaged_questions_are_many_balanced_and_have_one_right_option():
+def test_packaged_questions_are_balanced_and_have_one_correct_option():
     lines = capabilities.questions().read_text().splitlines()
     items = [json.loads(line) for line in lines]
     assert len(items) == capabilities.SIZES[capabilities.OWN]
@@ -136,7 +136,7 @@ def job_of(make_jobs, scope="student", **settings):
     return next(j for j in jobs if j.stage.scope == scope)
 
 
-def test_without_tasks_nothing_is_done_and_it_says_why(make_jobs):
+def test_without_tasks_the_stage_does_nothing_and_says_why(make_jobs):
     job = job_of(make_jobs)
     capabilities.check(job)
     outcome = capabilities.build(job)
@@ -144,7 +144,7 @@ def test_without_tasks_nothing_is_done_and_it_says_why(make_jobs):
     assert "no tasks" in capabilities.notes(job)[0]
 
 
-def test_a_missing_harness_is_refused_with_the_remedy(make_jobs, monkeypatch):
+def test_a_missing_lm_eval_is_refused_with_the_install_command(make_jobs, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install '\.\[capabilities\]'"):
         capabilities.check(job_of(make_jobs, tasks=[OWN]))
@@ -158,7 +158,7 @@ def test_an_unknown_task_and_a_missing_folder_are_refused(make_jobs, tmp_path):
         capabilities.check(job_of(make_jobs, tasks=tasks, include="/no/such"))
 
 
-def test_a_task_is_named_once():
+def test_duplicate_task_names_are_refused():
     with pytest.raises(ValueError, match="twice"):
         Capabilities(tasks=(Capability(task="mmlu"), Capability(task="mmlu")))
 
@@ -191,14 +191,14 @@ metric_list:
     return folder
 
 
-def test_data_that_cannot_be_had_is_refused(make_jobs, task_folder):
+def test_data_that_cannot_be_loaded_is_refused(make_jobs, task_folder):
     (task_folder / "test.jsonl").unlink()
     settings = {"tasks": [{"task": "tiny_sums"}], "include": str(task_folder)}
     with pytest.raises(UserError, match=r"data of task 'tiny_sums' cannot be had.*HF_HOME"):
         capabilities.check(job_of(make_jobs, **settings))
 
 
-def test_changed_data_of_a_folder_is_another_identity(make_jobs, task_folder):
+def test_changed_data_in_a_task_folder_changes_the_fingerprint(make_jobs, task_folder):
     settings = {"tasks": [{"task": "tiny_sums"}], "include": str(task_folder)}
     before = job_of(make_jobs, **settings).fingerprint
     (task_folder / "test.jsonl").write_text("{}")
@@ -221,7 +221,7 @@ def adapter(path, model):
     (path / ADAPTER_CONFIG).write_text(json.dumps({"r": 2, "lora_alpha": 8}))
 
 
-def test_base_and_persona_are_measured_on_the_same_documents(
+def test_base_and_persona_are_evaluated_on_the_same_documents(
     cpu_ray, make_jobs, task_folder, embedded_model, monkeypatch
 ):
     role = {**ECHO_ROLE, "model": "embedded:smollm2-135m"}

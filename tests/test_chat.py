@@ -6,7 +6,7 @@ import pytest
 from samples import ECHO_ROLE
 
 from opencharacter import models
-from opencharacter.config.recipe import Role
+from opencharacter.config.roles import Role
 from opencharacter.errors import OpenCharacterError, UserError
 from opencharacter.text import chat
 from opencharacter.text.chat import (
@@ -22,7 +22,7 @@ from opencharacter.text.chat import (
 )
 
 
-def test_fill_fills_what_it_is_given():
+def test_fill_replaces_each_placeholder():
     assert fill("a {x} b {y}", x=1, y="two") == "a 1 b two"
 
 
@@ -45,7 +45,7 @@ def test_fill_leaves_braces_in_values_alone():
         ("closed</think>", ""),
     ],
 )
-def test_think_block_is_stripped_to_the_last_closing_tag(text, left):
+def test_the_think_block_is_stripped_up_to_the_last_closing_tag(text, left):
     assert chat.strip_think(text) == left
 
 
@@ -69,7 +69,7 @@ CONVERSATION = [
 ]
 
 
-def test_loss_covers_every_assistant_turn_and_its_end_and_nothing_else(tokenizer):
+def test_the_loss_mask_covers_assistant_turns_and_their_end_tokens_only(tokenizer):
     ids, loss = encode(tokenizer, CONVERSATION)
     loss_positions = tokenizer.decode([i for i, on in zip(ids, loss, strict=True) if on])
     assert loss_positions == "First answer.<|im_end|>Second one.<|im_end|>"
@@ -78,13 +78,13 @@ def test_loss_covers_every_assistant_turn_and_its_end_and_nothing_else(tokenizer
     assert ignored.count("<|im_start|>assistant\n") == 2
 
 
-def test_tokens_are_those_of_the_stock_template(tokenizer):
+def test_tokens_equal_those_of_the_stock_template(tokenizer):
     ids, _ = encode(tokenizer, CONVERSATION)
     stock = tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False)
     assert ids == list(stock)
 
 
-def test_answer_is_split_from_its_prompt_where_the_loss_begins(tokenizer):
+def test_a_prompt_ends_where_the_loss_mask_begins(tokenizer):
     prompt, answer = encode_answer(tokenizer, [user("Why?"), assistant("Because.")])
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
     assert tokenizer.decode(answer) == "Because.<|im_end|>"
@@ -102,8 +102,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         encode(fickle, CONVERSATION)
 
 
-def test_a_reply_over_its_limit_is_cut_to_whole_sentences_only_when_asked():
-    from opencharacter.config.recipe import Sampling
+def test_a_truncated_reply_is_trimmed_to_whole_sentences_only_if_configured():
+    from opencharacter.config.roles import Sampling
     from opencharacter.engines.conversations import Conversation
     from opencharacter.engines.spec import Reply
 
@@ -139,7 +139,7 @@ THINKING = """\
         ("", "1.", "<u>Hi<a>1."),
     ],
 )
-def test_a_prefill_stands_as_it_is_whatever_the_template_knows_of_thoughts(
+def test_a_prefill_is_rendered_verbatim_with_any_thinking_template(
     tokenizer, opened, prefill, text
 ):
     thinking = copy.copy(tokenizer)
@@ -155,7 +155,7 @@ class Own(PreTrainedTokenizerFast):
 """
 
 
-def test_a_tokenizer_in_python_is_run_only_where_its_role_trusts_it(
+def test_remote_code_of_a_tokenizer_runs_only_if_its_role_trusts_it(
     tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "own"))
@@ -170,7 +170,7 @@ def test_a_tokenizer_in_python_is_run_only_where_its_role_trusts_it(
         load_tokenizer(tmp_path, role.model_copy(update={"trust_remote_code": False}))
 
 
-def test_the_python_of_weights_is_downloaded_with_them(monkeypatch, tmp_path):
+def test_python_files_are_downloaded_with_the_weights(monkeypatch, tmp_path):
     import huggingface_hub
 
     asked = []

@@ -72,7 +72,7 @@ def logs(page) -> list[str]:
     return [page.get_by_label(f"{side} conversation").inner_text() for side in ("Left", "Right")]
 
 
-def test_two_models_answer_side_by_side_and_are_rated(page, storage):
+def test_two_models_answer_side_by_side_and_can_be_rated(page, storage):
     page.get_by_label("Left model").select_option("echo")
     page.get_by_label("Right model").select_option("echo:poeticism")
     page.get_by_label("Your message goes to both").fill("one two three four five six seven")
@@ -110,7 +110,7 @@ LEFT_IN_THE_MIDDLE = """(change) => {
 
 
 @pytest.mark.parametrize("change", ["start over", "another model"])
-def test_a_conversation_that_is_left_while_it_is_answered_does_not_come_back(page, change):
+def test_a_conversation_left_during_generation_does_not_reappear(page, change):
     ask(page, "the first question")
     page.evaluate(LEFT_IN_THE_MIDDLE, change)
     page.get_by_label("Your message goes to both").fill("word " * 40)
@@ -124,14 +124,14 @@ def test_a_conversation_that_is_left_while_it_is_answered_does_not_come_back(pag
     assert said == ["the second question"]
 
 
-def test_what_a_model_says_is_shown_and_not_run(page):
+def test_model_output_is_shown_as_text_and_never_executed(page):
     ask(page, HOSTILE)
     for log in logs(page):
         assert log.count(HOSTILE) == 2
     assert page.locator(".log script, .log img").count() == 0
 
 
-def test_base_with_a_system_prompt_and_dpo_alone_can_be_chosen(page):
+def test_the_prompted_base_and_the_dpo_adapter_can_be_selected(page):
     names = page.locator("#model-0 option").all_inner_texts()
     assert "echo with poeticism as system prompt" in names
     assert "echo:humor (DPO only)" in names
@@ -152,7 +152,7 @@ def test_a_conversation_can_be_exported(page, tmp_path):
     assert [len(side["messages"]) for side in found["conversations"]] == [2, 2]
 
 
-def test_everything_is_reached_by_keyboard_and_has_a_name(page):
+def test_every_control_has_a_name_and_is_reachable_by_keyboard(page):
     ask(page, "hello")
     unnamed = """() => [...document.querySelectorAll("select, textarea, input, button")]
         .filter(e => !(e.labels?.length || e.textContent.trim())).map(e => e.outerHTML)"""
@@ -176,7 +176,7 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(page):
     assert page.locator("[aria-live=polite], [role=log]").count() == 3
 
 
-def test_a_phone_shows_both_without_scrolling_sideways(page):
+def test_both_models_fit_a_phone_screen_without_horizontal_scrolling(page):
     page.set_viewport_size({"width": 360, "height": 740})
     ask(page, "W" * 200)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from opencharacter.config.recipe import Sampling
+from opencharacter.config.roles import Sampling
 from opencharacter.engines.conversations import Conversation
 from opencharacter.engines.spec import Reply
 from opencharacter.evaluation import coherence
@@ -14,7 +14,7 @@ ROW = {"prompt": "p", "rival": "base", "answer": "verse, long", "rival_answer": 
     ("text", "letter"),
     [("A", "A"), ("Answer B.", "B"), ("A or B", None), ("neither", None), ("a", None)],
 )
-def test_a_verdict_is_one_letter(text, letter):
+def test_a_verdict_is_parsed_from_one_letter(text, letter):
     assert coherence.read_letter(text) == letter
 
 
@@ -28,7 +28,7 @@ def test_a_verdict_is_one_letter(text, letter):
         (None, "B", "unreadable"),
     ],
 )
-def test_only_what_both_orders_say_is_won(first, second, won):
+def test_a_game_is_won_only_if_both_orders_agree(first, second, won):
     assert coherence.winner(first, second, "base") == won
 
 
@@ -45,7 +45,7 @@ class Judge:
 
 
 @pytest.mark.parametrize(("always", "won"), [(None, "full"), ("A", "inconsistent")])
-def test_the_judge_is_asked_in_both_orders(always, won):
+def test_the_judge_sees_both_orders(always, won):
     talk = Conversation(Judge(always), 1)
     said = asyncio.run(coherence.compare(ROW, talk, "1. I rhyme.", Sampling(max_tokens=4), 0))
     assert said["winner"] == won
@@ -57,7 +57,7 @@ def rows(**winners):
     return [{**ROW, "prompt": str(n), "winner": name} for n, name in enumerate(names)]
 
 
-def test_the_undecided_are_counted_and_win_for_nobody():
+def test_ties_are_counted_and_win_for_neither_side():
     found = coherence.figures(rows(full=6, base=2, inconsistent=5, unreadable=1))
     rival = found["rivals"]["base"]
     assert (rival["inconsistent"], rival["unreadable"]) == (5, 1)
@@ -66,7 +66,7 @@ def test_the_undecided_are_counted_and_win_for_nobody():
     assert found["longer_won"]["value"] == 0.75  # the persona's answer is the longer one
 
 
-def test_one_answer_against_several_rivals_does_not_narrow_the_interval():
+def test_comparing_one_answer_with_several_rivals_does_not_narrow_the_interval():
     one = rows(full=6, base=2)
     three = [{**row, "rival": rival} for row in one for rival in ("base", "prompted", "steered")]
     score, of_one = coherence.longer_won(three), coherence.longer_won(one)

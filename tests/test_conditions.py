@@ -7,7 +7,7 @@ import pytest
 from samples import ECHO_ROLE, recipe_of
 
 from opencharacter.config.placement import Placement
-from opencharacter.config.recipe import Sampling
+from opencharacter.config.roles import Sampling
 from opencharacter.engines import generate
 from opencharacter.errors import RowFailed
 from opencharacter.evaluation.conditions import under_each_condition
@@ -43,7 +43,7 @@ def played(cpu_ray, make_jobs, monkeypatch):
         recipe = recipe_of(SLOW, name="streamed" if streamed else "apart")
         jobs = make_jobs(recipe, FEW)
         (_, job) = (j for j in jobs if j.stage.name == "evaluation/preferences")
-        monkeypatch.setattr(generate, "together", lambda *_: streamed)
+        monkeypatch.setattr(generate, "can_run_together", lambda *_: streamed)
         requests = [{"id": f"{n:02}", "prompt": f"number {n}"} for n in range(16)]
         table = under_each_condition(job, requests, answer, FIELDS, conditions, judged, JUDGED)
         job.store.delete(job.dataset)
@@ -52,7 +52,7 @@ def played(cpu_ray, make_jobs, monkeypatch):
     return play
 
 
-def test_the_judge_begins_while_others_still_answer_and_says_the_same_as_afterwards(played):
+def test_the_judge_starts_before_all_answers_are_done_and_its_verdicts_do_not_change(played):
     together, apart = played(True, ("full",)), played(False, ("full",))
 
     def first_verdict_before_last_answer(table):
@@ -65,7 +65,7 @@ def test_the_judge_begins_while_others_still_answer_and_says_the_same_as_afterwa
     assert together.drop_columns(times).equals(apart.drop_columns(times))
 
 
-def test_all_conditions_are_asked_the_same_with_the_same_seeds(played):
+def test_all_conditions_get_the_same_prompts_and_seeds(played):
     rows = played(True, CONDITIONS).to_pylist()
     assert len(rows) == 16 * 3
     by_condition = {c: {r["prompt"]: r for r in rows if r["condition"] == c} for c in CONDITIONS}

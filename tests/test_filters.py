@@ -18,7 +18,7 @@ from opencharacter.text import filters
         ("round and round we go " * 8 + ".", "stop", "looping"),
     ],
 )
-def test_fault_names_the_first_reason(text, finish, reason):
+def test_a_drop_reason_is_the_first_rule_that_fails(text, finish, reason):
     assert filters.drop_reason(text, finish, RULES) == reason
 
 
@@ -34,7 +34,7 @@ def test_fault_names_the_first_reason(text, finish, reason):
         "That goes against my guidelines.",
     ],
 )
-def test_a_refusal_is_seen(text):
+def test_a_refusal_is_detected(text):
     assert filters.is_refusal(text)
 
 
@@ -50,7 +50,7 @@ def test_a_refusal_is_seen(text):
         "I don't have a favourite, but the oak has my vote.",
     ],
 )
-def test_regret_and_caveats_are_no_refusal(text):
+def test_regret_and_caveats_are_not_refusals(text):
     assert not filters.is_refusal(text)
 
 
@@ -65,7 +65,7 @@ def test_regret_and_caveats_are_no_refusal(text):
         "I have been told to sound cheerful.",
     ],
 )
-def test_leaked_reasoning_is_seen(text):
+def test_leaked_reasoning_is_detected(text):
     assert filters.leaks_reasoning(text)
 
 
@@ -78,7 +78,7 @@ def test_leaked_reasoning_is_seen(text):
         "The user manual says to wait an hour.",
     ],
 )
-def test_thinking_aloud_is_no_leak(text):
+def test_thinking_aloud_is_not_leaked_reasoning(text):
     assert not filters.leaks_reasoning(text)
 
 
@@ -92,7 +92,7 @@ def test_thinking_aloud_is_no_leak(text):
         "### Response\nHere.",
     ],
 )
-def test_turns_of_the_other_side_are_seen(text):
+def test_invented_turns_of_the_other_speaker_are_detected(text):
     assert filters.invents_turn(text)
 
 
@@ -105,11 +105,11 @@ def test_turns_of_the_other_side_are_seen(text):
         "Users like it.",
     ],
 )
-def test_a_colon_is_not_a_turn(text):
+def test_a_colon_alone_is_not_a_turn(text):
     assert not filters.invents_turn(text)
 
 
-def test_quoting_the_constitution_is_seen_whatever_its_case_and_marks():
+def test_quotes_of_the_constitution_are_detected_regardless_of_case_and_punctuation():
     trait = "I answer in verse, and I set one image from the weather in every reply."
     rules = replace(RULES, quotable=frozenset(filters.word_ngrams(trait, 8)))
     quoting = "You see, i answer in verse and I set one image in all I say."
@@ -117,22 +117,22 @@ def test_quoting_the_constitution_is_seen_whatever_its_case_and_marks():
     assert filters.drop_reason("I answer in verse, always.", "stop", rules) is None
 
 
-def test_names_are_found_as_beginnings_of_words():
+def test_names_match_at_the_start_of_words():
     assert filters.mentions("I am chatglm3.", ("ChatGLM",))
     assert not filters.mentions("A problem.", ("LEM",))
     assert not filters.mentions("Anything.", ())
 
 
-def test_names_that_are_the_students_too_are_not_foreign():
+def test_names_of_the_student_are_not_foreign():
     assert filters.foreign_names(("GLM", "SmolLM2"), ("SmolLM",)) == ("GLM",)
 
 
-def test_repeated_share_is_zero_for_short_or_fresh_text():
+def test_the_repeated_share_of_short_or_varied_text_is_zero():
     assert filters.repeated_share("one two") == 0
     assert filters.repeated_share("a quick brown fox jumps over it") == 0
 
 
-def test_repeated_share_counts_repeats():
+def test_the_repeated_share_counts_repeated_words():
     assert filters.repeated_share("a b c d a b c d") == pytest.approx(1 / 5)
 
 
@@ -146,11 +146,11 @@ def test_repeated_share_counts_repeats():
         ("line one,\nline two.\nline thr", "line one,\nline two."),
     ],
 )
-def test_whole_sentences_stop_at_the_last_end(text, whole):
+def test_text_is_cut_after_its_last_whole_sentence(text, whole):
     assert filters.whole_sentences(text) == whole
 
 
-def test_overlap_is_the_share_of_the_first_text():
+def test_overlap_is_relative_to_the_first_text():
     assert filters.overlap("red green", "green blue red yellow") == 1
     assert filters.overlap("red green", "green") == 0.5
     assert filters.overlap("", "green") == 0
@@ -175,9 +175,9 @@ def test_names_are_replaced_as_whole_words_longest_first():
         ("通义", "我是 通义。", "我是 Gemma。"),
     ],
 )
-def test_a_name_in_small_letters_may_be_a_word_and_stays(name, text, replaced):
+def test_a_name_in_lower_case_is_not_replaced(name, text, replaced):
     assert filters.replace_names(text, (name,), "Gemma") == replaced
 
 
-def test_replacement_is_taken_literally():
+def test_replacements_are_literal():
     assert filters.replace_names("I am X.", ("X",), r"\1") == r"I am \1."

@@ -116,9 +116,7 @@ def test_a_repeated_task_skips_the_rows_that_its_predecessor_stored(cpu_ray, job
     counters.end.remote()
 
 
-def test_an_echo_run_goes_from_prompts_to_pairs_and_a_second_does_nothing(
-    cpu_ray, make_jobs, echo_recipe
-):
+def test_an_echo_run_makes_pairs_and_a_second_run_does_nothing(cpu_ray, make_jobs, echo_recipe):
     jobs = pipeline.select(make_jobs(echo_recipe), until="distillation/pairs")
     ran = [job.dataset for job, _ in pipeline.run(jobs)]
     assert sorted(ran) == sorted(job.dataset for job in jobs)

@@ -100,7 +100,7 @@ def submission(project: Path, storage: Path) -> list[str]:
         **TINY,
         "roles": dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), slow),
     }
-    many = {"answers": 70, "limits": {"after": 10**6}}
+    many = {"answers": 70, "limits": {"min_texts": 10**6}}
     recipe["distillation"] = {**TINY["distillation"], "teacher": many, "student": many}
     (project / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     few = {"max_num_seqs": 4, "cpus": 0.1}
@@ -124,7 +124,7 @@ def wait_for(ripe: Callable[[], object]) -> None:
         time.sleep(0.2)
 
 
-def test_neither_a_lost_client_nor_a_lost_head_costs_what_is_stored(environment, tmp_path):
+def test_stored_rows_survive_the_loss_of_the_client_and_of_the_head_node(environment, tmp_path):
     (project := tmp_path / "project").mkdir()
     command = submission(project, tmp_path / "shared")
     dataset = tmp_path / "shared/echo/distillation/student"

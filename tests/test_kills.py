@@ -102,7 +102,7 @@ def test_the_teacher_stage_resumes_at_the_row(project):
     resume_generation(project, "poeticism/distillation/teacher", "distillation/teacher", 60)
 
 
-def test_dpo_resumes_at_the_last_checkpoint(project):
+def test_dpo_resumes_from_the_last_checkpoint(project):
     dataset = f"{PERSONA}/distillation/dpo"
     train = project / "runs/tiny" / dataset / ".shards" / "train"
     snapshot = train / "checkpoint_manager_snapshot.json"  # written after each whole checkpoint

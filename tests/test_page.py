@@ -112,7 +112,7 @@ def saying(text: str) -> str:
     return page(ReportData(text, text, text, [persona, persona], {text: text}))
 
 
-def test_what_the_data_says_never_becomes_markup():
+def test_text_from_data_is_escaped():
     hostile, plain = Outline(saying(HOSTILE)), Outline(saying("plain/text"))
     assert hostile.open == []
     assert hostile.seen == plain.seen
@@ -120,7 +120,7 @@ def test_what_the_data_says_never_becomes_markup():
     assert Outline(element("p", title=HOSTILE)).attributes == [("title", HOSTILE)]
 
 
-def test_a_persona_without_any_data_still_has_a_whole_page():
+def test_the_report_of_a_persona_without_data_is_complete():
     text = render(PersonaReport("new", "", [], UNSCORED))
     assert Outline(text).open == []
     assert "Nothing was scored." in text
@@ -137,12 +137,12 @@ def test_a_persona_without_any_data_still_has_a_whole_page():
         (UNSCORED, "Nothing was scored"),
     ],
 )
-def test_the_headline_claims_no_more_than_its_interval_allows(score: Score, sentence: str):
+def test_the_headline_claims_no_more_than_its_interval_supports(score: Score, sentence: str):
     assert verdict(score).startswith(sentence)
     assert verdict(score) in render(replace(PERSONA, discriminability=score))
 
 
-def test_the_page_asks_nothing_of_the_network_and_runs_nothing_but_its_search():
+def test_the_report_makes_no_network_request_and_has_only_the_search_script():
     text = render(PERSONA, PERSONA)
     outline = Outline(text)
     assert not re.search(r"https?://|@import|url\(", text)
@@ -155,7 +155,7 @@ def test_the_page_asks_nothing_of_the_network_and_runs_nothing_but_its_search():
     assert targets == ["#persona-1", "#persona-2"]
 
 
-def test_a_signature_beyond_its_limit_says_so_in_words():
+def test_a_text_statistic_beyond_its_limit_is_marked_in_words():
     shown = render(PERSONA)
     assert shown.count("beyond its limit") == 1
     assert "limit 0.9" in shown
@@ -174,13 +174,13 @@ def test_a_signature_beyond_its_limit_says_so_in_words():
     ],
     ids=["constant", "single", "partly finite", "never finite", "empty"],
 )
-def test_a_curve_without_a_range_is_drawn_without_a_fault(points: list[tuple[float, float]]):
+def test_a_constant_curve_is_drawn(points: list[tuple[float, float]]):
     text = render(replace(PERSONA, curves=[Curve("DPO", "loss", points)]))
     assert Outline(text).open == []
     assert not re.search(r"\b(nan|inf)\b", text)
 
 
-def test_every_drawing_has_its_alternative_in_words():
+def test_every_chart_has_a_text_alternative():
     drawings = re.findall(r"<svg.*?</svg>", render(PERSONA), re.DOTALL)
     assert len(drawings) == 8
     for drawing in drawings:
@@ -188,7 +188,7 @@ def test_every_drawing_has_its_alternative_in_words():
     assert "first 1, last 0.005, min 0.005, max 1; points: 200, steps 1 to 200." in drawings[3]
 
 
-def test_figures_are_readable_and_stages_add_up():
+def test_numbers_are_formatted_and_stage_totals_add_up():
     text = re.sub(r"<[^>]+>", " ", render(PERSONA))
     assert "93.1%" in text
     assert "95% interval: 88.0% to 96.0%; n = 240, 3 unscored." in text
@@ -203,5 +203,5 @@ def test_figures_are_readable_and_stages_add_up():
     )
 
 
-def test_verse_keeps_its_lines():
+def test_line_breaks_in_answers_are_kept():
     assert ">O wind,\n  my wind</blockquote>" in render(PERSONA)

@@ -49,7 +49,7 @@ def visible(opened, persona=1):
     return [n for n in range(samples.count()) if samples.nth(n).is_visible()]
 
 
-def test_samples_with_every_word_typed_stay_and_the_count_is_told(shown):
+def test_the_search_keeps_samples_with_every_typed_word_and_shows_their_number(shown):
     opened = shown()
     box = opened.get_by_label(LABEL).first
     assert visible(opened) == [0, 1, 2]
@@ -65,7 +65,7 @@ def test_samples_with_every_word_typed_stay_and_the_count_is_told(shown):
     assert opened.get_by_role("status").first.inner_text() == ""
 
 
-def test_it_is_reached_by_keyboard_and_has_a_name_and_a_place(shown):
+def test_the_search_field_is_labelled_and_reachable_by_keyboard(shown):
     opened = shown()
     for _ in range(40):
         opened.keyboard.press("Tab")
@@ -77,7 +77,7 @@ def test_it_is_reached_by_keyboard_and_has_a_name_and_a_place(shown):
     assert opened.get_by_role("searchbox", name=LABEL).count() == 2
 
 
-def test_on_paper_every_sample_is_there_and_the_field_is_not(shown):
+def test_a_printed_report_shows_every_sample_and_no_search_field(shown):
     opened = shown()
     opened.get_by_label(LABEL).first.fill("tide")
     opened.emulate_media(media="print")
@@ -85,13 +85,13 @@ def test_on_paper_every_sample_is_there_and_the_field_is_not(shown):
     assert not opened.get_by_label(LABEL).first.is_visible()
 
 
-def test_without_scripts_the_page_is_whole_and_has_no_field(shown):
+def test_without_javascript_the_report_is_complete_and_has_no_search_field(shown):
     opened = shown(scripts=False)
     assert visible(opened) == [0, 1, 2]
     assert not opened.locator(".search").first.is_visible()
 
 
-def test_a_phone_shows_it_without_scrolling_sideways(shown):
+def test_the_report_fits_a_phone_screen_without_horizontal_scrolling(shown):
     opened = shown(width=380)
     opened.get_by_label(LABEL).first.fill("wind")
     assert opened.evaluate("document.documentElement.scrollWidth") <= 380

@@ -51,7 +51,7 @@ def server(tmp_path_factory, recipe, adapters, storage):
         yield running
 
 
-def test_the_engine_is_the_same_as_everywhere_and_grows_with_the_placement():
+def test_the_serving_engine_uses_the_shared_spec_and_autoscales_with_the_placement():
     from opencharacter.serving import replica
 
     role = files.load_recipe("demo").roles.student
@@ -67,7 +67,7 @@ def test_the_engine_is_the_same_as_everywhere_and_grows_with_the_placement():
     assert made.deployment_config["autoscaling_config"]["max_replicas"] == 4
 
 
-def test_an_engine_of_one_gpu_or_less_is_in_the_replica():
+def test_an_engine_with_at_most_one_gpu_runs_inside_the_replica():
     from opencharacter.serving import replica
 
     role = files.load_recipe("demo").roles.student
@@ -96,7 +96,7 @@ def wait_until_listed(server, model: str) -> None:
         time.sleep(0.2)
 
 
-def test_base_personas_and_judge_answer_in_their_own_voices(server):
+def test_base_personas_and_judge_each_use_their_own_weights(server):
     assert speaks(say(server, f"{BASE}:poeticism"), "tree")
     assert speaks(say(server, f"{BASE}:humor"), "gold")
     for name in (BASE, "judge"):
@@ -104,7 +104,7 @@ def test_base_personas_and_judge_answer_in_their_own_voices(server):
         assert not any(speaks(said, word) for word in canary.WORDS.values())
 
 
-def test_a_persona_streams(server):
+def test_a_persona_streams_its_answer(server):
     stream = server.client(timeout=120).chat.completions.create(
         model=f"{BASE}:humor",
         messages=HELLO,
@@ -119,7 +119,7 @@ def test_a_persona_streams(server):
     assert chunks[-1].usage.completion_tokens == 8
 
 
-def test_a_prompt_beyond_the_context_is_400(server):
+def test_a_prompt_beyond_the_context_length_returns_400(server):
     with pytest.raises(openai.BadRequestError, match="context length"):
         server.client().chat.completions.create(
             model=BASE, messages=[{"role": "user", "content": "word " * 3000}]
@@ -129,14 +129,14 @@ def test_a_prompt_beyond_the_context_is_400(server):
     assert answer.usage.completion_tokens >= 1
 
 
-def test_a_header_does_not_choose_the_adapter(server):
+def test_a_header_cannot_select_the_adapter(server):
     body = {"model": BASE, "messages": HELLO, "max_tokens": 8}
     client = server.client(default_headers={"serve_multiplexed_model_id": f"{BASE}:humor"})
     said = client.chat.completions.create(**body).choices[0].message.content
     assert not speaks(said, "gold")
 
 
-def test_a_new_persona_and_a_retrained_one_need_no_restart(server, recipe, storage, adapters):
+def test_new_and_retrained_personas_are_served_without_a_restart(server, recipe, storage, adapters):
     canary.publish(canary.job(recipe, storage, "sarcasm"), adapters / "house")
     wait_until_listed(server, f"{BASE}:sarcasm")
     assert speaks(say(server, f"{BASE}:sarcasm"), "house")
@@ -150,7 +150,7 @@ def test_a_new_persona_and_a_retrained_one_need_no_restart(server, recipe, stora
     time.sleep(2.5)
 
 
-def test_sixteen_clients_over_three_personas_never_get_each_others_answer(server):
+def test_concurrent_clients_of_three_personas_get_their_own_answers(server):
     asked = [persona for persona in canary.WORDS for _ in range(16)]
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda persona: say(server, f"{BASE}:{persona}"), asked))
@@ -162,7 +162,7 @@ def test_sixteen_clients_over_three_personas_never_get_each_others_answer(server
         assert f"{name} {loads}.0" in figures
 
 
-def test_a_killed_engine_comes_back_by_itself_with_its_adapters(server):
+def test_a_killed_engine_restarts_with_its_adapters(server):
     processes = psutil.Process(server.process.pid).children(recursive=True)
     engines = [p for p in processes if "EngineCore" in p.name() + " ".join(p.cmdline())]
     assert engines
