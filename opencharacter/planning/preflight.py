@@ -1,14 +1,15 @@
-"""Checks that refuse a run before anything starts: models, training settings, stages."""
+"""Checks that refuse a run before it starts: models, training settings, and the stages' own."""
 
 from __future__ import annotations
 
-from opencharacter import models, pipeline
+from opencharacter import models
 from opencharacter.errors import UserError
+from opencharacter.runtime.rebuild import is_rebuilt
 from opencharacter.runtime.stage import Job
 
 
 def require_models(selected: list[Job]) -> None:
-    """Refuse a run whose local models are not there; hub models are downloaded when needed."""
+    """Raise UserError if a model that cannot be downloaded is missing, or an endpoint's key is."""
     for job in selected:
         roles = [(name, getattr(job.recipe.roles, name)) for name in job.stage.roles]
         roles += [("judge", role) for role in getattr(job.config, "panel", ())]
@@ -19,14 +20,14 @@ def require_models(selected: list[Job]) -> None:
 
 
 def check_training(selected: list[Job]) -> None:
-    """Refuse more workers than a batch has rows, and ranks that no engine takes."""
+    """Raise UserError for more workers than rows in a batch, or a rank that no engine supports."""
     for job in selected:
         workers = job.placement.training.workers
         if hasattr(job.config, "optimizer") and workers > job.config.optimizer.global_batch_size:
             raise UserError(
                 f"global_batch_size {job.config.optimizer.global_batch_size} is too small for "
-                f"{workers} training workers: some would have nothing to do; use "
-                "fewer workers or a larger batch"
+                f"{workers} training workers, because each needs at least one row; use fewer "
+                "workers or a larger global_batch_size"
             )
         if job.stage.name == "persona/merge":
             ranks = sum(parent.config.lora.rank for parent in job.parents)
@@ -34,8 +35,8 @@ def check_training(selected: list[Job]) -> None:
 
 
 def check_stages(selected: list[Job], rebuild: str | None) -> None:
-    """Refuse what a stage itself knows that it will lack, and files that cannot be read."""
+    """Call `check(job)` of the stages that will run, and read the files that they depend on."""
     for job in selected:
-        if job.state()[0] != "done" or pipeline.replaced(job, rebuild):
-            _ = job.fingerprint  # reads all that the result depends on
+        if job.state()[0] != "done" or is_rebuilt(job, rebuild):
+            _ = job.fingerprint  # reads the files that are part of the identity
             getattr(job.stage.module, "check", lambda _: None)(job)

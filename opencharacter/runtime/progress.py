@@ -1,7 +1,7 @@
-"""What a running stage tells: one live line, figures for the manifest, metrics for Ray's dashboard.
+"""Progress of running stages: a live line, counters for the manifest, and metrics for Ray.
 
-Ray's nodes export the metrics for Prometheus as `ray_opencharacter_rows_total` and so on, each with
-the dataset that it is of.
+Ray's nodes export the metrics to Prometheus as `ray_opencharacter_rows_total` and so on, each with
+a `dataset` tag.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from opencharacter.config.recipe import Limits
+from opencharacter.config.roles import Limits
 from opencharacter.errors import OpenCharacterError
 from opencharacter.text.statistics import TextBaseline, exceeded_limit, measure
 
 console = Console(emoji=False)
-"""Where runs are told."""
+"""Where runs print."""
 
 SECONDS_BETWEEN_LINES = 15
-"""Where the output is not a terminal."""
-ON_THE_LINE = ("refusals", "distinct_2", "self_bleu", "repeated_openings", "exaggeration")
-"""Signatures that a running stage shows."""
+"""Seconds between progress lines if the output is not a terminal."""
+LIVE_STATISTICS = ("refusals", "distinct_2", "self_bleu", "repeated_openings", "exaggeration")
+"""Text statistics in the progress line of a stage."""
 
-
-SECONDS_BETWEEN_TALLIES = 0.5
+SECONDS_BETWEEN_REPORTS = 0.5
+"""Seconds for which an actor collects its counts before it sends them."""
 SECONDS_BETWEEN_MEASURES = 10
-"""Of the texts that were written last."""
+"""Seconds between measurements of the most recent texts."""
 SECONDS_BETWEEN_EXPORTS = 10
-"""Ray's, from a process to its node's port."""
+"""Ray's interval for exporting a process's metrics to its node."""
 RECENT_TEXTS = 1000
-TEXTS_PER_TALLY = 20
-
+"""Texts that are measured."""
+TEXTS_PER_REPORT = 20
+"""Texts that an actor sends with its counts."""
 
 METRICS = {
     "finished": "rows",
@@ -50,123 +51,139 @@ METRICS = {
     "tokens_out": "tokens",
     "gpu_seconds": "gpu_seconds",
 }
-"""What is counted, and Ray's name for it after `opencharacter_`."""
-_numbers = itertools.count(1)
+"""Counts that become metrics, with the metric's name after `opencharacter_`."""
+_actor_numbers = itertools.count(1)
 
 
 @ray.remote(num_cpus=0)
 class ProgressCounters:
-    """Collects what the stage's actors report; the driver polls it.
+    """An actor that collects the counts of a stage's other actors; the driver polls it.
 
     Args:
-        dataset: what is made.
-        gpus: held meanwhile.
+        dataset: the dataset that is made.
+        gpus: number of GPUs that the stage holds.
     """
 
     def __init__(self, dataset: str, gpus: float):
         self.sums: Counter[str] = Counter()
         self.texts: deque[str] = deque(maxlen=RECENT_TEXTS)
-        self.told: list[float] = []
-        self.metrics = {name: counted(said, dataset) for name, said in METRICS.items()}
-        self.gpus, self.since = gpus, time.monotonic()
+        self.report_times: list[float] = []
+        self.metrics = {name: dataset_metric(metric, dataset) for name, metric in METRICS.items()}
+        self.gpus, self.last_read = gpus, time.monotonic()
 
-    def add(self, numbers: dict[str, float], texts: list[str]) -> None:
-        self.sums.update(numbers)
+    def add(self, counts: dict[str, float], texts: list[str]) -> None:
+        """Add counts and a sample of texts."""
+        self.sums.update(counts)
         self.texts.extend(texts)
-        self._mark()
-        self._export(numbers)
+        self._record_time()
+        self._export(counts)
 
-    def set(self, **numbers: float) -> None:
-        self.sums = Counter({**self.sums, **numbers})
-        self._mark()
+    def set(self, **values: float) -> None:
+        """Replace counts by values."""
+        self.sums = Counter({**self.sums, **values})
+        self._record_time()
 
-    def _mark(self) -> None:
-        self.told = [*self.told[:1], time.monotonic()]
+    def _record_time(self) -> None:
+        self.report_times = [*self.report_times[:1], time.monotonic()]
 
     def span(self) -> float:
-        """Seconds from the first report to the last."""
-        return self.told[-1] - self.told[0] if self.told else 0.0
+        """Return the seconds from the first report to the last."""
+        return self.report_times[-1] - self.report_times[0] if self.report_times else 0.0
 
     def read(self) -> dict[str, float]:
+        """Return the sums, and export the GPU-seconds since the last call."""
         now = time.monotonic()
-        self._export({"gpu_seconds": self.gpus * (now - self.since)})
-        self.since = now
+        self._export({"gpu_seconds": self.gpus * (now - self.last_read)})
+        self.last_read = now
         return dict(self.sums)
 
     def recent(self) -> list[str]:
-        """A sample of what was written last."""
+        """Return a sample of the most recent texts."""
         return list(self.texts)
 
     @ray.method(max_task_retries=0)
     def end(self) -> None:
-        """Go, once the last numbers are exported; handles alone would keep the process for long."""
+        """Exit once the last metrics are exported; Ray would keep the process for much longer."""
         time.sleep(SECONDS_BETWEEN_EXPORTS)
         ray.actor.exit_actor()
 
-    def _export(self, numbers: dict[str, float]) -> None:
-        for name in self.metrics.keys() & numbers.keys():
-            if numbers[name] > 0:
-                self.metrics[name].inc(numbers[name])
+    def _export(self, counts: dict[str, float]) -> None:
+        for name in self.metrics.keys() & counts.keys():
+            if counts[name] > 0:
+                self.metrics[name].inc(counts[name])
 
 
-def counted(name: str, dataset: str) -> metrics.Counter:
-    """A metric of one dataset."""
-    made = metrics.Counter(f"opencharacter_{name}", "Of a stage.", tag_keys=("dataset",))
-    return made.set_default_tags({"dataset": dataset})
+def dataset_metric(name: str, dataset: str) -> metrics.Counter:
+    """Create a metric that is tagged with a dataset."""
+    metric = metrics.Counter(
+        f"opencharacter_{name}", "Counted for each dataset.", tag_keys=("dataset",)
+    )
+    return metric.set_default_tags({"dataset": dataset})
 
 
-def actor_name(what: str) -> str:
-    """A name for the dashboard; numbered, for Ray gives one away only when its owner has ended."""
-    return f"{what} #{next(_numbers)}"
+def actor_name(label: str) -> str:
+    """Return an actor's name for Ray's dashboard.
+
+    It is numbered, because Ray frees a name only when the driver that used it has ended.
+    """
+    return f"{label} #{next(_actor_numbers)}"
 
 
 def start_counters(dataset: str, gpus: float) -> Any:
-    """Counters on the driver's own node: they go when it goes, not with another.
+    """Start counters on the driver's node, so that losing another node does not lose them.
 
-    A soft affinity would not keep them there: Ray takes it for no more than a wish. Where their
-    process alone is lost they count on from 0; a figure is no reason to stop the work.
+    The affinity is hard, because Ray treats a soft one only as a preference. If their process is
+    lost, the counters restart from 0: lost counts are no reason to stop a run.
+
+    Args:
+        dataset: the dataset that is made.
+        gpus: number of GPUs that the stage holds.
+
+    Returns:
+        Handle of a `ProgressCounters` actor.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options: Any = {"scheduling_strategy": here, "name": actor_name(f"progress of {dataset}")}
-    again = {"max_restarts": -1, "max_task_retries": -1}
-    return ProgressCounters.options(**options, **again).remote(dataset, gpus)
+    affinity = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: Any = {"scheduling_strategy": affinity, "name": actor_name(f"progress of {dataset}")}
+    restarts = {"max_restarts": -1, "max_task_retries": -1}
+    return ProgressCounters.options(**options, **restarts).remote(dataset, gpus)
 
 
 def active_seconds(counters: Any) -> float:
-    """Seconds in which work was under way, as its actors or workers reported it."""
+    """Return the seconds between the first and the last report of a stage's actors."""
     seconds: Any = ray.get(counters.span.remote())
     return seconds
 
 
 class ProgressReporter:
-    """An actor's side of the counters: what it adds leaves it twice a second, not at each row.
+    """An actor's side of the counters, which sends counts twice a second and not for every row.
 
     Args:
-        counters: handle of a `Counters` actor.
+        counters: handle of a `ProgressCounters` actor.
     """
 
     def __init__(self, counters: Any):
         self.counters = counters
-        self.numbers: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.texts: list[str] = []
-        self.due = False
+        self.scheduled = False
 
-    def add(self, texts: Iterable[str] = (), **numbers: float) -> None:
-        """Count; within a running event loop."""
-        self.numbers.update(numbers)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        if len(self.texts) < TEXTS_PER_TALLY:
+    def add(self, texts: Iterable[str] = (), **counts: float) -> None:
+        """Add counts and texts. Must be called within a running event loop."""
+        self.counts.update(counts)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if len(self.texts) < TEXTS_PER_REPORT:
             self.texts.extend(texts)
-        if not self.due:
-            self.due = True
-            asyncio.get_running_loop().call_later(SECONDS_BETWEEN_TALLIES, self.send)
+        if not self.scheduled:
+            self.scheduled = True
+            asyncio.get_running_loop().call_later(SECONDS_BETWEEN_REPORTS, self.send)
 
     def send(self) -> None:
-        self.counters.add.remote(dict(self.numbers), self.texts)
-        self.numbers, self.texts, self.due = Counter(), [], False
+        """Send what has been collected."""
+        self.counters.add.remote(dict(self.counts), self.texts)
+        self.counts, self.texts, self.scheduled = Counter(), [], False
 
 
 def duration(seconds: float) -> str:
-    """`75` -> `1m15s`."""
+    """Format seconds, for example 75 as `1m15s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -175,16 +192,16 @@ def duration(seconds: float) -> str:
 
 
 class ProgressLine:
-    """The live line of one stage: redrawn on a terminal, said every few seconds elsewhere.
+    """The progress line of one stage: redrawn on a terminal, printed every few seconds elsewhere.
 
     Args:
-        console: where to write.
+        console: where to print.
         title: stage and scope.
-        poll: returns the line's text, or None while there is nothing to say; called once a second.
+        poll: returns the line's text, or None if there is nothing to show; called once a second.
     """
 
     shown: ClassVar[dict[ProgressLine, Text]] = {}
-    """Of all that run, on a terminal."""
+    """The current text of each line on the terminal."""
     live: ClassVar[Live | None] = None
     lock: ClassVar[threading.Lock] = threading.Lock()
 
@@ -203,22 +220,22 @@ class ProgressLine:
         self._show(None)
 
     def _text(self) -> str | None:
-        """The text, or None: what storage refuses to note is no reason to stop, or to say so."""
+        """Return the text, or None if polling fails, for instance because storage refuses it."""
         with contextlib.suppress(OpenCharacterError, OSError):
             return self.poll()
 
     def _loop(self) -> None:
-        said = time.monotonic()
+        last_line = time.monotonic()
         while not self.stop.wait(1):
             text = self._text()
             if text and self.console.is_terminal:
                 self._show(text)
-            elif text and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
+            elif text and time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
                 self.console.print(f"{self.title} {text}", soft_wrap=True)
 
     def _show(self, text: str | None) -> None:
-        """Redraw the foot of a terminal with this line's text, or without it."""
+        """Redraw the bottom of the terminal with this line's new text, or without the line."""
         with ProgressLine.lock:
             ProgressLine.shown.pop(self, None)
             if text:
@@ -239,17 +256,17 @@ class ProgressLine:
 
 
 class GenerationProgress:
-    """Turns the counters of a generating stage into its line: rows, rows/s, tokens/s, time left.
+    """Computes the progress line of a generating stage from its counters.
 
-    Where the stage has limits, a sample of its texts is measured too; `fault` says which
-    limit they are beyond.
+    If the stage has limits, a sample of its texts is measured as well, and `fault` describes the
+    first limit that they exceed.
 
     Args:
-        counters: handle of a `Counters` actor.
+        counters: handle of a `ProgressCounters` actor.
         total: rows of the stage.
-        attempts: told at each poll how far this attempt has come.
-        limits: of the stage, or None.
-        expected: what its texts are held against.
+        attempts: log in which each poll records the progress.
+        limits: limits of the stage, or None.
+        baseline: what the texts are compared with.
     """
 
     def __init__(
@@ -262,59 +279,66 @@ class GenerationProgress:
     ):
         self.counters, self.total, self.attempts = counters, total, attempts
         self.limits, self.baseline = limits, baseline
-        self.began: float | None = None
-        self.measured_at = 0.0
-        self.said = ""
+        self.start_time: float | None = None
+        self.last_measured = 0.0
+        self.statistics = ""
         self.fault: str | None = None
 
     def begin(self) -> None:
-        """From now on rows are under way."""
-        self.began = time.monotonic()
+        """Start the clock: the engine runs and the first rows are sent."""
+        self.start_time = time.monotonic()
 
     def __call__(self) -> str:
+        """Return the line's text."""
         kept = self.attempts.kept
-        if self.began is None:
+        if self.start_time is None:
             return f"{kept}/{self.total} rows, starting the engine"
         sums: Any = ray.get(self.counters.read.remote())
         finished = int(sums.get("finished", 0))
         self.attempts.note(kept + int(sums.get("started", 0)))
-        seconds = max(time.monotonic() - self.began, 1e-3)
-        left = self.total - kept - finished
-        eta = duration(left * seconds / finished) if finished else "?"
+        seconds = max(time.monotonic() - self.start_time, 1e-3)
+        remaining = self.total - kept - finished
+        eta = duration(remaining * seconds / finished) if finished else "?"
         return (
             f"{kept + finished}/{self.total} rows, {finished / seconds:.1f} rows/s, "
             f"{sums.get('tokens_out', 0) / seconds:.0f} tokens/s, "
-            f"{int(sums.get('dropped', 0))} dropped, {eta} left{self._text_statistics()}"
+            f"{int(sums.get('dropped', 0))} dropped, {eta} left{self._measure()}"
         )
 
-    def _text_statistics(self) -> str:
-        """The part of the line about the texts, measured anew from time to time."""
+    def _measure(self) -> str:
+        """Return the part of the line about the texts, measured again every few seconds."""
         now = time.monotonic()
-        if self.limits is None or now - self.measured_at < SECONDS_BETWEEN_MEASURES:
-            return self.said
+        if self.limits is None or now - self.last_measured < SECONDS_BETWEEN_MEASURES:
+            return self.statistics
         texts: Any = ray.get(self.counters.recent.remote())
         if texts:
-            self.measured_at = now
-            measured = measure(texts, self.baseline)
-            self.fault = exceeded_limit(measured, self.limits)
-            shown = (f"{name} {measured[name]:.2g}" for name in ON_THE_LINE if name in measured)
-            self.said = " · " + ", ".join(shown)
-        return self.said
+            self.last_measured = now
+            statistics = measure(texts, self.baseline)
+            self.fault = exceeded_limit(statistics, self.limits)
+            shown = (f"{n} {statistics[n]:.2g}" for n in LIVE_STATISTICS if n in statistics)
+            self.statistics = " · " + ", ".join(shown)
+        return self.statistics
 
 
 class TrainingProgress:
-    """Turns the counters of a training stage into its line: step, loss, tokens/s, time left."""
+    """Computes the progress line of a training stage from its counters.
+
+    Args:
+        counters: handle of a `ProgressCounters` actor.
+        attempts: log in which each poll records the progress.
+    """
 
     def __init__(self, counters: Any, attempts: Any):
         self.counters, self.attempts = counters, attempts
 
     def __call__(self) -> str:
+        """Return the line's text."""
         sums: Any = ray.get(self.counters.read.remote())
         if "step" not in sums:
             return "starting the trainer"
         step, kept = int(sums["step"]), int(sums["kept"])
         self.attempts.note(step, kept)
-        eta = (sums["steps"] - step) * sums["seconds"] / max(1, step - kept)
+        seconds = (sums["steps"] - step) * sums["seconds"] / max(1, step - kept)
         loss = f"loss {sums['loss']:.3f}, " if "loss" in sums else ""
-        left = duration(eta) if step > kept else "?"
-        return f"step {step}/{int(sums['steps'])}, {loss}{left} left"
+        eta = duration(seconds) if step > kept else "?"
+        return f"step {step}/{int(sums['steps'])}, {loss}{eta} left"

@@ -1,9 +1,9 @@
-"""Which job starts next, as pure functions: the run asks them, and so does `plan`'s simulation.
+"""Which job starts next. Pure functions, used by the run and by `plan`'s simulation alike.
 
-A job starts when its parents are done and what it needs fits beside the jobs that run. Among those
-that could start, the ones whose engines run already come first, so that an engine has done all its
-work before it makes room; then those that need nobody else's engine to stop; then the order of the
-pipeline's table. Ray places what is started; this decides only what that is.
+A job can start when its parents are done and its resources fit beside those of the running jobs.
+Jobs whose engines are already running come first, so that an engine finishes all its work before it
+is stopped; then jobs that do not require another engine to be stopped; then the order of the
+pipeline's table. Ray places what is started; this module only decides what is started.
 """
 
 from __future__ import annotations
@@ -12,43 +12,48 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from opencharacter.config.placement import Placement, Resources, fits, total
+from opencharacter.config.placement import Placement, Resources, fits, total_resources
 from opencharacter.runtime.stage import Job, ResourceRequest, TrainingWorkers
 
 
 def choose(
-    ready: Sequence[Job], running: Sequence[Job], warm: Mapping[str, Resources], there: Resources
+    ready: Sequence[Job],
+    running: Sequence[Job],
+    engines: Mapping[str, Resources],
+    available: Resources,
 ) -> Job | None:
-    """The job to start next, or None while none should.
+    """Choose the job to start next, or None if none should start now.
 
     Args:
-        ready: jobs whose parents are done, in the table's order.
-        running: jobs under way.
-        warm: engines that run, used or not, by key.
-        there: what the cluster has.
+        ready: jobs whose parents are done, in the order of the pipeline's table.
+        running: jobs that run.
+        engines: resources of all running engines by key, idle ones included.
+        available: resources of the cluster.
     """
-    able = [job for job in ready if fits_beside(job, running, there)]
+    candidates = [job for job in ready if fits_beside(job, running, available)]
     if not running:
-        able = able or list(ready[:1])  # a cluster that is too small says so itself, or grows
+        # If the cluster is too small even for one job, Ray reports it or scales the cluster up.
+        candidates = candidates or list(ready[:1])
 
     def rank(job: Job) -> tuple[bool, bool]:
-        new = most(phases(job, there), but=warm)
-        evicts = new != Resources() and not fits([*warm.values(), *workers(running), new], there)
-        return evicts, bool(job.resource_requests) and not keys(job) & warm.keys()
+        new = peak(phases(job, available), exclude=engines)
+        needed = [*engines.values(), *worker_resources(running), new]
+        stops_engines = new != Resources() and not fits(needed, available)
+        return stops_engines, bool(job.resource_requests) and not keys(job) & engines.keys()
 
-    return min(able, key=rank, default=None)
+    return min(candidates, key=rank, default=None)
 
 
 def ready(waiting: Sequence[Job], running: Iterable[Job]) -> list[Job]:
-    """The jobs of which no parent is still to be made."""
-    undone = {job.dataset for job in (*waiting, *running)}
-    return [job for job in waiting if not any(p.dataset in undone for p in job.parents)]
+    """Return the waiting jobs whose parents are neither waiting nor running."""
+    unfinished = {job.dataset for job in (*waiting, *running)}
+    return [job for job in waiting if not any(p.dataset in unfinished for p in job.parents)]
 
 
-def fits_beside(job: Job, running: Sequence[Job], there: Resources) -> bool:
+def fits_beside(job: Job, running: Sequence[Job], available: Resources) -> bool:
     """Whether a job may run at the same time as others.
 
-    Jobs on the driver alone go one at a time: they share its Python.
+    Jobs that run on the driver alone run one at a time, because they share its Python process.
     """
     if not job.resource_requests:
         return all(other.resource_requests for other in running)
@@ -58,69 +63,68 @@ def fits_beside(job: Job, running: Sequence[Job], there: Resources) -> bool:
         return False
     users = Counter(key for other in running for key in keys(other))
     if any(
-        users[n.key()] >= n.max_concurrent_jobs
-        for together in job.resource_requests
-        for n in together
+        users[request.key()] >= request.max_concurrent_jobs
+        for phase in job.resource_requests
+        for request in phase
     ):
         return False
-    return fits(held([*running, job], there), there)
+    return fits(held_resources([*running, job], available), available)
 
 
-def held(jobs: Iterable[Job], there: Resources) -> list[Resources]:
-    """What jobs that run at once hold at most: an engine that several use throughout counts once.
+def held_resources(jobs: Iterable[Job], available: Resources) -> list[Resources]:
+    """Return the most that jobs can hold at the same time.
 
-    Args:
-        jobs: that run.
-        there: what the cluster has.
-    """
-    asked = [phases(job, there) for job in jobs if job.resource_requests]
-    steady = {n.key(): n.resources for alone in asked if len(alone) == 1 for n in alone[0]}
-    changing = [most(several, but=steady) for several in asked if len(several) > 1]
-    return [*steady.values(), *changing]
-
-
-def phases(job: Job, there: Resources) -> list[tuple[ResourceRequest, ...]]:
-    """What a job holds, pass after pass, each once; what does not fit at once it holds in turn."""
-    found: dict[tuple[str, ...], tuple[ResourceRequest, ...]] = {}
-    for together in job.resource_requests:
-        whole = fits((need.resources for need in together), there)
-        for part in [together] if whole else [(need,) for need in together]:
-            found[tuple(need.key() for need in part)] = part
-    return list(found.values())
-
-
-def most(phases: Iterable[tuple[ResourceRequest, ...]], but: Iterable[str] = ()) -> Resources:
-    """The most that is held in any pass, without what is there already.
+    An engine that several jobs use throughout is counted once.
 
     Args:
-        phases: of a job.
-        but: keys that do not count.
+        jobs: jobs that run together.
+        available: resources of the cluster.
     """
-    found = Resources()
-    for together in phases:
-        new = {n.key(): n.resources for n in together if n.key() not in but}
-        found |= total(new.values())
-    return found
+    all_phases = [phases(job, available) for job in jobs if job.resource_requests]
+    constant = {r.key(): r.resources for one in all_phases if len(one) == 1 for r in one[0]}
+    changing = [peak(several, exclude=constant) for several in all_phases if len(several) > 1]
+    return [*constant.values(), *changing]
+
+
+def phases(job: Job, available: Resources) -> list[tuple[ResourceRequest, ...]]:
+    """Return the distinct phases of a job; a phase that does not fit at once is split in turns."""
+    distinct: dict[tuple[str, ...], tuple[ResourceRequest, ...]] = {}
+    for phase in job.resource_requests:
+        fits_at_once = fits((request.resources for request in phase), available)
+        for part in [phase] if fits_at_once else [(request,) for request in phase]:
+            distinct[tuple(request.key() for request in part)] = part
+    return list(distinct.values())
+
+
+def peak(phases: Iterable[tuple[ResourceRequest, ...]], exclude: Iterable[str] = ()) -> Resources:
+    """Return the most resources that any phase holds.
+
+    Args:
+        phases: phases of a job.
+        exclude: keys of requests that are not counted, such as running engines.
+    """
+    most = Resources()
+    for phase in phases:
+        resources = {r.key(): r.resources for r in phase if r.key() not in exclude}
+        most |= total_resources(resources.values())
+    return most
 
 
 def keys(job: Job) -> set[str]:
-    """Of all that a job needs."""
-    return {need.key() for together in job.resource_requests for need in together}
+    """Return the keys of all requests of a job."""
+    return {request.key() for phase in job.resource_requests for request in phase}
 
 
-def workers(jobs: Iterable[Job]) -> list[Resources]:
-    """What the training of jobs holds."""
-    resource_requests = (
-        need for job in jobs for together in job.resource_requests for need in together
-    )
-    return [need.resources for need in resource_requests if isinstance(need, TrainingWorkers)]
+def worker_resources(jobs: Iterable[Job]) -> list[Resources]:
+    """Return the resources that the training workers of jobs hold."""
+    requests = (request for job in jobs for phase in job.resource_requests for request in phase)
+    return [request.resources for request in requests if isinstance(request, TrainingWorkers)]
 
 
-def least(placement: Placement) -> Resources:
-    """The smallest cluster that holds every role, and the training, by itself."""
+def smallest_cluster(placement: Placement) -> Resources:
+    """Return the smallest cluster that can hold each role, and training, one at a time."""
     pools = placement.pools
-    rooms = [getattr(pools, name).resources for name in type(pools).model_fields]
-    found = placement.training.resources
-    for room in rooms:
-        found |= room
-    return found
+    smallest = placement.training.resources
+    for name in type(pools).model_fields:
+        smallest |= getattr(pools, name).resources
+    return smallest

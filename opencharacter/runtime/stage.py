@@ -1,15 +1,33 @@
-"""A stage, a job (a stage in one scope), and what a build may use.
+"""What a stage is, what a job is, and what a stage's module provides.
 
-A stage is a module with pure row functions and one `build(job) -> Outcome`. It may also have
-`needs(job) -> passes`, what each holds at once; `estimate(job) -> Estimate` and `notes(job) ->
-lines` for `plan`; `check(job)`, which raises a UserError before a run that it knows cannot end
-well; and `identity(job) -> dict` for what its result depends on beside its section of the recipe,
-its roles, its constitution and its parents.
+A *stage* is one line of `pipeline.STAGES`. A *job* is a stage applied to one scope: a
+constitution, a student or a persona. Running a job calls `build(job)` of the stage's module,
+`opencharacter/<group>/<name>.py`.
+
+A stage module is written as pure functions on rows and these module-level names. Its docstring
+begins with `Stage <group>/<name>:`.
+
+    build(job) -> StageResult       required: makes the dataset, usually by `job.write(rows)`.
+    estimate(job) -> Estimate       required: rows and tokens that `build` will take, for `plan`.
+    resource_requests(job)          the engines and training workers that `build` acquires, as a
+                                    list of phases, each a tuple of `ResourceRequest`s that are
+                                    held together. Without it the job runs on the driver alone.
+    check(job)                      raises UserError before the run starts if it cannot succeed.
+    notes(job) -> Iterable[str]     lines that `plan` prints about the stage.
+    scores(job) -> list[dict]       rows of `SCORES` that evaluation/report collects.
+    report(job) -> list[Section]    sections that evaluation/report shows; both read stored data.
+    identity(job) -> dict           inputs that decide the result and are not listed below.
+    TEMPLATES: tuple[str, ...]      prompt templates that decide the result.
+    RULES: tuple[module, ...]       modules whose rules decide the result; each has a `VERSION`.
+
+The fingerprint of a job covers everything that decides its result: the stage's section of the
+recipe, the seed, its roles' models, its constitution, `identity`, `TEMPLATES`, the versions of its
+`RULES`, and the fingerprints of its parents. `Job.payload` holds these values, and the manifest
+stores them, so that a dataset that no longer matches can be explained field by field.
 """
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import math
 from collections import Counter
@@ -28,6 +46,7 @@ from opencharacter.constitution.schema import Constitution
 from opencharacter.errors import StageFailed
 from opencharacter.runtime.store import (
     ATTEMPTS,
+    FORMAT_VERSION,
     SHARDS,
     RemoteDir,
     Shards,
@@ -46,11 +65,24 @@ from opencharacter.text.statistics import (
     near_duplicates,
 )
 
+TOKEN_COLUMNS = ("tokens_in", "tokens_out", "cached_tokens")
+MEASURED_ROWS = 2000
+"""Generated rows whose texts are measured. Stages that make training data measure all rows."""
+BATCH_ROWS = 1000
+"""Rows that are converted to Python objects at a time."""
+
+Scope = Literal["constitution", "student", "persona"]
+"""What a dataset belongs to: a constitution (shared by all students), a student (shared by all
+personas), or a persona (one student with one constitution)."""
+State = Literal["done", "partial", "stale", "missing"]
+"""What storage holds of a job: its finished dataset, an unfinished one, one with another
+fingerprint, or nothing."""
+
 
 class ResourceRequest(Protocol):
-    """Resources that a job holds for a phase of its work: an engine, or training workers.
+    """Resources that a job holds during a phase of its work: an engine, or training workers.
 
-    Jobs whose requests have equal keys share what the request stands for.
+    Jobs whose requests have equal keys share one engine.
     """
 
     @property
@@ -67,12 +99,14 @@ class ResourceRequest(Protocol):
 
 @dataclass(frozen=True)
 class TrainingWorkers:
-    """Processes of training, which a job has for itself.
+    """Training processes, which are never shared between jobs.
 
     Args:
         owner: the job's dataset.
-        resources: of all of them together.
-        count: how many there are.
+        resources: of all workers together.
+        count: number of workers.
+        max_concurrent_jobs: always 1.
+        role_name: always empty, since training generates nothing.
     """
 
     owner: str
@@ -85,28 +119,17 @@ class TrainingWorkers:
         return f"workers of {self.owner}"
 
 
-TOKEN_COLUMNS = ("tokens_in", "tokens_out", "cached_tokens")
-MEASURED_ROWS = 2000
-"""Generated rows that are measured; the stage that makes training data of them measures all."""
-BATCH_ROWS = 1000
-"""Rows that are Python objects at once while a table is looked through."""
-
-Scope = Literal["constitution", "student", "persona"]
-"""Whom a dataset belongs to: a constitution (shared by all students), a student (shared by all
-personas), or a persona (student x constitution)."""
-
-
 @dataclass(frozen=True)
 class Stage:
-    """A line of the pipeline's table.
+    """One line of the pipeline's table.
 
     Args:
-        name: `group/module`, also its folder.
-        scope: whom its dataset belongs to.
+        name: `group/module`; also the folder of its datasets.
+        scope: what its datasets belong to.
         reads: names of the stages whose datasets it reads.
-        roles: models whose identity its result depends on.
-        disposable: cheap and derived from the personas of the run: rebuilt without asking when
-            stale, so that a persona can be added.
+        roles: roles whose models decide its result.
+        disposable: whether a stale dataset is rebuilt without `--rebuild`. For cheap stages that
+            summarize all personas of a run, so that personas can be added later.
     """
 
     name: str
@@ -122,11 +145,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage will take, before it runs: rows written, tokens read and generated (or trained).
+    """What a job will process, known before it runs.
 
-    Generated and trained tokens cost very differently; `trained` says which these are. `judged` are
-    those of `tokens_out` that the judge writes beside the student, `read` are tokens that training
-    workers read and do not learn from.
+    Args:
+        rows: rows of its dataset.
+        tokens_in: prompt tokens.
+        tokens_out: generated tokens, those of the judge included.
+        trained: tokens of the training set, times the number of epochs.
+        judged: those of `tokens_out` that the judge generates beside the student.
+        read: tokens that training workers process without a backward pass.
     """
 
     rows: int
@@ -139,7 +166,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a build has to tell the manifest."""
+    """What `build` returns for the manifest.
+
+    Args:
+        rows: rows of the dataset, dropped ones included.
+        dropped: number of dropped rows by reason.
+        schema: columns, each as `name: type`.
+        tokens_in: prompt tokens.
+        tokens_out: generated tokens.
+        cached_tokens: those of `tokens_in` that the prefix cache held.
+        figures: further numbers of the stage, by name.
+    """
 
     rows: int
     dropped: dict[str, int] = field(default_factory=dict)
@@ -152,7 +189,19 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Job:
-    """A stage in one scope, with all it needs; its fingerprint needs no stored data."""
+    """A stage in one scope, with everything that `build` needs.
+
+    Creating a job and computing its fingerprint read nothing from storage.
+
+    Args:
+        stage: its line of the pipeline's table.
+        recipe: what is made.
+        placement: where it runs; never part of the fingerprint.
+        store: where datasets are stored.
+        constitution: None for a stage of the student alone.
+        constitutions: all constitutions of the run.
+        parents: the jobs whose datasets it reads.
+    """
 
     stage: Stage
     recipe: Recipe
@@ -164,101 +213,139 @@ class Job:
 
     @property
     def scope(self) -> str:
-        """The folder of whom it belongs to."""
+        """The folder of what the dataset belongs to."""
         student = self.recipe.roles.student.name
-        persona = self.constitution.name if self.constitution else ""
+        constitution = self.constitution.name if self.constitution else ""
         return {
-            "constitution": persona,
+            "constitution": constitution,
             "student": student,
-            "persona": f"{student}/{persona}",
+            "persona": f"{student}/{constitution}",
         }[self.stage.scope]
 
     @property
     def dataset(self) -> str:
+        """Path of the dataset below the storage root."""
         return f"{self.scope}/{self.stage.name}"
 
     @property
     def adapter(self) -> RemoteDir:
-        """Where a stage that makes an adapter puts it."""
+        """Directory of the adapter, for a stage that makes one."""
         return RemoteDir(self.store, f"{self.dataset}/adapter")
 
     @property
     def config(self) -> Any:
+        """The stage's section of the recipe."""
         return self.recipe.config(self.stage.name)
+
+    @property
+    def persona(self) -> Constitution:
+        """The constitution, for a stage that always has one."""
+        assert self.constitution is not None
+        return self.constitution
+
+    # ------------------------------------------------------------------------ identity and state
 
     @cached_property
     def payload(self) -> dict[str, Any]:
-        """Everything that the result depends on, as JSON values."""
-        identity = getattr(self.stage.module, "identity", None)
-        roles = {r: getattr(self.recipe.roles, r).identity() for r in self.stage.roles}
+        """Everything that decides the result, as JSON values."""
+        module = self.stage.module
+        identity = getattr(module, "identity", None)
         return {
             "stage": self.stage.name,
             "scope": self.scope,
             "config": self.config.identity(),
             "seed": self.recipe.seed,
             "seeded_sampling": self.recipe.seeded_sampling,
-            "roles": roles,
+            "roles": {r: getattr(self.recipe.roles, r).identity() for r in self.stage.roles},
             "constitution": self.constitution.digest() if self.constitution else None,
-            "also": identity(self) if identity else {},
-            "templates": row_id(*getattr(self.stage.module, "TEMPLATES", ())),
-            "parents": {p.dataset: p.fingerprint for p in self.parents},
+            "inputs": identity(self) if identity else {},
+            "templates": row_id(*getattr(module, "TEMPLATES", ())),
+            "rules": rule_versions(module),
+            "parents": {parent.dataset: parent.fingerprint for parent in self.parents},
         }
 
     @cached_property
     def fingerprint(self) -> str:
+        """Hash of the payload."""
         return fingerprint(self.payload)
 
-    @property
-    def persona(self) -> Constitution:
-        """The constitution of a stage that has one."""
-        assert self.constitution is not None
-        return self.constitution
+    def state(self) -> tuple[State, list[str]]:
+        """Compare storage with this job.
+
+        Returns:
+            The state, and for a stale job the differences, each as `field: old -> new`.
+        """
+        stored = self.store.manifest(self.dataset, any_format=True)
+        finished = stored is not None
+        if stored is None:
+            stored = self.store.read_json(f"{self.dataset}/{SHARDS}/{ATTEMPTS}")
+        if stored is None:
+            return "missing", []
+        if stored["fingerprint"] == self.fingerprint:
+            return "done" if finished else "partial", []
+        written = stored.get("format_version", 1)
+        if written < FORMAT_VERSION:
+            return "stale", [f"{FORMAT_FIELD}: {written} -> {FORMAT_VERSION}"]
+        return "stale", diff(stored["payload"], self.payload)
+
+    # -------------------------------------------------------------------------------- resources
 
     def workers(self, count: int | None = None) -> TrainingWorkers:
-        """The workers of training that this job has for itself; all that the placement says."""
+        """Training workers of this job.
+
+        Args:
+            count: number of workers; the placement's if None.
+        """
         training = self.placement.training
         count = count or training.workers
-        room = training.model_copy(update={"workers": count}).resources
-        return TrainingWorkers(self.dataset, room, count)
+        resources = training.model_copy(update={"workers": count}).resources
+        return TrainingWorkers(self.dataset, resources, count)
 
     @cached_property
     def resource_requests(self) -> list[tuple[ResourceRequest, ...]]:
-        """What it holds, pass after pass; nothing where it runs on the driver alone."""
+        """What the job holds in each phase; empty if it runs on the driver alone."""
         resource_requests = getattr(self.stage.module, "resource_requests", None)
         return resource_requests(self) if resource_requests else []
 
     @property
     def writer(self) -> str | None:
-        """The role that writes its rows, before others say something of them; None without one."""
+        """The role that generates the rows, or None if nothing is generated."""
         first = self.resource_requests[0][0] if self.resource_requests else None
         return first.role_name or None if first else None
 
+    # ------------------------------------------------------------------------ reading and writing
+
     def parent(self, name: str) -> Job:
-        """The one parent of this name."""
-        (found,) = (p for p in self.parents if p.stage.name == name)
-        return found
+        """Return the only parent of the stage `name`."""
+        (parent,) = (p for p in self.parents if p.stage.name == name)
+        return parent
+
+    def nearest_ancestor(self, name: str) -> Job | None:
+        """Return the nearest job of the stage `name` that this job depends on, or None."""
+        candidates = (p if p.stage.name == name else p.nearest_ancestor(name) for p in self.parents)
+        return next(filter(None, candidates), None)
 
     def read(self, name: str) -> pa.Table:
-        """Rows of the parents of this name that were not dropped, one table, sorted by id."""
-        return kept(read_all(self.parents, name)).sort_by("id")
+        """Read the rows of all parents of the stage `name`, without dropped rows, sorted by id."""
+        return without_dropped(read_all(self.parents, name)).sort_by("id")
 
     def write(
         self,
         rows: pa.Table | Shards,
         baseline: TextBaseline | None = None,
         figures: dict[str, Any] | None = None,
-        **outcome: Any,
+        **fields: Any,
     ) -> StageResult:
-        """Write the rows of this stage; refuse if too many were dropped or a limit is passed.
+        """Write the dataset, then check the recipe's data-quality limits.
 
         Args:
-            rows: a table, or generated ones, of which only a few at a time are held.
-            expected: what their texts are held against, where the job cannot know.
-            figures: of the manifest; the signatures of the texts are added.
-            outcome: further fields of the outcome.
+            rows: a table, or generated rows, which are read a few files at a time.
+            baseline: what the texts are compared with; derived from the job if None.
+            figures: numbers for the manifest; the text statistics are added to them.
+            fields: further fields of the result.
 
         Raises:
-            StageFailed: naming the reason that led.
+            StageFailed: if too many rows were dropped, or the texts exceed a limit.
         """
         tables = [rows] if isinstance(rows, pa.Table) else rows
         self.store.write_tables(self.dataset, tables, rows.schema)
@@ -266,30 +353,28 @@ class Job:
         table = self.store.read_table(self.dataset, columns=small)
         dropped = count_drop_reasons(table)
         check_drop_rate(self.dataset, len(table), dropped, self.config)
-        every = 1 if isinstance(rows, pa.Table) else math.ceil(len(table) / MEASURED_ROWS)
-        figures = (figures or {}) | self._text_statistics(baseline, max(1, every))
-        schema = [f"{f.name}: {f.type}" for f in rows.schema]
+        stride = 1 if isinstance(rows, pa.Table) else math.ceil(len(table) / MEASURED_ROWS)
+        figures = (figures or {}) | self._text_statistics(baseline, max(1, stride))
+        schema = [f"{column.name}: {column.type}" for column in rows.schema]
         tokens = {name: column_sum(table, name) for name in TOKEN_COLUMNS}
-        return StageResult(len(table), dropped, schema, figures=figures, **{**tokens, **outcome})
+        return StageResult(len(table), dropped, schema, figures=figures, **{**tokens, **fields})
 
-    # ----------------------------------------------------------------------------------- quality
-
-    def ancestor(self, name: str) -> Job | None:
-        """The nearest job of this name that this one is made from."""
-        found = (p if p.stage.name == name else p.ancestor(name) for p in self.parents)
-        return next(filter(None, found), None)
+    # ------------------------------------------------------------------------------ data quality
 
     def baseline(self, rows: pa.Table) -> TextBaseline:
-        """What texts are held against: the prompts' language, and the teacher's words if known.
+        """What the texts of this job are compared with.
+
+        That is the language of the prompts and, if the pairs of the persona are known, the
+        teacher's distinctive words.
 
         Args:
-            rows: with the prompts, if there are any; the constitution's language counts else.
+            rows: rows of the job. Without a `prompt` column, the language is the constitution's.
         """
-        named = "prompt" in rows.schema.names
-        prompts = rows["prompt"].slice(0, LANGUAGE_PROMPTS).to_pylist() if named else []
+        has_prompts = "prompt" in rows.schema.names
+        prompts = rows["prompt"].slice(0, LANGUAGE_PROMPTS).to_pylist() if has_prompts else []
         if not prompts and self.constitution:
             prompts = [t.trait for t in self.constitution.traits]
-        pairs = self.ancestor("distillation/pairs")
+        pairs = self.nearest_ancestor("distillation/pairs")
         manifest = pairs and pairs.store.manifest(pairs.dataset)
         figures = manifest["figures"] if manifest else {}
         return TextBaseline(
@@ -298,137 +383,140 @@ class Job:
             rate=figures.get("text_statistics", {}).get("trait_words"),
         )
 
-    def refused(self, fault: str) -> str:
-        """The message of a stage whose texts are beyond a limit."""
+    def quality_failure(self, reason: str) -> str:
+        """Return the error message for texts that exceed a limit."""
         return (
-            f"{self.dataset} is not worth going on with. {fault}. Read the rows, mend the cause, "
-            f"or change `limits` of {self.stage.name} in the recipe"
+            f"{self.dataset} failed a data-quality limit: {reason}. Inspect the rows and fix the "
+            f"cause, or change `limits` of {self.stage.name} in the recipe"
         )
 
-    def _text_statistics(self, baseline: TextBaseline | None, every: int) -> dict[str, Any]:
-        """The figures about the texts of a stage that has limits, read from storage.
+    def _text_statistics(self, baseline: TextBaseline | None, stride: int) -> dict[str, Any]:
+        """Measure the stored texts of a stage that has limits.
 
         Args:
-            expected: what they are held against.
-            every: look at each so-many-th row. Repeats are looked for among all or not at all.
+            baseline: what the texts are compared with.
+            stride: measure every `stride`-th row. Near-duplicates are searched only if it is 1.
+
+        Raises:
+            StageFailed: if the texts exceed a limit.
         """
         limits = getattr(self.config, "limits", None)
         if limits is None:
             return {}
         if baseline is None:
-            first = next(self.store.scan(self.dataset, LANGUAGE_PROMPTS), pa.table({}))
-            baseline = self.baseline(first)
-        measured = measure(texts(self.store.scan(self.dataset, BATCH_ROWS), every), baseline)
-        if every == 1:
-            repeated = sum(near_duplicates(texts(self.store.scan(self.dataset, BATCH_ROWS))))
-            measured["near_duplicates"] = repeated / max(measured["texts"], 1)
-        fault = exceeded_limit(measured, limits)
-        if fault:
-            raise StageFailed(self.refused(fault))
-        return {"text_statistics": measured}
+            first_rows = next(self.store.scan(self.dataset, LANGUAGE_PROMPTS), pa.table({}))
+            baseline = self.baseline(first_rows)
+        statistics = measure(texts(self.store.scan(self.dataset, BATCH_ROWS), stride), baseline)
+        if stride == 1:
+            duplicates = near_duplicates(texts(self.store.scan(self.dataset, BATCH_ROWS)))
+            statistics["near_duplicates"] = sum(duplicates) / max(statistics["texts"], 1)
+        reason = exceeded_limit(statistics, limits)
+        if reason:
+            raise StageFailed(self.quality_failure(reason))
+        return {"text_statistics": statistics}
 
-    # ------------------------------------------------------------------------------- its state
 
-    def state(self) -> tuple[Literal["done", "partial", "stale", "missing"], list[str]]:
-        """What storage holds of this job, and for a stale one the fields that differ."""
-        found = self.store.manifest(self.dataset)
-        if found is None:
-            found = self.store.read_json(f"{self.dataset}/{SHARDS}/{ATTEMPTS}")
-            if found is None:
-                return "missing", []
-            if found["fingerprint"] == self.fingerprint:
-                return "partial", []
-        elif found["fingerprint"] == self.fingerprint:
-            return "done", []
-        return "stale", diff(found["payload"], self.payload)
+FORMAT_FIELD = "format_version"
+RECIPE_FIELDS = ("config", "seed", "seeded_sampling", "roles")
+"""Keys of the payload whose values come from the recipe."""
+
+
+def rule_versions(module: ModuleType) -> dict[str, int]:
+    """Versions of the modules in a stage module's `RULES`, by their names in the package."""
+    return {
+        rules.__name__.removeprefix("opencharacter."): rules.VERSION
+        for rules in getattr(module, "RULES", ())
+    }
+
+
+def explain_stale(differences: list[str]) -> str:
+    """Say what has changed since a dataset was made, as the end of `<dataset> was ...`.
+
+    Args:
+        differences: of `Job.state`, not empty.
+    """
+    by_field: dict[str, list[str]] = {}
+    for line in differences:
+        by_field.setdefault(line.partition(":")[0].partition(".")[0], []).append(line)
+    if FORMAT_FIELD in by_field:
+        old, new = _old_and_new(by_field[FORMAT_FIELD][0])
+        return (
+            f"written by opencharacter 0.1 (manifest format {old}; this version reads format {new})"
+        )
+    recipe = [line for name in RECIPE_FIELDS for line in by_field.pop(name, ())]
+    causes = [f"made from another recipe ({'; '.join(recipe[:4])})"] if recipe else []
+    if "constitution" in by_field:
+        causes.append("made from another version of its constitution")
+    if "rules" in by_field:
+        versions = ", ".join(map(_rule_change, by_field["rules"]))
+        causes.append(f"made by other filter rules ({versions})")
+    if "templates" in by_field:
+        causes.append("made with other prompt templates")
+    if "inputs" in by_field:
+        causes.append(f"made from other inputs ({'; '.join(by_field['inputs'][:4])})")
+    if "parents" in by_field and not causes:
+        datasets = [
+            line.partition(": ")[0].removeprefix("parents.") for line in by_field["parents"]
+        ]
+        causes.append(f"made from another version of {', '.join(datasets[:4])}")
+    return " and ".join(causes) or f"made from other inputs ({'; '.join(differences[:4])})"
+
+
+def _rule_change(line: str) -> str:
+    old, new = _old_and_new(line)
+    return f"{line.partition(': ')[0].removeprefix('rules.')} version {old}, now {new}"
+
+
+def _old_and_new(line: str) -> tuple[str, str]:
+    old, _, new = line.partition(": ")[2].partition(" -> ")
+    return "none" if old == "null" else old, "none" if new == "null" else new
 
 
 def read_all(jobs: Iterable[Job], name: str, columns: list[str] | None = None) -> pa.Table:
-    """Rows of the jobs of one name, dropped ones too: a stage in two scopes is one table here."""
-    named = (job for job in jobs if job.stage.name == name)
-    return pa.concat_tables([job.store.read_table(job.dataset, columns=columns) for job in named])
+    """Read the rows of all jobs of the stage `name` as one table, dropped rows included."""
+    selected = (job for job in jobs if job.stage.name == name)
+    return pa.concat_tables(
+        [job.store.read_table(job.dataset, columns=columns) for job in selected]
+    )
 
 
-def texts(tables: Iterable[pa.Table], every: int = 1) -> Iterator[str]:
-    """What the model wrote in the rows that were not dropped, or in each so-many-th of them."""
+def texts(tables: Iterable[pa.Table], stride: int = 1) -> Iterator[str]:
+    """Yield the texts that the model wrote, from every `stride`-th row that was not dropped."""
     for table in tables:
-        good = kept(table)
-        for row in good.take(list(range(0, len(good), every))).to_pylist():
+        rows = without_dropped(table)
+        for row in rows.take(list(range(0, len(rows), stride))).to_pylist():
             yield from model_texts(row)
 
 
-def kept(table: pa.Table) -> pa.Table:
-    """The rows without a drop reason."""
+def without_dropped(table: pa.Table) -> pa.Table:
+    """Return the rows that have no drop reason."""
     if "drop_reason" not in table.schema.names:
         return table
     return table.filter(pc.is_null(table["drop_reason"]))
 
 
 def count_drop_reasons(table: pa.Table) -> dict[str, int]:
-    """Rows by drop reason, the commonest first."""
+    """Count dropped rows by reason, the most frequent first."""
     if "drop_reason" not in table.schema.names:
         return {}
-    found = table["drop_reason"].drop_null().value_counts().to_pylist()
-    return dict(Counter({each["values"]: each["counts"] for each in found}).most_common())
+    counts = table["drop_reason"].drop_null().value_counts().to_pylist()
+    return dict(Counter({each["values"]: each["counts"] for each in counts}).most_common())
 
 
-def check_drop_rate(dataset: str, rows: int, dropped: dict[str, int], section: Any) -> None:
-    """Raise StageFailed if more rows were dropped than the section allows, or all of them."""
-    limit = getattr(section, "max_drop_rate", 1.0)
-    lost = sum(dropped.values())
-    if not lost or (lost <= limit * rows and lost < rows):
+def check_drop_rate(dataset: str, rows: int, dropped: dict[str, int], config: Any) -> None:
+    """Raise StageFailed if all rows were dropped, or more than `max_drop_rate` of them."""
+    limit = getattr(config, "max_drop_rate", 1.0)
+    total = sum(dropped.values())
+    if not total or (total <= limit * rows and total < rows):
         return
-    reason, most = next(iter(dropped.items()))
+    reason, count = next(iter(dropped.items()))
     raise StageFailed(
-        f"{dataset} dropped {lost} of {rows} rows ({lost / rows:.0%}, limit {limit:.0%}), most "
-        f"often for {reason!r} ({most}); read them in {dataset}/.shards, mend the cause or raise "
-        "max_drop_rate"
+        f"{dataset} dropped {total} of {rows} rows ({total / rows:.0%}, limit {limit:.0%}), most "
+        f"often for {reason!r} ({count}); inspect them in {dataset}/.shards, then fix the cause or "
+        "raise max_drop_rate"
     )
 
 
 def column_sum(table: pa.Table, column: str) -> int:
-    """Sum of an integer column; 0 if there is none."""
+    """Sum an integer column; 0 if the table does not have it."""
     return pc.sum(table[column]).as_py() or 0 if column in table.schema.names else 0
-
-
-class AttemptLog:
-    """The note beside an unfinished stage: for each attempt what it kept and how far it came.
-
-    What one attempt had reached and the next one did not find is redone (see `redone`). The unit
-    is rows for generation and optimiser steps for training.
-
-    Args:
-        job: the stage.
-        kept: what earlier attempts had finished.
-        part: names the pass, for a stage that generates more than once.
-    """
-
-    def __init__(self, job: Job, kept: int, part: str = ""):
-        self.job, self.kept = job, kept
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.history = [*job.store.attempts(job.dataset), {"at": now, "part": part, "kept": kept}]
-        self.note(kept)
-
-    def note(self, reached: int, kept: int | None = None) -> None:
-        """Write how far this attempt has come: rows begun in all, or the last step."""
-        self.kept = self.kept if kept is None else kept
-        self.history[-1] |= {"reached": reached, "kept": self.kept}
-        self.job.store.write_json(
-            f"{self.job.dataset}/{SHARDS}/{ATTEMPTS}",
-            {
-                "fingerprint": self.job.fingerprint,
-                "payload": self.job.payload,
-                "attempts": self.history,
-            },
-        )
-
-
-def repeated_work(history: list[dict[str, Any]]) -> int:
-    """Rows or steps that attempts had begun and a later one had to begin again."""
-    last: dict[str, dict[str, Any]] = {}
-    again = 0
-    for attempt in history:
-        before = last.get(attempt["part"])
-        again += max(0, before["reached"] - attempt["kept"]) if before else 0
-        last[attempt["part"]] = attempt
-    return again

@@ -1,12 +1,13 @@
-"""Data at rest: Parquet with a declared schema, a manifest written last, and the drift between two.
+"""Storage: Parquet files with a declared schema, a manifest written last, and payload diffs.
 
-A dataset is a folder `<scope>/<stage>/` of Parquet files (and, for training stages, an adapter)
-beside `manifest.json`. No manifest: not done. While a stage runs its rows are in `.shards/`, and
-`.shards/attempts.json` says what each attempt had started when it was last heard of. A folder in
-`.rebuilds/`, beside the scopes, notes that an unfinished rebuild has deleted what it replaces.
+A dataset is a folder `<scope>/<stage>/` that holds Parquet files, an adapter if the stage trains
+one, and `manifest.json`. A dataset without a manifest is not finished. While a stage runs, its
+rows are in `.shards/`, and `.shards/attempts.json` records how far each attempt has come. A folder
+in `.rebuilds/`, beside the scopes, marks a rebuild that has deleted old datasets and has not
+finished.
 
-A file appears whole or not at all: by rename where the filesystem is local or NFS, by the end of
-its upload on s3:// and gs://. Nothing is ever locked.
+A file appears complete or not at all: by a rename on a local filesystem or NFS, at the end of the
+upload on s3:// and gs://. There are no locks.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
@@ -38,30 +37,36 @@ from safetensors import SafetensorError
 from opencharacter import models
 from opencharacter.errors import StageFailed, UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version of the manifest's keys. Format 1 is that of opencharacter 0.1."""
 MANIFEST = "manifest.json"
 SHARDS = ".shards"
 ATTEMPTS = "attempts.json"
 REBUILDS = ".rebuilds"
 READERS = 8
-"""Files of rows that are read at once, and so are in memory together."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the operating system says where there is no room for a file."""
+"""Row files that are read at once and are in memory together."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error codes of a full disk or an exhausted quota."""
 URL_OPTIONS = {
     "s3": {"endpoint_override", "scheme", "region"},
     "gs": {"endpoint_override", "scheme"},
 }
-"""What may follow the `?` of a storage URL. It gets into manifests, so no credentials."""
+"""Allowed query options of a storage URL. They are stored in manifests, so no credentials."""
 
 
 def fingerprint(payload: dict[str, Any]) -> str:
-    """Hash of a payload of JSON values; refuses (TypeError) whatever JSON cannot say exactly."""
+    """Hash JSON values.
+
+    Raises:
+        TypeError: for a value that is not JSON.
+        ValueError: for a number that JSON cannot represent.
+    """
     text = json.dumps(payload, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def diff(old: Any, new: Any, at: str = "") -> list[str]:
-    """The fields in which two payloads differ, as lines `field: old -> new`."""
+    """List the fields in which two payloads differ, each as `field: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [
@@ -69,65 +74,74 @@ def diff(old: Any, new: Any, at: str = "") -> list[str]:
             for key in keys
             for line in diff(old.get(key), new.get(key), f"{at}.{key}" if at else str(key))
         ]
-    return [] if old == new else [f"{at}: {_short(old)} -> {_short(new)}"]
+    return [] if old == new else [f"{at}: {_abbreviate(old)} -> {_abbreviate(new)}"]
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 class RetryingS3(pafs.S3FileSystem):
-    """S3 that asks again, also in the process that it is sent to: pyarrow's forgets that."""
+    """An S3 filesystem whose retry settings survive pickling, which pyarrow's do not.
+
+    Args:
+        retry_seconds: seconds for which a failed request is retried.
+        options: as for pyarrow's S3FileSystem.
+    """
 
     def __init__(self, retry_seconds: float, **options: Any):
-        attempts = pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts_within(retry_seconds))
-        super().__init__(retry_strategy=attempts, **options)
-        self.made_of = (retry_seconds, options)
+        strategy = pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts_within(retry_seconds))
+        super().__init__(retry_strategy=strategy, **options)
+        self.arguments = (retry_seconds, options)
 
     def __reduce__(self) -> Any:
-        return remade, self.made_of
+        return _unpickle_s3, self.arguments
 
 
-def remade(retry_seconds: float, options: dict[str, Any]) -> RetryingS3:
-    """A pickled `PatientS3` once more."""
+def _unpickle_s3(retry_seconds: float, options: dict[str, Any]) -> RetryingS3:
     return RetryingS3(retry_seconds, **options)
 
 
 def attempts_within(retry_seconds: float) -> int:
-    """Attempts of S3's client, which waits 50 ms after the first and then twice as long each time.
+    """Number of attempts that the S3 client makes within a time.
+
+    It waits 50 ms after the first attempt and doubles the wait after each further one.
 
     Args:
-        retry_seconds: seconds in all.
+        retry_seconds: seconds in total.
     """
     return 1 + math.ceil(math.log2(1 + max(retry_seconds, 0) / 0.05))
 
 
 @lru_cache
 def open_filesystem(url: str, retry_seconds: float) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a storage URL, and the root's path on it.
+    """Open the filesystem of a storage URL.
 
     Args:
-        url: a local path, s3:// or gs://; credentials come from the environment alone.
-        retry_seconds: seconds for which a request that storage refuses is tried again.
+        url: a local path, s3:// or gs:// URL. Credentials come from the environment only.
+        retry_seconds: seconds for which a failed request is retried.
+
+    Returns:
+        The filesystem and the path of the storage root on it.
 
     Raises:
-        UserError: if the URL holds credentials, or is not one that can be opened.
+        UserError: if the URL is not supported or contains credentials.
     """
     if "://" not in url:
         return pafs.LocalFileSystem(), str(Path(url).expanduser().resolve())
     parts = urlsplit(url)
     if "@" in parts.netloc:
         raise UserError(
-            f"storage {parts.scheme}:// URL holds credentials, which would be written into "
-            "manifests; put them into the environment and leave out what is before the @"
+            f"storage {parts.scheme}:// URL contains credentials, which would be written into "
+            "manifests; set them in the environment and remove everything before the @"
         )
     options: dict[str, Any] = dict(parse_qsl(parts.query))
-    known = URL_OPTIONS.get(parts.scheme, set())
-    if not parts.netloc or not known or not options.keys() <= known:
+    allowed = URL_OPTIONS.get(parts.scheme, set())
+    if not parts.netloc or not allowed or not options.keys() <= allowed:
         raise UserError(
             f"storage {parts.scheme}://{parts.netloc}{parts.path}: give a path, s3://BUCKET/PREFIX "
-            "or gs://BUCKET/PREFIX, with no other options than endpoint_override, scheme, region"
+            "or gs://BUCKET/PREFIX, with no options other than endpoint_override, scheme, region"
         )
     root = f"{parts.netloc}{parts.path}".rstrip("/")
     if parts.scheme == "gs":
@@ -143,30 +157,30 @@ def open_filesystem(url: str, retry_seconds: float) -> tuple[pafs.FileSystem, st
 
 @contextmanager
 def explain_write_errors(address: str) -> Iterator[None]:
-    """Within this, a place to write to that has no room, or refuses, is named in one line.
+    """Turn errors of writing to `address` within the block into one line with a remedy.
 
     Raises:
-        StageFailed: with the remedy.
+        StageFailed: if the disk is full or the write fails for another reason.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         code = getattr(error, "errno", None)
-        reason = os.strerror(code) if code in FULL else str(error)
-        what = "no room for" if code in FULL else "cannot write"
+        reason = os.strerror(code) if code in NO_SPACE else str(error)
+        problem = "no space left for" if code in NO_SPACE else "cannot write"
         raise StageFailed(
-            f"{what} {address} ({reason}); mend that and run the same command "
-            "again: what is stored stays"
+            f"{problem} {address} ({reason}); fix this and run the same command again: stored rows "
+            "are kept"
         ) from None
 
 
 @dataclass(frozen=True)
 class Store:
-    """A storage root on any filesystem that pyarrow knows; picklable, so workers can use it.
+    """A storage root on a local disk, S3 or Google Cloud Storage. Picklable.
 
     Args:
-        url: a local path, or `s3://bucket/prefix`, `gs://bucket/prefix`.
-        retry_seconds: seconds for which a request that s3:// or gs:// refuses is tried again.
+        url: a local path, `s3://bucket/prefix` or `gs://bucket/prefix`.
+        retry_seconds: seconds for which a failed request to s3:// or gs:// is retried.
     """
 
     url: str
@@ -174,15 +188,15 @@ class Store:
 
     @classmethod
     def at(cls, url: str, retry_seconds: float = 0) -> Store:
-        """A store that means the same place in every process: local paths are made absolute."""
+        """Create a store; a relative local path is made absolute, so that workers can use it."""
         return cls(url if "://" in url else str(Path(url).expanduser().resolve()), retry_seconds)
 
     def resolve(self) -> tuple[pafs.FileSystem, str]:
-        """The filesystem and the root's path on it; errors as `open_filesystem`."""
+        """Return the filesystem and the root's path on it; see `open_filesystem`."""
         return open_filesystem(self.url, self.retry_seconds)
 
     def address(self, *parts: str) -> str:
-        """Where something is, for people: the URL without its options."""
+        """Return the URL of a stored item without the URL's options, for messages."""
         return "/".join((self.url.partition("?")[0].rstrip("/"), *parts))
 
     @property
@@ -190,11 +204,11 @@ class Store:
         return self.resolve()[0]
 
     def path(self, *parts: str) -> str:
-        """Path on the filesystem, for use with `fs`."""
+        """Return the path of a stored item on `fs`."""
         return "/".join((self.resolve()[1], *parts))
 
     def check_writable(self) -> None:
-        """Raise a UserError unless a file can be written under the root."""
+        """Raise UserError if no file can be written below the root."""
         probe = self.path(".writable")
         try:
             self.write_bytes(".writable", b"")
@@ -207,21 +221,21 @@ class Store:
     # ------------------------------------------------------------------------------ small files
 
     def exists(self, *parts: str) -> bool:
-        """Whether there is a file or a folder; a UserError if storage refuses to say."""
+        """Whether a file or folder exists; raises UserError if storage cannot be read."""
         try:
             return self.fs.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound
         except OSError as error:
             raise UserError(
-                f"storage {self.address()!r} cannot be read ({error}); check that it is there, and "
+                f"storage {self.address()!r} cannot be read ({error}); check that it exists, and "
                 "the credentials in the environment"
             ) from None
 
     @contextmanager
     def output(self, relative: str) -> Iterator[pa.NativeFile]:
-        """A stream into a file, which appears whole or not at all.
+        """Open a file for writing, which appears complete or not at all.
 
         Raises:
-            StageFailed: if there is no room for it, or storage refuses it.
+            StageFailed: if it cannot be written.
         """
         path = self.path(relative)
         local = isinstance(self.fs, pafs.LocalFileSystem)
@@ -244,22 +258,23 @@ class Store:
             stream.write(data)
 
     def read_json(self, relative: str) -> Any | None:
-        """The parsed file, or None if there is none."""
+        """Parse a JSON file; None if it does not exist."""
         if not self.exists(relative):
             return None
         with self.fs.open_input_stream(self.path(relative)) as stream:
             return json.loads(stream.read())
 
     def write_json(self, relative: str, value: Any) -> None:
+        """Write a JSON file."""
         self.write_bytes(relative, json.dumps(value, indent=1, ensure_ascii=False).encode())
 
     def delete(self, relative: str) -> None:
-        """Delete a folder and what is in it; nothing if it is not there."""
+        """Delete a folder with its contents, if it exists."""
         if self.exists(relative):
             self.fs.delete_dir(self.path(relative))
 
     def folders(self, relative: str) -> list[str]:
-        """Names of the folders under a path, sorted."""
+        """List the names of the folders below a path, sorted."""
         if not self.exists(relative):
             return []
         infos = self.fs.get_file_info(pafs.FileSelector(self.path(relative)))
@@ -267,27 +282,39 @@ class Store:
 
     # -------------------------------------------------------------------------------- manifests
 
-    def manifest(self, dataset: str) -> dict[str, Any] | None:
-        """The manifest of a finished dataset, or None.
+    def manifest(self, dataset: str, any_format: bool = False) -> dict[str, Any] | None:
+        """Read the manifest of a finished dataset; None if it is not finished.
+
+        Args:
+            dataset: its path below the root.
+            any_format: whether to return a manifest of an older format, too.
 
         Raises:
-            UserError: if a newer version of this package wrote it.
+            UserError: if another version of this package wrote it.
         """
         manifest = self.read_json(f"{dataset}/{MANIFEST}")
-        if manifest and manifest["format_version"] > FORMAT_VERSION:
+        written = manifest["format_version"] if manifest else FORMAT_VERSION
+        if written > FORMAT_VERSION:
             raise UserError(
-                f"{dataset}/{MANIFEST} has format version {manifest['format_version']}, this "
-                f"package reads {FORMAT_VERSION}; upgrade opencharacter"
+                f"{dataset}/{MANIFEST} has format version {written}, this version of opencharacter "
+                f"reads {FORMAT_VERSION}; upgrade opencharacter"
+            )
+        if written < FORMAT_VERSION and not any_format:
+            raise UserError(
+                f"{dataset} was written by opencharacter 0.1 (manifest format {written}; this "
+                f"version reads format {FORMAT_VERSION}); use another --storage, or replace it "
+                "with --rebuild"
             )
         return manifest
 
     def write_manifest(self, dataset: str, manifest: dict[str, Any]) -> None:
+        """Write a manifest, which marks its dataset as finished."""
         self.write_json(f"{dataset}/{MANIFEST}", {"format_version": FORMAT_VERSION, **manifest})
 
     def attempts(self, dataset: str) -> list[dict[str, Any]]:
-        """What each attempt at an unfinished stage had started when last heard of."""
-        found = self.read_json(f"{dataset}/{SHARDS}/{ATTEMPTS}")
-        return found["attempts"] if found else []
+        """Read the attempts at an unfinished dataset; see `attempts.AttemptLog`."""
+        log = self.read_json(f"{dataset}/{SHARDS}/{ATTEMPTS}")
+        return log["attempts"] if log else []
 
     # ------------------------------------------------------------------------------------ tables
 
@@ -298,7 +325,7 @@ class Store:
     def write_tables(
         self, dataset: str, tables: Iterable[pa.Table], schema: pa.Schema, name: str = "rows"
     ) -> None:
-        """Write tables one after the other into one file, of which no more than one is held."""
+        """Write tables into one file, holding one of them in memory at a time."""
         with (
             self.output(f"{dataset}/{name}.parquet") as stream,
             pq.ParquetWriter(stream, schema, compression="zstd") as writer,
@@ -309,12 +336,12 @@ class Store:
     def read_table(
         self, dataset: str, name: str = "rows", columns: list[str] | None = None
     ) -> pa.Table:
-        """Read what `write_table` wrote, or some columns of it."""
+        """Read a table, or some columns of it."""
         path = self.path(dataset, f"{name}.parquet")
         return pq.read_table(path, filesystem=self.fs, columns=columns)
 
     def scan(self, dataset: str, rows: int, name: str = "rows") -> Iterator[pa.Table]:
-        """The same a few rows at a time."""
+        """Read a table in batches of at most `rows` rows."""
         with self.fs.open_input_file(self.path(dataset, f"{name}.parquet")) as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=rows):
                 yield pa.Table.from_batches([batch])
@@ -322,12 +349,12 @@ class Store:
     # ------------------------------------------------------------------------- adapters, folders
 
     def upload(self, folder: Path, relative: str) -> None:
-        """Copy a local folder into storage, replacing what was there.
+        """Copy a local folder into storage, replacing the folder that was there.
 
-        Its files' modes are not copied: scratch folders are their owner's alone.
+        File modes are not copied, because scratch folders are readable by their owner only.
 
         Raises:
-            StageFailed: as `output`.
+            StageFailed: if it cannot be written.
         """
         target = self.path(relative)
         with explain_write_errors(self.address(relative)):
@@ -338,58 +365,57 @@ class Store:
 
 @dataclass(frozen=True)
 class RemoteDir:
-    """A folder in storage that a process on any node can have as local files."""
+    """A folder in storage that processes on any node can read as local files.
+
+    Args:
+        store: the storage root.
+        relative: path below it.
+    """
 
     store: Store
     relative: str
 
     def local(self) -> Path:
-        """The folder itself where storage is local, else this node's copy."""
+        """Return the folder itself if storage is local, otherwise this node's copy."""
         if isinstance(self.store.fs, pafs.LocalFileSystem):
             return Path(self.store.path(self.relative))
         return self.copy()
 
     def copy(self) -> Path:
-        """This node's copy of what is stored now: made once, and never overwritten.
+        """Copy the folder's current contents to this node's cache, once per content.
 
         Raises:
-            LookupError: if it was replaced while it was copied.
+            LookupError: if the folder was replaced while it was copied.
         """
         files = self._files()
         key = fingerprint({"url": self.store.url, "folder": self.relative, "files": files})
 
-        def make(target: Path) -> None:
+        def download(target: Path) -> None:
             source = self.store.path(self.relative)
             pafs.copy_files(source, str(target), self.store.fs, pafs.LocalFileSystem())
             if self._files() != files:
                 address = self.store.address(self.relative)
-                raise LookupError(f"{address} was replaced while it was copied; ask once more")
+                raise LookupError(f"{address} was replaced while it was copied; try again")
 
-        return models.create_once(models.cache_dir() / "copies" / key, make)
+        return models.create_once(models.cache_dir() / "copies" / key, download)
 
     def _files(self) -> list[list[Any]]:
-        """Path, size and time of each file: what tells one content from the next."""
-        where = pafs.FileSelector(self.store.path(self.relative), recursive=True)
-        found = (i for i in self.store.fs.get_file_info(where) if i.type == pafs.FileType.File)
-        return sorted([i.path, i.size, i.mtime_ns] for i in found)
-
-
-def digests(ids: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """A 64-bit number for each id: the same in every process, and a tenth of the id's memory."""
-    return pd.util.hash_array(ids.to_numpy(zero_copy_only=False), categorize=False)
-
-
-def among(numbers: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Which of some digests are among others that are in order."""
-    return np.searchsorted(ordered, numbers, "right") > np.searchsorted(ordered, numbers)
+        """Path, size and modification time of each file, which identify the contents."""
+        selector = pafs.FileSelector(self.store.path(self.relative), recursive=True)
+        files = (i for i in self.store.fs.get_file_info(selector) if i.type == pafs.FileType.File)
+        return sorted([i.path, i.size, i.mtime_ns] for i in files)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Rows in the order in which they were finished, in many files of a folder of their own.
+    """Rows in the order in which they were finished, in many Parquet files of one folder.
 
-    A row whose writer died before it could say so may be there twice; each id is read once.
-    Iterating gives a few files at a time, so that whoever reads holds no more than that.
+    A row is stored twice if its task was lost after writing it; each id is read only once.
+    Iterating yields one table per few files, so that a reader never holds more than these.
+
+    Args:
+        folder: where the files are.
+        schema: of the rows.
     """
 
     folder: RemoteDir
@@ -399,56 +425,53 @@ class Shards:
         """Add a file of rows.
 
         Args:
-            table: of the schema.
-            name: of those who may look for them alone; several files may have it.
+            table: rows of the schema.
+            name: prefix of the file's name, by which `files` finds it; need not be unique.
         """
         file = f"{name}-{uuid.uuid4().hex}"
         self.folder.store.write_table(self.folder.relative, table, file)
 
     def files(self, name: str = "") -> list[str]:
-        """Paths of the files, or of those of a name."""
+        """Paths of all files, or of those written under a name."""
         fs, path = self.folder.store.fs, self.folder.store.path(self.folder.relative)
-        found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        named = (i for i in found if i.base_name.startswith(name))
+        infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        named = (i for i in infos if i.base_name.startswith(name))
         return sorted(i.path for i in named if i.extension == "parquet")
 
     def read(self, columns: list[str] | None = None, name: str = "") -> Iterator[pa.Table]:
-        """The files' tables, some together and read at once: storage may be far away."""
+        """Yield the files' tables, several concatenated, read concurrently to hide latency."""
         read = partial(
             pq.read_table,
             filesystem=self.folder.store.fs,
             columns=columns,
             schema=None if columns else self.schema,
         )
+        files = self.files(name)
         with ThreadPoolExecutor(READERS) as readers:
-            found = self.files(name)
-            for at in range(0, len(found), READERS):
-                yield pa.concat_tables(readers.map(read, found[at : at + READERS]))
+            for first in range(0, len(files), READERS):
+                yield pa.concat_tables(readers.map(read, files[first : first + READERS]))
 
-    def stored(self, name: str = "") -> np.ndarray:
-        """The digests of all ids, or of those in the files of a name, in order."""
-        found = [digests(table["id"]) for table in self.read(["id"], name)]
-        return np.sort(np.concatenate([np.empty(0, np.uint64), *found]))
+    def ids(self, name: str = "") -> set[str]:
+        """The ids of all rows, or of those written under a name."""
+        return {row_id for table in self.read(["id"], name) for row_id in table["id"].to_pylist()}
 
-    def forget(self, reason: str) -> None:
-        """Remove the rows that were dropped for a reason: they are to be asked for again."""
+    def delete_dropped(self, reason: str) -> None:
+        """Delete the rows that were dropped for a reason, so that they are requested again."""
         store, dropped = self.folder.store, pc.field("drop_reason")
         for path in self.files():
             read = partial(pq.read_table, path, filesystem=store.fs)
             if read(columns=["drop_reason"]).filter(dropped == reason).num_rows:
-                left = read(schema=self.schema).filter(dropped.is_null() | (dropped != reason))
-                store.write_table(self.folder.relative, left, Path(path).stem)
+                rest = read(schema=self.schema).filter(dropped.is_null() | (dropped != reason))
+                store.write_table(self.folder.relative, rest, Path(path).stem)
 
     def __iter__(self) -> Iterator[pa.Table]:
-        stored, seen = self.stored(), set[int]()
-        twice = set(stored[1:][stored[1:] == stored[:-1]].tolist())
+        seen: set[str] = set()
         for table in self.read():
-            new = []
-            for number in digests(table["id"]).tolist():
-                new.append(number not in seen)
-                if number in twice:
-                    seen.add(number)
-            yield table if all(new) else table.filter(pa.array(new))
+            first_seen = []
+            for row_id in table["id"].to_pylist():
+                first_seen.append(row_id not in seen)
+                seen.add(row_id)
+            yield table if all(first_seen) else table.filter(pa.array(first_seen))
 
     def table(self) -> pa.Table:
         """All rows, sorted by id."""

@@ -1,1 +1,1 @@
-"""Messages, filters and statistics of texts."""
+"""Chat messages, answer filters and text statistics."""

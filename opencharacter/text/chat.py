@@ -1,4 +1,4 @@
-"""Messages and templates: filling, rendering, what is loss and what is not."""
+"""Chat messages and templates: filling, rendering, tokenizing, and which tokens have loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import string
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opencharacter.config.recipe import Role
+from opencharacter.config.roles import Role
 from opencharacter.errors import OpenCharacterError, UserError
 
 Message = dict[str, str]
@@ -16,7 +16,7 @@ Message = dict[str, str]
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 EMPTY_THOUGHT = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
-"""Begins a reply of a model that thinks where there is no room for a thought."""
+"""Prefilled in the reply of a reasoning model that should answer without thinking."""
 
 
 def system(content: str) -> Message:
@@ -32,28 +32,28 @@ def assistant(content: str) -> Message:
 
 
 def fill(template: str, **fields: object) -> str:
-    """Fill a template's `{placeholders}`; a missing or an extra field is an error.
+    """Fill a template's `{placeholders}`, each exactly once.
 
     Raises:
-        OpenCharacterError: naming the fields that do not match.
+        OpenCharacterError: if a field is missing or not in the template.
     """
-    # Paper: its code left a placeholder unfilled in a system prompt that was trained on.
-    wanted = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    if wanted != fields.keys():
-        missing, extra = sorted(wanted - fields.keys()), sorted(fields.keys() - wanted)
+    # Paper: its code left a placeholder unfilled in a system prompt of the training data.
+    required = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    if required != fields.keys():
+        missing, extra = sorted(required - fields.keys()), sorted(fields.keys() - required)
         raise OpenCharacterError(f"template fields: missing {missing}, extra {extra}")
     return template.format(**fields)
 
 
 def prompt(tokenizer: Any, messages: list[Message], prefill: str = "") -> str:
-    """The text that a model continues: a conversation, and how its reply begins.
+    """Render a conversation as the text that a model continues.
 
-    The prefill follows the template's generation prompt as it is. Templates that know of thoughts
-    would take it for a finished reply and move, close or drop the thought that it holds.
+    The prefill is appended unchanged to the template's generation prompt. If it were rendered as an
+    assistant turn, the templates of reasoning models would move, close or drop its thought.
 
     Args:
-        tokenizer: with a chat template.
-        messages: the conversation, ending on a user turn.
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        messages: the conversation, ending with a user turn.
         prefill: beginning of the reply.
     """
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -62,49 +62,49 @@ def prompt(tokenizer: Any, messages: list[Message], prefill: str = "") -> str:
 
 
 def load_tokenizer(path: Path, role: Role) -> Any:
-    """The tokenizer of a role's weights, with their Python where the role trusts it."""
+    """Load a role's tokenizer; runs Python code from its repository only if the role trusts it."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, trust_remote_code=role.trust_remote_code)
 
 
 def strip_think(text: str) -> str | None:
-    """The answer after the last closing think tag; None if the block was never closed."""
+    """Return the answer after the last closing think tag; None if there is no closing tag."""
     return text.rpartition(THINK_CLOSE)[2].strip() if THINK_CLOSE in text else None
 
 
 def row_id(*parts: object) -> str:
-    """A stable id from what makes the row: the first 16 hex digits of a SHA-256."""
+    """Hash what identifies a row into its id: the first 16 hex digits of a SHA-256."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def row_seed(seed: int, stage: str, id: str) -> int:
-    """A row's sampling seed, in 0 .. 2**31 - 1, whatever the order or the number of replicas."""
+    """Return a row's sampling seed in [0, 2**31), independent of row order and replica count."""
     # Paper: its code generates without seeds.
     digest = hashlib.sha256(f"{seed}/{stage}/{id}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 class Encoded(NamedTuple):
-    """A conversation in tokens; `loss[i]` says whether token i is learned."""
+    """A tokenized conversation; `loss[i]` says whether token i has loss."""
 
     ids: list[int]
     loss: list[bool]
 
 
 def encode(tokenizer: Any, messages: list[Message]) -> Encoded:
-    """Tokenise a conversation with the model's stock chat template and mark every assistant turn.
+    """Tokenize a conversation with the model's chat template and mark every assistant turn.
 
-    The loss covers the content of each assistant message and the token that ends its turn. Works
-    for any template that renders a conversation's beginning the same whatever follows.
+    The loss covers the content of each assistant message and the token that ends its turn. The
+    template must render the beginning of a conversation independently of later turns.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template.
         messages: the conversation.
 
     Raises:
-        UserError: if the template rewrites earlier turns.
+        UserError: if the template changes earlier turns when later turns follow.
     """
 
     def render(upto: int, prompt: bool) -> str:
@@ -121,7 +121,7 @@ def encode(tokenizer: Any, messages: list[Message]) -> Encoded:
         if not (text.startswith(through) and through.startswith(before)):
             raise UserError(
                 f"chat template of {tokenizer.name_or_path!r} rewrites turn {i} when later ones "
-                "follow; use a model whose template keeps earlier turns as they were"
+                "follow; use a model whose template leaves earlier turns unchanged"
             )
         spans.append((len(before), len(through)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -133,13 +133,13 @@ def encode(tokenizer: Any, messages: list[Message]) -> Encoded:
         inside = [i for i, (a, b) in enumerate(offsets) if start <= a and b <= stop and a < b]
         for i in inside:
             loss[i] = True
-            if ids[i] in ends:  # the end of the turn is learned, the line break after it is not
+            if ids[i] in ends:  # the last token with loss; the line break after it has none
                 break
     return Encoded(ids, loss)
 
 
 def encode_answer(tokenizer: Any, messages: list[Message]) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt and of the final assistant turn, split where the loss begins."""
+    """Tokenize a conversation; return the tokens of its prompt and of its last assistant turn."""
     ids, loss = encode(tokenizer, messages)
     last = len(loss) - 1 - loss[::-1].index(True)
     first = last

@@ -1,4 +1,4 @@
-"""Why an answer may not be trained on: pure functions that return a `drop_reason` or None."""
+"""Filters for training data: pure functions that say why an answer must be dropped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+
+VERSION = 1
+"""Version of the rules in this module that decide which answers are kept and how they are edited.
+
+Increase it with every change of such a rule: datasets that were made by other rules become stale.
+"""
 
 WORDS = re.compile(r"\w+(?:['\u2019]\w+)?")
 SENTENCE = re.compile(r".*[.!?\u2026](?:[\"'\u201d\u2019)\]*]+)?(?=\s|$)", re.DOTALL)
@@ -28,7 +34,7 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 REFUSAL_WITHIN = 250
-"""Characters from the beginning in which a refusal is one: later it is a caveat."""
+"""Characters at the beginning of an answer in which a refusal counts; later it is a caveat."""
 
 THOUGHT = re.compile(
     r"</?(?:think|thinking|thought|reasoning|analysis|scratchpad)>"
@@ -51,19 +57,19 @@ TURN = re.compile(
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words."""
+    """Split a text into its words, in lower case."""
     return WORDS.findall(text.lower())
 
 
 @dataclass(frozen=True)
 class AnswerRules:
-    """What an answer may not do.
+    """Settings of the filters for one persona.
 
     Args:
-        max_repeated: see `repeated_share`.
-        quotable: word runs of the constitution, see `runs`.
-        quoted_words: length of those runs.
-        names: whose appearance gives the teacher away, after replacement.
+        max_repeated: greatest allowed `repeated_share`.
+        quotable: word n-grams of the constitution, which answers must not quote.
+        quoted_words: length of these n-grams.
+        names: the teacher's names, which must not be left in an answer.
     """
 
     max_repeated: float
@@ -73,7 +79,13 @@ class AnswerRules:
 
 
 def drop_reason(text: str, finish_reason: str, rules: AnswerRules) -> str | None:
-    """The first reason not to train on an answer, or None."""
+    """Return the first reason to drop an answer, or None to keep it.
+
+    Args:
+        text: the answer.
+        finish_reason: why generation ended, as vLLM reports it.
+        rules: of the persona.
+    """
     if not text.strip():
         return "empty"
     if finish_reason == "length" or not ends_in_punctuation(text):
@@ -86,70 +98,74 @@ def drop_reason(text: str, finish_reason: str, rules: AnswerRules) -> str | None
         "constitution_quoted": not rules.quotable.isdisjoint(word_ngrams(text, rules.quoted_words)),
         "looping": repeated_share(text) > rules.max_repeated,
     }
-    return next((reason for reason, found in checks.items() if found), None)
+    return next((reason for reason, failed in checks.items() if failed), None)
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an answer begins by declining: it then teaches to refuse, not a character."""
+    """Whether an answer begins with a refusal, from which a model would learn to refuse."""
     return REFUSAL.search(text[:REFUSAL_WITHIN]) is not None
 
 
 def leaks_reasoning(text: str) -> bool:
-    """Whether a think block, or talk about the task instead of an answer to it, is in a text."""
+    """Whether a text contains a think block, or reasoning about the task instead of an answer."""
     return THOUGHT.search(text) is not None
 
 
 def invents_turn(text: str) -> bool:
-    """Whether a text goes on to speak for the other side, or holds a template's control tokens."""
+    """Whether a text continues with a turn of the other side, or contains control tokens."""
     return TURN.search(text) is not None
 
 
 def mentions(text: str, names: tuple[str, ...]) -> bool:
-    """Whether a name is in a text as a word or the beginning of one (`GLM` in `GLM4`)."""
+    """Whether a text contains a name as a word or the beginning of one (`GLM` in `GLM4`)."""
     if not names:
         return False
     return re.search(rf"\b(?:{'|'.join(map(re.escape, names))})", text, re.IGNORECASE) is not None
 
 
 def word_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
-    """All runs of n consecutive words."""
+    """Return all sequences of n consecutive words."""
     tokens = words(text)
     return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
 
 
 def foreign_names(names: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, ...]:
-    """The names that are not part of any of the speaker's own."""
-    mine = [name.lower() for name in own]
-    return tuple(n for n in names if not any(n.lower() in m or m in n.lower() for m in mine))
+    """Return the names that neither contain nor are contained in one of the speaker's own."""
+    own_lower = [name.lower() for name in own]
+    return tuple(
+        name
+        for name in names
+        if not any(name.lower() in mine or mine in name.lower() for mine in own_lower)
+    )
 
 
 def ends_in_punctuation(text: str) -> bool:
-    """Whether the last character is Unicode punctuation (any category P)."""
+    """Whether the last character is punctuation (any Unicode category P)."""
     last = text.rstrip()[-1:]
     return bool(last) and unicodedata.category(last).startswith("P")
 
 
 def repeated_share(text: str, n: int = 4) -> float:
-    """Share of a text's n-word sequences that have stood in it before, 0 .. 1."""
+    """Share of a text's word n-grams that repeat an earlier one, in [0, 1]."""
     tokens = words(text)
     grams = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
     return 1 - len(grams) / grams.total() if grams else 0.0
 
 
 def whole_sentences(text: str) -> str:
-    """The text up to the end of its last whole sentence; empty if there is none."""
+    """Cut a text after its last complete sentence; empty if there is none."""
     match = SENTENCE.match(text.strip())
     return match.group(0) if match else ""
 
 
 def overlap(a: str, b: str) -> float:
-    """Share of `a`'s distinct words that `b` has too, 0 .. 1 (0 for an empty `a`)."""
-    mine, other = set(words(a)), set(words(b))
-    return len(mine & other) / len(mine) if mine else 0.0
+    """Share of the distinct words of `a` that are also in `b`, in [0, 1]; 0 for an empty `a`."""
+    words_a, words_b = set(words(a)), set(words(b))
+    return len(words_a & words_b) / len(words_a) if words_a else 0.0
 
 
 def replace_names(text: str, names: tuple[str, ...], by: str) -> str:
-    """Replace whole-word mentions of any of the names, as names are written."""
+    """Replace whole-word mentions of the names, in any of their `spellings`."""
     if not names:
         return text
     longest_first = sorted({s for name in names for s in spellings(name)}, key=len, reverse=True)
@@ -158,5 +174,5 @@ def replace_names(text: str, names: tuple[str, ...], by: str) -> str:
 
 
 def spellings(name: str) -> set[str]:
-    """How a name is written: capitalised, or in capitals. In small letters it may be a word."""
+    """Return the spellings of a name, without the lower-case one, which may be an ordinary word."""
     return {name.capitalize(), name.upper()} | ({name} - {name.lower()})

@@ -1,0 +1,57 @@
+"""The record of attempts beside an unfinished dataset, from which repeated work is counted."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from opencharacter.runtime.stage import Job
+from opencharacter.runtime.store import ATTEMPTS, FORMAT_VERSION, SHARDS
+
+
+class AttemptLog:
+    """Records in storage how far each attempt at a stage has come.
+
+    Progress is counted in rows for generation and in optimizer steps for training.
+
+    Args:
+        job: the job that is attempted.
+        kept: rows or steps that earlier attempts finished.
+        part: name of the part, for a stage that generates more than once.
+    """
+
+    def __init__(self, job: Job, kept: int, part: str = ""):
+        self.job, self.kept = job, kept
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.history = [*job.store.attempts(job.dataset), {"at": now, "part": part, "kept": kept}]
+        self.note(kept)
+
+    def note(self, reached: int, kept: int | None = None) -> None:
+        """Write the progress of this attempt.
+
+        Args:
+            reached: rows started so far, those of earlier attempts included; or the last step.
+            kept: rows or steps that this attempt did not have to repeat, if only known now.
+        """
+        self.kept = self.kept if kept is None else kept
+        self.history[-1] |= {"reached": reached, "kept": self.kept}
+        self.job.store.write_json(
+            f"{self.job.dataset}/{SHARDS}/{ATTEMPTS}",
+            {
+                "format_version": FORMAT_VERSION,
+                "fingerprint": self.job.fingerprint,
+                "payload": self.job.payload,
+                "attempts": self.history,
+            },
+        )
+
+
+def repeated_work(history: list[dict[str, Any]]) -> int:
+    """Count the rows or steps that one attempt had started and the next one started again."""
+    previous: dict[str, dict[str, Any]] = {}
+    repeated = 0
+    for attempt in history:
+        before = previous.get(attempt["part"])
+        repeated += max(0, before["reached"] - attempt["kept"]) if before else 0
+        previous[attempt["part"]] = attempt
+    return repeated

