@@ -153,7 +153,7 @@ def test_an_interrupted_run_of_several_jobs_ends_at_once_and_can_resume(signal_n
     process.send_signal(signal_number)
     rest, _ = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert rest.splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert rest.splitlines()[-1] == "interrupted; run the same command again to resume"
     status = cli("status", "tiny.yaml", *options[:4], cwd=tmp_path)
     assert "humor/distillation/teacher" in status.stdout
     assert " partial " in status.stdout
