@@ -1,4 +1,4 @@
-"""Every ablation in the README is a line that a recipe takes, and remakes only what it is about."""
+"""Every documented ablation is a valid recipe line and reruns only the stages it affects."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from test_pipeline import finish_all, stale
 from opencharacter.config.recipe import Recipe
 
 README = Path(__file__).parent.parent / "README.md"
-FIRST_REMADE = {
+FIRST_STALE = {
     "persona.merge": "persona/merge",
     "introspection.interaction": "introspection/interaction",
     "introspection.reflection": "introspection/reflection",
@@ -27,32 +27,32 @@ def lines() -> list[str]:
 
 
 def recipe(line: str = "") -> Recipe:
-    """The tiny recipe with a dotted line of the README."""
+    """Return the tiny recipe with one line, `section.field: value`, changed."""
     dotted, _, value = line.partition(": ")
     data = yaml.safe_load(yaml.safe_dump(TINY))
     data["roles"] = dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), ECHO_ROLE)
     *folders, name = dotted.split(".")
-    within = data
+    section = data
     for folder in folders:
-        within = within.setdefault(folder, {})
+        section = section.setdefault(folder, {})
     if line:
         new = yaml.safe_load(value)
-        within[name] = within.get(name, {}) | new if isinstance(new, dict) else new
+        section[name] = section.get(name, {}) | new if isinstance(new, dict) else new
     return Recipe.model_validate(data)
 
 
 def test_every_ablation_is_in_the_readme():
     fields = [".".join(line.split(":")[0].split(".")[:2]) for line in lines()]
-    assert set(fields) == set(FIRST_REMADE)
+    assert set(fields) == set(FIRST_STALE)
 
 
 @pytest.mark.parametrize("line", lines())
 def test_an_ablation_reruns_no_stage_before_the_one_that_it_changes(line, make_jobs):
     finish_all(make_jobs(recipe()))
     field = ".".join(line.split(":")[0].split(".")[:2])
-    changed = recipe(line)
-    made = make_jobs(changed)
-    remade = [job.stage.name for job in made if job.stage.name in stale(made)]
-    assert remade[0] == FIRST_REMADE[field]
-    assert not {"distillation/dpo", "distillation/teacher", "evaluation/judge"} & set(remade)
-    assert "evaluation/report" in remade
+    jobs = make_jobs(recipe(line))
+    stages = stale(jobs)
+    ordered = [job.stage.name for job in jobs if job.stage.name in stages]
+    assert ordered[0] == FIRST_STALE[field]
+    assert not {"distillation/dpo", "distillation/teacher", "evaluation/judge"} & set(ordered)
+    assert "evaluation/report" in ordered

@@ -1,4 +1,4 @@
-"""`ray job submit`, as the README says it, on a Ray of its own."""
+"""`ray job submit`, as documented, on a Ray cluster of its own."""
 
 import json
 import os
@@ -24,9 +24,9 @@ PORT, DASHBOARD, AGENT = "6399", "8299", "8298"
 
 
 def start_head(environment: dict[str, str]) -> subprocess.Popen:
-    """A Ray head node on ports of its own, once it answers."""
+    """Start a Ray head node on its own ports and wait until it accepts jobs."""
     ports = ["--port", PORT, "--dashboard-port", DASHBOARD]
-    ports += ["--dashboard-agent-listen-port", AGENT]  # Ray's own may be another Ray's
+    ports += ["--dashboard-agent-listen-port", AGENT]  # another Ray may use the default port
     sizes = ["--num-cpus", "2", "--object-store-memory", "200000000"]
     command = [str(BIN / "ray"), "start", "--head", "--block", *ports, *sizes]
     node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -35,7 +35,7 @@ def start_head(environment: dict[str, str]) -> subprocess.Popen:
 
 
 def kill_head(node: subprocess.Popen) -> None:
-    """SIGKILL to all that it consists of, with the jobs that it runs."""
+    """Kill all processes of the node, including its jobs."""
     for process in [*psutil.Process(node.pid).children(recursive=True), node]:
         process.kill()
     node.wait()
@@ -43,7 +43,7 @@ def kill_head(node: subprocess.Popen) -> None:
 
 @pytest.fixture
 def environment():
-    """Of a Ray of this module's own."""
+    """The environment of a Ray cluster that only this module uses."""
     yield {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -61,12 +61,12 @@ def head(environment):
 
 
 def wait_until_up() -> None:
-    """Until a job is taken: the agent that runs jobs comes up after the dashboard."""
+    """Wait until a job is accepted. The agent that runs jobs starts after the dashboard."""
     url, body = f"http://127.0.0.1:{DASHBOARD}/api/jobs/", json.dumps({"entrypoint": "true"})
-    asked = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
     for _ in range(60):
         try:
-            urllib.request.urlopen(asked, timeout=15)
+            urllib.request.urlopen(request, timeout=15)
             return
         except OSError:
             time.sleep(1)
@@ -94,7 +94,7 @@ def test_a_submitted_job_writes_to_shared_storage(head, tmp_path):
 
 
 def submission(project: Path, storage: Path) -> list[str]:
-    """The command that submits a run of half a minute."""
+    """Return the command that submits a run of about half a minute."""
     slow = {**ECHO_ROLE, "model": "echo:0.2"}
     recipe = {
         **TINY,
@@ -113,14 +113,14 @@ def submission(project: Path, storage: Path) -> list[str]:
     return [*submit, "--working-dir", str(project), "--", *run, *options]
 
 
-def stored(dataset: Path) -> int:
+def num_shards(dataset: Path) -> int:
     return len(list(dataset.glob(".shards/*.parquet")))
 
 
-def wait_for(ripe: Callable[[], object]) -> None:
-    began = time.monotonic()
-    while not ripe():
-        assert time.monotonic() - began < 120, "it never came so far"
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.2)
 
 
@@ -130,10 +130,10 @@ def test_stored_rows_survive_the_loss_of_the_client_and_of_the_head_node(environ
     dataset = tmp_path / "shared/echo/distillation/student"
     node = start_head(environment)
     client = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    wait_for(lambda: stored(dataset))
+    wait_for(lambda: num_shards(dataset))
     client.kill()
-    before = stored(dataset)
-    wait_for(lambda: stored(dataset) > before)  # it goes on without the client
+    before = num_shards(dataset)
+    wait_for(lambda: num_shards(dataset) > before)  # the job continues without the client
     kill_head(node)
     assert not (dataset / "manifest.json").exists()
     node = start_head(environment)
