@@ -1,4 +1,4 @@
-"""A server of the command line in a process of its own."""
+"""Runs `opencharacter serve` in a process of its own."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import yaml
 from openai import OpenAI
 from samples import ECHO_ROLE
@@ -24,12 +25,20 @@ ECHO_RECIPE = {
 
 
 @dataclass(frozen=True)
-class Running:
-    """A server that answers."""
+class RunningServer:
+    """A server that is ready."""
 
     process: subprocess.Popen
     url: str
     key: str
+    log: Path
+
+    def ray_logs(self) -> Path:
+        """The log folder of the Ray session that the server started."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        arguments = (argument for child in children for argument in child.cmdline())
+        prefix = "--log_dir="
+        return Path(next(a for a in arguments if a.startswith(prefix)).removeprefix(prefix))
 
     @property
     def headers(self) -> dict[str, str]:
@@ -53,8 +62,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, recipe: dict | str, *options: str, key: str = "") -> Iterator[Running]:
-    """`opencharacter serve` until the block ends."""
+def serving(
+    folder: Path, recipe: dict | str, *options: str, key: str = ""
+) -> Iterator[RunningServer]:
+    """Run `opencharacter serve` while the block runs."""
     if isinstance(recipe, dict):
         path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
@@ -71,7 +82,7 @@ def serving(folder: Path, recipe: dict | str, *options: str, key: str = "") -> I
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    server = Running(process, f"http://127.0.0.1:{port}", key)
+    server = RunningServer(process, f"http://127.0.0.1:{port}", key, log)
     try:
         wait_until_ready(server, log)
         yield server
@@ -81,10 +92,10 @@ def serving(folder: Path, recipe: dict | str, *options: str, key: str = "") -> I
         process.wait(timeout=120)
 
 
-def wait_until_ready(server: Running, log: Path, seconds: float = 240) -> None:
-    """Return when every model answers; fail with the log if the process ends before."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+def wait_until_ready(server: RunningServer, log: Path, seconds: float = 240) -> None:
+    """Return when every model is ready; fail with the log if the process ends first."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
         assert server.process.poll() is None, log.read_text()
         with contextlib.suppress(httpx.HTTPError):
             if server.get("/ready").status_code == 200:
