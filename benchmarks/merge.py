@@ -1,7 +1,7 @@
-"""How long a merge takes: adapters of rank 64 in the shape of Llama 3.1 8B, with random factors.
+"""Benchmark of merging two LoRA adapters of rank 64 with random factors, shaped for Llama 3.1 8B.
 
-The CPU only, no base model. Each way runs in a process of its own, whose peak memory is told.
-Ways: `merge` (exact, rank 128), `svd` (rank 64), and `peft_linear`.
+It runs on the CPU without a base model. Each way runs in its own process, whose peak memory is
+recorded. Ways: `merge` (exact, rank 128), `svd` (rank 64), and `peft_linear`.
 
 Run: python benchmarks/merge.py --out benchmarks/results
      python benchmarks/merge.py --out /tmp/results --tiny
@@ -34,7 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def linear_layers(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Name and (out, in) of every linear layer but the head."""
+    """Return the name and the shape (out, in) of every linear layer except the head."""
     hidden, wide = shape["hidden_size"], shape["intermediate_size"]
     queries = shape["num_attention_heads"] * shape["head_dim"]
     keys = shape["num_key_value_heads"] * shape["head_dim"]
@@ -52,23 +52,23 @@ def linear_layers(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def write_adapter(folder: Path, settings: Settings, seed: int) -> None:
-    """An adapter as training leaves it, float32."""
+    """Write an adapter in the format of training, in float32."""
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir()
-    draw, rank = torch.Generator().manual_seed(seed), settings["rank"]
+    generator, rank = torch.Generator().manual_seed(seed), settings["rank"]
     tensors = {}
     for module, (out, into) in linear_layers(settings["shape"]).items():
-        tensors[f"{PEFT_PREFIX}{module}{LORA_A}"] = torch.randn(rank, into, generator=draw)
-        tensors[f"{PEFT_PREFIX}{module}{LORA_B}"] = torch.randn(out, rank, generator=draw)
+        tensors[f"{PEFT_PREFIX}{module}{LORA_A}"] = torch.randn(rank, into, generator=generator)
+        tensors[f"{PEFT_PREFIX}{module}{LORA_B}"] = torch.randn(out, rank, generator=generator)
     save_file(tensors, folder / ADAPTER_WEIGHTS)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
 
 
 def run_way(name: str, settings: Settings) -> Iterator[Run]:
-    """Merge two adapters; that they are written is not counted, in time or in memory."""
+    """Merge two adapters; writing the inputs does not count towards time or memory."""
     options = dict(WAYS[name])
     if "rank" in options:
         options["rank"] = settings["rank"]
@@ -79,22 +79,22 @@ def run_way(name: str, settings: Settings) -> Iterator[Run]:
         for repeat in range(settings["repeats"]):
             target = Path(scratch) / f"merged-{repeat}"
             target.mkdir()
-            began = time.time()
-            made = merge(
+            start = time.time()
+            composition = merge(
                 [WeightedAdapter(folders[0], 1.0), WeightedAdapter(folders[1], 0.25)],
                 target,
                 **options,
             )
             yield {
                 "series": name,
-                "s": time.time() - began,
+                "s": time.time() - start,
                 "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-                "relative_error": made["relative_error"],
+                "relative_error": composition["relative_error"],
             }
 
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
-    """Seconds, peak memory and error of each way."""
+    """Return seconds, peak memory and error of each way."""
     return {
         f"{name}_{kind}": harness.figure([run[kind] for run in runs])
         for name, runs in sorted(series.items())

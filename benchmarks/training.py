@@ -1,14 +1,15 @@
-"""How fast adapters are trained: DPO and SFT of a Llama 3.1 8B shape with random weights, rank 64.
+"""Benchmark of DPO and SFT training: rank 64, random weights in the shape of Llama 3.1 8B.
 
-One GPU, the trainer of the package without Ray around it. Ways:
-`opencharacter`  DPO: packed, the reference read beforehand (`reference`, timed too)
-`trl`            TRL's DPOTrainer as it comes: two pairs a pass, padded, the reference in each step
+It uses one GPU and the package's trainer without Ray. Ways:
+`opencharacter`  DPO with packing and a precomputed reference, whose time is recorded as `reference`
+`trl`            TRL's DPOTrainer: two padded pairs per microbatch, reference in every step
 `sft`            the package's SFT on conversations of 3,072 tokens
-`parity`         the losses of both DPO trainers on the same pairs, with the same adapter
-`parity_float32` the same in float32, where the two differ by more than rounding if they differ
-`two_gpus`       DPO with two Ray Train workers, same batch; only when `--ways` names it
-Each optimiser step after the first two is a repeat. FLOPs are 4 a weight and token, forward and
-backward through frozen weights, over the fastest bf16 matrix product of the same device.
+`parity`         the losses of both DPO trainers on the same pairs with the same adapter
+`parity_float32` the same in float32, which shows differences other than rounding
+`two_gpus`       DPO with two Ray Train workers and the same batch; only if `--ways` names it
+Every optimizer step after the first two is a repeat. FLOPs are 4 per weight and token, for the
+forward and backward pass through frozen weights, relative to the fastest bf16 matrix product of the
+same device.
 
 Run: python benchmarks/training.py --out benchmarks/results
      python benchmarks/training.py --out /tmp/results --tiny
@@ -66,44 +67,44 @@ VARIANTS: dict[str, Settings] = {
     "tokens_16384": {"placement": {"max_tokens_per_microbatch": 16384}},
     "recomputed": {"placement": {"activation_checkpointing": True}},
 }
-WARM_STEPS = 2
-STEP = 0.002
-"""Of the adapter whose loss is compared: what Adam at 5e-5 reaches in 40 steps."""
+WARMUP_STEPS = 2
+LORA_B_SCALE = 0.002
+"""Size of the adapter weights in `parity`, which Adam reaches in 40 steps at 5e-5."""
 SUBJECT = harness.SUBJECT
 
 
 def pairs(settings: Settings, count: int) -> list[Example]:
-    """Random pairs; conversations have log-normal lengths, of which a quarter is the prompt."""
-    draw = random.Random(17)
-    mean, most = settings["conversation"]["mean"], settings["conversation"]["max"]
+    """Return random pairs with log-normal lengths, a quarter of which is the prompt."""
+    rng = random.Random(17)
+    mean, longest = settings["conversation"]["mean"], settings["conversation"]["max"]
     words = range(len(harness.RESERVED), settings["shape"]["vocab_size"])
 
     def length() -> int:
         sigma = 0.6
         return min(
-            most, max(16, round(draw.lognormvariate(0, sigma) * mean / 2.718 ** (sigma**2 / 2)))
+            longest, max(16, round(rng.lognormvariate(0, sigma) * mean / 2.718 ** (sigma**2 / 2)))
         )
 
-    made = []
+    examples = []
     for _ in range(count):
-        prompt = draw.choices(words, k=length() // 4)
-        sides = [prompt + draw.choices(words, k=length() * 3 // 4) for _ in range(2)]
-        sides = [ids[:most] for ids in sides]
-        made.append([Tokens(ids, list(range(len(prompt), len(ids)))) for ids in sides])
-    return made
+        prompt = rng.choices(words, k=length() // 4)
+        sides = [prompt + rng.choices(words, k=length() * 3 // 4) for _ in range(2)]
+        sides = [ids[:longest] for ids in sides]
+        examples.append([Tokens(ids, list(range(len(prompt), len(ids)))) for ids in sides])
+    return examples
 
 
 def transcripts(settings: Settings, count: int) -> list[Example]:
-    """Random conversations of one length, of which half is learned."""
-    draw, size = random.Random(17), settings["sft_tokens"]
+    """Return random conversations of equal length; the second half of each has a loss."""
+    rng, size = random.Random(17), settings["sft_tokens"]
     words = range(len(harness.RESERVED), settings["shape"]["vocab_size"])
     return [
-        [Tokens(draw.choices(words, k=size), list(range(size // 2, size)))] for _ in range(count)
+        [Tokens(rng.choices(words, k=size), list(range(size // 2, size)))] for _ in range(count)
     ]
 
 
 def model_of(settings: Settings, attention: str, precise: bool = False) -> Any:
-    """Random weights in bf16 on the GPU, or float32: on a CPU, or to be `precise`."""
+    """Return a model with random weights, in bf16 on a GPU unless `precise`, else in float32."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from trl.trainer import add_fused_lm_head
@@ -129,13 +130,13 @@ def lora(settings: Settings) -> Lora:
 
 
 def with_reference(model: Any, examples: list[Example], max_tokens: int) -> list[Example]:
-    """The pairs with the log-probabilities of their answers under the model."""
+    """Add the log-probabilities of the answers under the model to pairs."""
     from opencharacter.distillation.reference import pair_log_probs
 
-    found = pair_log_probs(model.eval(), examples, max_tokens)
+    log_probs = pair_log_probs(model.eval(), examples, max_tokens)
     return [
         [tokens._replace(reference=side) for tokens, side in zip(pair, values, strict=True)]
-        for pair, values in zip(examples, found, strict=True)
+        for pair, values in zip(examples, log_probs, strict=True)
     ]
 
 
@@ -143,29 +144,29 @@ def with_reference(model: Any, examples: list[Example], max_tokens: int) -> list
 
 
 def ours(settings: Settings) -> Iterator[Run]:
-    """DPO with the package's trainer."""
+    """Train with the package's DPO."""
     return dpo(settings, SUBJECT)
 
 
 def dpo(settings: Settings, series: str, rank: int = 0, world: int = 1) -> Iterator[Run]:
-    """The reference is read, then trained on; as one of several workers where there are more."""
+    """Compute the reference and train, on one worker of `world`."""
     from opencharacter.distillation.dpo import dpo_loss
 
     examples = pairs(settings, settings["steps"] * settings["batch"])
     model = model_of(settings, "packed")
-    few = examples[: 2 * settings["batch"]]
-    with_reference(model, few, settings["placement"]["max_tokens_per_microbatch"])
-    began = time.time()
+    warmup = examples[: 2 * settings["batch"]]
+    with_reference(model, warmup, settings["placement"]["max_tokens_per_microbatch"])
+    start = time.time()
     examples = with_reference(model, examples, settings["placement"]["max_tokens_per_microbatch"])
     tokens = sum(len(t.ids) for e in examples for t in e)
     if world == 1:
-        yield {"series": "reference", "seconds": time.time() - began, "tokens": tokens}
-    loss_fn = partial(dpo_loss, settings=Dpo())
+        yield {"series": "reference", "seconds": time.time() - start, "tokens": tokens}
+    loss_fn = partial(dpo_loss, config=Dpo())
     yield from steps_of(model, examples, loss_fn, settings, series, rank, world)
 
 
 def two_gpus(settings: Settings) -> Iterator[Run]:
-    """DPO with two workers, each on a GPU of its own."""
+    """Train with DPO on two workers with one GPU each."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -191,7 +192,7 @@ def two_gpus(settings: Settings) -> Iterator[Run]:
 
 
 def one_of_two(config: dict[str, Any]) -> None:
-    """A worker of `two_gpus`; the first tells of the steps, which all take together."""
+    """Run one worker of `two_gpus`; the worker of rank 0 records the steps."""
     import ray.train
     import ray.train.torch
     import torch
@@ -199,13 +200,13 @@ def one_of_two(config: dict[str, Any]) -> None:
     device, rank = ray.train.torch.get_device(), ray.train.get_context().get_world_rank()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    done = list(dpo(config["settings"], "two_gpus", rank, world=2))
+    recorded = list(dpo(config["settings"], "two_gpus", rank, world=2))
     if rank == 0:
-        Path(config["file"]).write_text(json.dumps(done))
+        Path(config["file"]).write_text(json.dumps(recorded))
 
 
 def sft(settings: Settings) -> Iterator[Run]:
-    """SFT with the package's trainer."""
+    """Train with the package's SFT."""
     from opencharacter.introspection.sft import sft_loss
 
     examples = transcripts(settings, settings["steps"] * settings["batch"])
@@ -222,24 +223,24 @@ def steps_of(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Run]:
-    """Train, one run for each step after the warm ones."""
+    """Train and yield one run per step after the warmup steps."""
     import transformers
 
     placement = Training(**settings["placement"])
     optimizer = Optimizer(global_batch_size=settings["batch"])
     longest = max(sum(len(t.ids) for t in e) for e in examples)
-    fit = adapters.plan_memory(model, placement, longest)
-    adapted = adapters.add_lora(
-        model, lora(settings), fit.activation_checkpointing, adapters.select_kernels(placement)
+    memory = adapters.plan_memory(model, placement, longest)
+    peft_model = adapters.add_lora(
+        model, lora(settings), memory.activation_checkpointing, adapters.select_kernels(placement)
     )
     task = SimpleNamespace(optimizer=optimizer, placement=placement, seed=0, dataset=series)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = trainer.trainer_arguments(task, scratch, placement.gpus > 0, adapted)
+        arguments = trainer.trainer_arguments(task, scratch, placement.gpus > 0, peft_model)
         arguments |= {"report_to": [], "save_strategy": "no"}
         runner = trainer.PackedTrainer(
-            model=adapted,
+            model=peft_model,
             args=transformers.TrainingArguments(**arguments),
-            batches=trainer.PackedBatches(examples, optimizer, 0, fit.max_tokens, rank, world),
+            batches=trainer.PackedBatches(examples, optimizer, 0, memory.max_tokens, rank, world),
             loss_fn=loss_fn,
         )
         timer = Timer()
@@ -247,11 +248,11 @@ def steps_of(
         runner.train()
         batches: Any = runner.train_dataset
         sizes = [batches[step][1].tokens for step in range(len(batches))]
-    yield from runs(timer, sizes, series, world * runner.peak_flops, adapted)
+    yield from runs(timer, sizes, series, world * runner.peak_flops, peft_model)
 
 
 def trl(settings: Settings) -> Iterator[Run]:
-    """DPO with TRL's trainer as it comes."""
+    """Train with TRL's DPO trainer in its default configuration."""
     from trl import DPOConfig
 
     examples = pairs(settings, settings["trl_steps"] * settings["batch"])
@@ -272,7 +273,7 @@ def trl(settings: Settings) -> Iterator[Run]:
         timer = Timer()
         trainer.add_callback(timer)
         sizes: list[int] = []
-        trainer.add_callback(Counted(trainer, sizes))
+        trainer.add_callback(TokenCounter(trainer, sizes))
         trainer.train()
     from opencharacter.training.trainer import matmul_peak_flops
 
@@ -302,12 +303,12 @@ def trl_arguments(settings: Settings, scratch: str) -> dict[str, Any]:
 
 
 def trl_trainer(model: Any, examples: list[Example], settings: Settings, args: Any) -> Any:
-    """TRL's trainer on pairs that are tokens already."""
+    """Return TRL's trainer for tokenized pairs."""
     import datasets
     from peft import LoraConfig
     from trl import DPOTrainer
 
-    class Tokenised(DPOTrainer):
+    class PretokenizedTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
 
@@ -319,7 +320,7 @@ def trl_trainer(model: Any, examples: list[Example], settings: Settings, args: A
     tokenizer = harness.make_tokenizer(settings["shape"]["vocab_size"])
     tokenizer.pad_token = tokenizer.eos_token = harness.END
     rank = settings["rank"]
-    return Tokenised(
+    return PretokenizedTrainer(
         model=model,
         args=args,
         train_dataset=datasets.Dataset.from_list(rows),
@@ -331,17 +332,17 @@ def trl_trainer(model: Any, examples: list[Example], settings: Settings, args: A
 
 
 def parity(settings: Settings) -> Iterator[Run]:
-    """The losses as training computes them."""
+    """Compare the losses in the precision of training."""
     return losses_of_both(settings, "parity", precise=False)
 
 
 def parity_float32(settings: Settings) -> Iterator[Run]:
-    """The losses without the rounding of bf16."""
+    """Compare the losses in float32, without the rounding of bf16."""
     return losses_of_both(settings, "parity_float32", precise=True)
 
 
 def losses_of_both(settings: Settings, series: str, precise: bool) -> Iterator[Run]:
-    """The loss of both on each micro-batch of a batch, with one adapter that has an effect."""
+    """Compute the loss of both trainers on the microbatches of a batch, with the same adapter."""
     import torch
     from trl import DPOConfig
 
@@ -354,23 +355,23 @@ def losses_of_both(settings: Settings, series: str, precise: bool) -> Iterator[R
     arguments["bf16"] &= not precise
     with tempfile.TemporaryDirectory() as scratch:
         arguments["output_dir"] = scratch
-        theirs = trl_trainer(model, examples, settings, DPOConfig(**arguments))
-    policy = theirs.model
+        other = trl_trainer(model, examples, settings, DPOConfig(**arguments))
+    policy = other.model
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(torch.randn_like(parameter) * STEP)
+                parameter.copy_(torch.randn_like(parameter) * LORA_B_SCALE)
     policy.eval()
     groups = [examples[at : at + micro] for at in range(0, len(examples), micro)]
-    rows = theirs.train_dataset
+    rows = other.train_dataset
     losses: dict[str, list[float]] = {"trl": [], "ours": []}
     with torch.no_grad():
         for number, group in enumerate(groups):
-            batch = theirs.data_collator([rows[number * micro + i] for i in range(len(group))])
+            batch = other.data_collator([rows[number * micro + i] for i in range(len(group))])
             batch = {name: value.to(policy.device) for name, value in batch.items()}
-            with theirs.compute_loss_context_manager():
-                losses["trl"].append(float(theirs.compute_loss(policy, batch)))
+            with other.compute_loss_context_manager():
+                losses["trl"].append(float(other.compute_loss(policy, batch)))
         model.set_attn_implementation("packed")
         for group in groups:
             with policy.disable_adapter():
@@ -388,7 +389,7 @@ def losses_of_both(settings: Settings, series: str, precise: bool) -> Iterator[R
 
 
 def scores(model: Any, pack: Any, precise: bool) -> Any:
-    """Log-probabilities of a pack's learned tokens, in the precision of training or in float32."""
+    """Compute the log-probabilities of a pack, in the precision of training or in float32."""
     from opencharacter.training import packing
 
     with nullcontext() if precise else adapters.autocast(model.device):
@@ -405,37 +406,37 @@ def callback_class() -> Any:
 
 
 class Timer(callback_class()):
-    """Seconds of each optimiser step."""
+    """Records the seconds of each optimizer step."""
 
     def __init__(self):
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.began = clock()
+        self.start = clock()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(clock() - self.began)
+        self.seconds.append(clock() - self.start)
 
 
-class Counted(callback_class()):
-    """Tokens of each optimiser step, without padding."""
+class TokenCounter(callback_class()):
+    """Records the tokens of each optimizer step, without padding."""
 
     def __init__(self, trainer: Any, sizes: list[int]):
-        self.sizes, self.now, plain = sizes, 0, trainer.compute_loss
+        self.sizes, self.step_tokens, original = sizes, 0, trainer.compute_loss
 
         def compute_loss(model, inputs, *args, **kwargs):
-            self.now += int(inputs["attention_mask"].sum())
-            return plain(model, inputs, *args, **kwargs)
+            self.step_tokens += int(inputs["attention_mask"].sum())
+            return original(model, inputs, *args, **kwargs)
 
         trainer.compute_loss = compute_loss
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.sizes.append(self.now)
-        self.now = 0
+        self.sizes.append(self.step_tokens)
+        self.step_tokens = 0
 
 
 def clock() -> float:
-    """Now, with nothing left to do on the GPU."""
+    """Return the time after all work on the GPU has finished."""
     import torch
 
     if torch.cuda.is_available():
@@ -444,44 +445,45 @@ def clock() -> float:
 
 
 def runs(timer: Timer, sizes: list[int], series: str, peak: float, model: Any) -> Iterator[Run]:
-    """One run for each step after the warm ones."""
+    """Yield one run per step after the warmup steps."""
     import torch
 
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else 0
     for seconds, tokens in itertools.islice(
-        zip(timer.seconds, sizes, strict=True), WARM_STEPS, None
+        zip(timer.seconds, sizes, strict=True), WARMUP_STEPS, None
     ):
-        reached = 4 * frozen * tokens / seconds / peak
+        peak_fraction = 4 * frozen * tokens / seconds / peak
         yield {
             "series": series,
             "seconds": seconds,
             "tokens": tokens,
-            "peak_fraction": reached,
+            "peak_fraction": peak_fraction,
             "peak_gb": memory,
             "matmul_tflops": peak / 1e12,
         }
 
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
-    """Speeds, their ratio, shares of the device's peak, memory."""
+    """Return speeds, their ratios, fractions of the device's peak, and memory."""
     names = {SUBJECT: "dpo", "sft": "sft", "trl": "trl"}
-    made: Figures = {}
-    for of, name in names.items():
-        if of in series:
-            made[f"{name}_tokens_per_s"] = harness.figure(harness.speeds(series[of]))
+    results: Figures = {}
+    for key, name in names.items():
+        if key in series:
+            results[f"{name}_tokens_per_s"] = harness.figure(harness.speeds(series[key]))
             for kind in ("peak_fraction", "peak_gb"):
-                made[f"{name}_{kind}"] = harness.figure([run[kind] for run in series[of]])
+                results[f"{name}_{kind}"] = harness.figure([run[kind] for run in series[key]])
     if "reference" in series:
-        made["reference_tokens_per_s"] = harness.figure(harness.speeds(series["reference"]))
-    measured = [run["matmul_tflops"] for of in names for run in series.get(of, ())]
+        results["reference_tokens_per_s"] = harness.figure(harness.speeds(series["reference"]))
+    measured = [run["matmul_tflops"] for key in names for run in series.get(key, ())]
     if measured:
-        made["matmul_tflops"] = harness.figure(measured)
-    for of, name in {"parity": "loss", "parity_float32": "loss_float32"}.items():
-        if of in series:
-            made[f"{name}_difference"] = harness.figure([run["difference"] for run in series[of]])
+        results["matmul_tflops"] = harness.figure(measured)
+    for key, name in {"parity": "loss", "parity_float32": "loss_float32"}.items():
+        if key in series:
+            differences = [run["difference"] for run in series[key]]
+            results[f"{name}_difference"] = harness.figure(differences)
     ratios = {"dpo_ratio_to_trl": (SUBJECT, "trl"), "two_gpu_scaling": ("two_gpus", SUBJECT)}
-    return made | harness.ratios(series, ratios)
+    return results | harness.ratios(series, ratios)
 
 
 BENCHMARK = harness.Benchmark(

@@ -1,4 +1,4 @@
-"""Several trained personas in one adapter, tracked by what each of them was made from."""
+"""Blends: several trained personas in one adapter, whose fingerprint depends on all of them."""
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ def recipe(weights=WEIGHTS, evaluation=EVALUATION, **changes):
 def jobs_of(store):
     """Jobs of these personas by persona and stage."""
 
-    def make(made, *names):
+    def make(recipe, *names):
         personas = [schema.load(name) for name in names]
-        jobs = pipeline.jobs(made, personas, Placement(), store)
+        jobs = pipeline.jobs(recipe, personas, Placement(), store)
         return {(j.persona.name, j.stage.name): j for j in jobs if j.stage.scope == "persona"}
 
     return make
@@ -52,13 +52,13 @@ def test_a_blend_is_the_weighted_sum_of_adapters_of_this_run_and_of_an_earlier_o
     (humor,) = (j for (_, n), j in jobs_of(recipe(), "humor").items() if n == "persona/merge")
     other = train(humor, seed=2)
     jobs = jobs_of(recipe(), "poeticism")
-    mine = train(jobs["poeticism", "persona/merge"], seed=1)
+    own = train(jobs["poeticism", "persona/merge"], seed=1)
     job = jobs["poeticism", "persona/blend"]
     blend.check(job)
     assert blend.build(job).figures["rank"] == 8
     for module in SHAPES:
-        wanted = 0.5 * update(mine, module) + 0.75 * update(other, module)
-        assert torch.allclose(update(job.adapter.local(), module), wanted, atol=1e-5)
+        expected = 0.5 * update(own, module) + 0.75 * update(other, module)
+        assert torch.allclose(update(job.adapter.local(), module), expected, atol=1e-5)
     answers = jobs["poeticism", "evaluation/answers"]
     assert conditions.condition_adapter(answers, "blended") == job.adapter
 

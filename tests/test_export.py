@@ -35,7 +35,7 @@ SCORED = [
 
 @pytest.fixture(scope="session")
 def trained(tiny_model, tmp_path_factory):
-    """Two random adapters of the tiny model, as training leaves them."""
+    """Two random adapters of the tiny model in the format of training, by stage."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,13 +67,13 @@ def recipe(tiny_model):
 
 @pytest.fixture
 def finished(make_jobs, recipe, trained, store):
-    """The jobs of a persona that is done: manifests as of a run, adapters, scores."""
+    """The jobs of a finished persona, with manifests, adapters and scores in storage."""
     jobs = make_jobs(recipe)
     for job in jobs:
         if job.stage.name in trained:
             store.upload(trained[job.stage.name], f"{job.dataset}/adapter")
-        made = job.stage.name == "persona/merge"
-        outcome = merge.build(job) if made else StageResult(100, DROPS, figures=FIGURES)
+        is_merge = job.stage.name == "persona/merge"
+        outcome = merge.build(job) if is_merge else StageResult(100, DROPS, figures=FIGURES)
         pipeline.finish(job, outcome, 1.0)
     store.write_table(jobs[-1].dataset, pa.Table.from_pylist(SCORED, schema=SCORES), "scores")
     return jobs
@@ -81,7 +81,7 @@ def finished(make_jobs, recipe, trained, store):
 
 @pytest.fixture
 def logits(tiny_model):
-    """What the model of an exported folder answers, loaded as its card says."""
+    """A function that loads an exported folder as its card describes and returns logits."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -102,9 +102,9 @@ def test_the_exported_adapter_and_merged_model_give_the_same_answers(
     for form in ("adapter", "merged"):
         assert export(finished, str(tmp_path / form), form) == str(tmp_path / form)
         assert (tmp_path / form / "chat_template.jinja").is_file()
-    applied, folded = logits(tmp_path / "adapter", True), logits(tmp_path / "merged", False)
-    assert torch.allclose(applied, folded, atol=1e-4)
-    assert not torch.allclose(folded, logits(tiny_model, False), atol=1e-2)
+    applied, merged = logits(tmp_path / "adapter", True), logits(tmp_path / "merged", False)
+    assert torch.allclose(applied, merged, atol=1e-4)
+    assert not torch.allclose(merged, logits(tiny_model, False), atol=1e-2)
     assert not (tmp_path / "merged/adapter_config.json").exists()
 
 
@@ -113,7 +113,7 @@ def test_the_model_card_describes_training_and_results(finished, poet, tmp_path)
     text = (tmp_path / "out/README.md").read_text()
     card = ModelCard(text)
     assert card.data.library_name == "peft"
-    assert card.data.get("base_model") is None  # weights on this machine have no name elsewhere
+    assert card.data.get("base_model") is None  # a local path is not published
     assert card.data.get("license") is None
     assert 'from_pretrained("FOLDER_OF_THE_BASE")' in text
     assert {"character-training", "poeticism"} <= set(card.data.tags or ())
@@ -129,7 +129,7 @@ def test_the_model_card_describes_training_and_results(finished, poet, tmp_path)
     )
     assert "| discriminability |  |  | 0.930 | 0.830 to 1.030 | 40 | 2 |" in text
     assert "| change | full | poetic | 120.000 |" in text
-    assert "0.510" not in text  # another persona's
+    assert "0.510" not in text  # the score of another persona
     assert "Intended use and limitations" in text
     assert "Warning" not in text
 
@@ -188,7 +188,7 @@ def test_only_the_traits_that_changed_most_are_shown():
 
 
 class StubHub:
-    """Stands in for HfApi: keeps what it was given."""
+    """Replaces `HfApi` and records the arguments of its calls."""
 
     seen: ClassVar[dict] = {}
 
@@ -250,4 +250,4 @@ def test_export_errors_are_reported_in_one_line(tmp_path):
 def test_the_adapter_names_its_base(finished, tmp_path):
     export(finished, str(tmp_path / "out"), "adapter")
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "tiny-llama"  # not where it is on this machine
+    assert config["base_model_name_or_path"] == "tiny-llama"  # the name and not the local path

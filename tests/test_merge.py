@@ -41,11 +41,13 @@ def test_the_merge_is_the_exact_weighted_sum(tmp_path):
         [WeightedAdapter(one, 1.0), WeightedAdapter(two, -0.25)], tmp_path / "out", "base/name"
     )
     for module in ("model.layers.0.q_proj", "model.layers.0.up_proj"):
-        wanted = update(one, module) - 0.25 * update(two, module)
-        got = update(tmp_path / "out", module)
-        assert torch.norm(got - wanted) / torch.norm(wanted) < 1e-6
+        expected = update(one, module) - 0.25 * update(two, module)
+        result = update(tmp_path / "out", module)
+        assert torch.norm(result - expected) / torch.norm(expected) < 1e-6
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 16  # 4 + 6, up to a rank that vLLM takes
+    assert (
+        config["r"] == config["lora_alpha"] == 16
+    )  # 4 + 6, rounded up to a rank that vLLM supports
     assert config["base_model_name_or_path"] == "base/name"
     assert composition["rank"] == 10
 
@@ -65,14 +67,14 @@ def merged(folder, adapters, **options):
 def test_reducing_the_rank_gives_the_best_low_rank_approximation(tmp_path):
     adapters = [WeightedAdapter(write_adapter(tmp_path / str(n), 4, n), 1.0) for n in range(2)]
     _, exact = merged(tmp_path / "exact", adapters)
-    composition, got = merged(tmp_path / "small", adapters, rank=3)
-    assert torch.linalg.matrix_rank(got.float(), rtol=1e-4) == 3
+    composition, result = merged(tmp_path / "small", adapters, rank=3)
+    assert torch.linalg.matrix_rank(result.float(), rtol=1e-4) == 3
     u, s, v = torch.linalg.svd(exact)
-    assert torch.allclose(got, u[:, :3] @ torch.diag(s[:3]) @ v[:3], atol=1e-4)
-    wholes = [update(tmp_path / "exact", m) for m in SHAPES]
-    lost = [w - update(tmp_path / "small", m) for w, m in zip(wholes, SHAPES, strict=True)]
-    error = torch.norm(torch.cat([x.flatten() for x in lost]))
-    error = error / torch.norm(torch.cat([x.flatten() for x in wholes]))
+    assert torch.allclose(result, u[:, :3] @ torch.diag(s[:3]) @ v[:3], atol=1e-4)
+    exact_updates = [update(tmp_path / "exact", m) for m in SHAPES]
+    errors = [w - update(tmp_path / "small", m) for w, m in zip(exact_updates, SHAPES, strict=True)]
+    error = torch.norm(torch.cat([x.flatten() for x in errors]))
+    error = error / torch.norm(torch.cat([x.flatten() for x in exact_updates]))
     assert composition["relative_error"] == pytest.approx(float(error), rel=1e-4)
     assert composition["rank"] == 3
 
@@ -99,14 +101,14 @@ def test_the_merge_equals_that_of_peft(tmp_path):
     net.add_adapter("two", lora())
     net.save_pretrained(str(tmp_path / "peft"))
     net.add_weighted_adapter(["one", "two"], [1.0, -0.5], "both", combination_type="linear")
-    made = net.base_model.model.q_proj.get_delta_weight("both").double()
+    expected = net.base_model.model.q_proj.get_delta_weight("both").double()
     adapters = [
         WeightedAdapter(tmp_path / "peft/one", 1.0),
         WeightedAdapter(tmp_path / "peft/two", -0.5),
     ]
     (tmp_path / "out").mkdir()
     composition = merge(adapters, tmp_path / "out", "base", peft_linear=True)
-    assert torch.allclose(update(tmp_path / "out", "q_proj"), made, atol=1e-5)
+    assert torch.allclose(update(tmp_path / "out", "q_proj"), expected, atol=1e-5)
     assert composition["relative_error"] > 0.1  # the reported distance from the exact sum
 
 
@@ -128,13 +130,13 @@ def test_unmergeable_adapters_are_refused(tmp_path):
         merge([WeightedAdapter(one, 1.0), WeightedAdapter(two, 1.0)], tmp_path)
 
 
-def strange(path, extra=None, **config):
-    """An adapter with other tensors beside its own, or another configuration."""
+def unusual_adapter(path, extra=None, **config):
+    """An adapter with additional tensors, or another configuration."""
     write_adapter(path, 4, 1)
     tensors = load_file(path / models.ADAPTER_WEIGHTS)
     save_file(tensors | (extra or {}), path / models.ADAPTER_WEIGHTS)
-    whole = json.loads((path / models.ADAPTER_CONFIG).read_text())
-    (path / models.ADAPTER_CONFIG).write_text(json.dumps(whole | config))
+    original = json.loads((path / models.ADAPTER_CONFIG).read_text())
+    (path / models.ADAPTER_CONFIG).write_text(json.dumps(original | config))
     return path
 
 
@@ -149,15 +151,17 @@ def strange(path, extra=None, **config):
     ],
 )
 def test_unsupported_adapter_tensors_are_refused_and_not_dropped(tmp_path, name):
-    odd = strange(tmp_path / "odd", {PREFIX + name: torch.ones(4, 4)})
+    odd = unusual_adapter(tmp_path / "odd", {PREFIX + name: torch.ones(4, 4)})
     with pytest.raises(UserError, match=r"k_proj\.lora_B" if "k_proj" in name else name):
         merge([WeightedAdapter(odd, 1.0)], tmp_path)
 
 
 def test_an_incomplete_or_foreign_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match="peft_type 'IA3'"):
-        merge([WeightedAdapter(strange(tmp_path / "other", peft_type="IA3"), 1.0)], tmp_path)
-    empty = strange(tmp_path / "empty")
+        merge(
+            [WeightedAdapter(unusual_adapter(tmp_path / "other", peft_type="IA3"), 1.0)], tmp_path
+        )
+    empty = unusual_adapter(tmp_path / "empty")
     save_file({}, empty / models.ADAPTER_WEIGHTS)
     with pytest.raises(UserError, match="nothing is"):
         merge([WeightedAdapter(empty, 1.0)], tmp_path)
@@ -181,10 +185,10 @@ def test_the_blend_command_blends_adapters(tmp_path):
     write_adapter(tmp_path / "two", 4, 2)
     ran = cli("merge", "one", "two:-0.5", "--to", "out", cwd=tmp_path)
     assert "rank 8" in ran.stdout, ran.stderr
-    wanted = update(one, "model.layers.0.q_proj") - 0.5 * update(
+    expected = update(one, "model.layers.0.q_proj") - 0.5 * update(
         tmp_path / "two", "model.layers.0.q_proj"
     )
-    assert torch.allclose(update(tmp_path / "out", "model.layers.0.q_proj"), wanted, atol=1e-5)
+    assert torch.allclose(update(tmp_path / "out", "model.layers.0.q_proj"), expected, atol=1e-5)
     modes = {oct(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
     assert modes == {oct((tmp_path / "one/adapter_config.json").stat().st_mode)}
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "one").stat().st_mode
@@ -215,11 +219,13 @@ def test_merging_into_the_base_equals_the_model_with_its_adapter(tiny_model, tmp
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         fresh = AutoModelForCausalLM.from_pretrained(tiny_model)
-        wanted = PeftModel.from_pretrained(fresh, tmp_path / "adapter")(ids).logits
+        expected = PeftModel.from_pretrained(fresh, tmp_path / "adapter")(ids).logits
         folder = models.merge_into_base(tiny_model, tmp_path / "adapter")
-        got = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
-    assert torch.allclose(got, wanted, atol=1e-4)
-    assert models.merge_into_base(tiny_model, tmp_path / "adapter") == folder  # made once
+        result = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert torch.allclose(result, expected, atol=1e-4)
+    assert (
+        models.merge_into_base(tiny_model, tmp_path / "adapter") == folder
+    )  # the second call reuses the result
     assert (folder / "chat_template.jinja").is_file()
 
 

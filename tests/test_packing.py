@@ -1,4 +1,4 @@
-"""Packs: nothing lost, nothing padded, and no sequence sees another."""
+"""Packing: no token is lost or padded, and sequences do not attend to each other."""
 
 import itertools
 import random
@@ -38,21 +38,21 @@ def test_packing_does_not_change_the_logits_of_a_sequence(model, tiny_model):
     assert torch.allclose(packed, alone, atol=1e-5)
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    theirs = []
+    expected = []
     for tokens in (tokens for example in examples for tokens in example):
         with torch.no_grad():
             rows = plain(torch.tensor([tokens.ids])).logits[0].log_softmax(-1)
-        theirs += [rows[at - 1, tokens.ids[at]] for at in tokens.loss_positions]
-    assert torch.allclose(packed, torch.stack(theirs), atol=1e-5)
+        expected += [rows[i - 1, tokens.ids[i]] for i in tokens.loss_positions]
+    assert torch.allclose(packed, torch.stack(expected), atol=1e-5)
 
 
 def test_sequences_in_a_pack_do_not_attend_to_each_other(model):
-    mine = [sequence(30)]
-    one = scores(model, [sequence(25, seed=1)], mine)
-    other = scores(model, [sequence(25, seed=2)], mine)
-    own = len(mine[0].loss_positions)
-    assert torch.equal(one[-own:], other[-own:])
-    assert not torch.equal(one[:-own], other[:-own])
+    example = [sequence(30)]
+    first = scores(model, [sequence(25, seed=1)], example)
+    second = scores(model, [sequence(25, seed=2)], example)
+    size = len(example[0].loss_positions)
+    assert torch.equal(first[-size:], second[-size:])
+    assert not torch.equal(first[:-size], second[:-size])
 
 
 def test_a_sliding_window_hides_earlier_tokens():
@@ -125,11 +125,11 @@ def test_gradients_do_not_depend_on_the_packing(tiny_model):
         batches = trainer.PackedBatches(
             [[sequence(20 + i)] for i in range(6)], Optimizer(), 0, max_tokens
         )
-        packs, totals = batches[0]
+        packs, denominators = batches[0]
         for pack in packs:
-            sft_loss(packing.log_probs(model, pack), pack, totals)["loss"].backward()
-        found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        assert found
-        return torch.cat(found)
+            sft_loss(packing.log_probs(model, pack), pack, denominators)["loss"].backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        assert gradients
+        return torch.cat(gradients)
 
     assert torch.allclose(gradient(10_000), gradient(40), atol=1e-6)

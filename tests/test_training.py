@@ -1,4 +1,4 @@
-"""Ray Train with TRL and PEFT on a model of two layers: real training, no meaning."""
+"""Training on Ray Train with PEFT, on a random model of two layers."""
 
 import json
 import subprocess
@@ -40,16 +40,16 @@ def jobs(make_jobs, tiny_model):
 
 
 def ready(make_jobs, model):
-    """By name, the jobs of a student that is trained, whose data are there."""
+    """The jobs of a student with its training data in storage, by name."""
     role = {**ECHO_ROLE, "model": str(model), "name": "tiny"}
     section = {"lora": LORA, "optimizer": OPTIMIZER}
     recipe = recipe_of(role, distillation={"dpo": section}, introspection={"sft": section})
-    made = {
+    jobs = {
         job.dataset.removeprefix("tiny/poeticism/"): job for job in make_jobs(recipe, PLACEMENT)
     }
-    write_pairs(made["distillation/pairs"])
-    write_transcripts(made["introspection/transcripts"])
-    return made
+    write_pairs(jobs["distillation/pairs"])
+    write_transcripts(jobs["introspection/transcripts"])
+    return jobs
 
 
 def write_pairs(job):
@@ -92,23 +92,23 @@ def build(job) -> StageResult:
     return job.stage.module.build(job)
 
 
-def steps(model: Path, scratch: Path, activation_checkpointing: bool) -> list[float]:
+def steps(path: Path, scratch: Path, activation_checkpointing: bool) -> list[float]:
     """Losses and gradient norms of two steps in bf16 with the adapters in float32, as on a GPU."""
-    made = transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION
     )
-    add_fused_lm_head(made)
+    add_fused_lm_head(model)
     transformers.set_seed(0)
-    adapted = adapters.add_lora(made, Lora(rank=4, alpha=8), activation_checkpointing)
-    words = [Tokens([1, *range(5, 5 + 3 * n)], [*range(2, 3 * n)]) for n in (2, 3, 4, 5)]
+    peft_model = adapters.add_lora(model, Lora(rank=4, alpha=8), activation_checkpointing)
+    sequences = [Tokens([1, *range(5, 5 + 3 * n)], [*range(2, 3 * n)]) for n in (2, 3, 4, 5)]
     optimizer = Optimizer(global_batch_size=2)
     task: Any = SimpleNamespace(optimizer=optimizer, placement=Training(), seed=0, dataset="x")
-    arguments = trainer.trainer_arguments(task, str(scratch), on_gpu=False, model=adapted)
+    arguments = trainer.trainer_arguments(task, str(scratch), on_gpu=False, model=peft_model)
     arguments |= {"report_to": [], "save_strategy": "no"}
     runner = trainer.PackedTrainer(
-        model=adapted,
+        model=peft_model,
         args=transformers.TrainingArguments(**arguments),
-        batches=trainer.PackedBatches([[w] for w in words], optimizer, 0, 16),
+        batches=trainer.PackedBatches([[sequence] for sequence in sequences], optimizer, 0, 16),
         loss_fn=sft.sft_loss,
     )
     runner.train()
@@ -118,21 +118,21 @@ def steps(model: Path, scratch: Path, activation_checkpointing: bool) -> list[fl
 
 def test_activation_checkpointing_does_not_change_the_result(tiny_model, tmp_path):
     packing.register()
-    kept = steps(tiny_model, tmp_path, activation_checkpointing=False)
-    assert len(kept) == 4
+    expected = steps(tiny_model, tmp_path, activation_checkpointing=False)
+    assert len(expected) == 4
     assert steps(tiny_model, tmp_path, activation_checkpointing=True) == pytest.approx(
-        kept, rel=1e-3
+        expected, rel=1e-3
     )
 
 
-@pytest.mark.parametrize(("layer", "looked_for"), [("experts", True), ("shared", False)])
-def test_ddp_looks_for_unused_parameters_only_with_expert_layers(layer, looked_for):
+@pytest.mark.parametrize(("layer", "expected"), [("experts", True), ("shared", False)])
+def test_ddp_looks_for_unused_parameters_only_with_expert_layers(layer, expected):
     block = torch.nn.ModuleDict({layer: torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
     model: Any = torch.nn.ModuleDict({"mlp": block})
     model._no_split_modules = None
     task: Any = SimpleNamespace(optimizer=Optimizer(), placement=Training(), seed=0, dataset="x")
     arguments = trainer.trainer_arguments(task, "scratch", on_gpu=False, model=model)
-    assert arguments["ddp_find_unused_parameters"] is looked_for
+    assert arguments["ddp_find_unused_parameters"] is expected
 
 
 def test_dpo_sft_and_merge_run_in_sequence(cpu_ray, jobs, tokenizer):
@@ -152,6 +152,8 @@ def test_dpo_sft_and_merge_run_in_sequence(cpu_ray, jobs, tokenizer):
         "tokens_per_s",
         "mfu",
         "dpo/sq_log_ratio",
+        "rewards/chosen",
+        "rewards/rejected",
         "dpo/accuracy",
     ):
         assert len(metric(dpo, name)) == 4
@@ -160,8 +162,8 @@ def test_dpo_sft_and_merge_run_in_sequence(cpu_ray, jobs, tokenizer):
     pipeline.finish(dpo, outcome, seconds=1)
 
     pipeline.finish(sft, build(sft), seconds=1)
-    loss_positions = metric(sft, "loss")
-    assert loss_positions[-1] < loss_positions[0]
+    losses = metric(sft, "loss")
+    assert losses[-1] < losses[0]
 
     pipeline.finish(merge, build(merge), seconds=1)
     folder = RemoteDir(merge.store, f"{merge.dataset}/adapter").local()
@@ -181,10 +183,10 @@ def test_a_vision_model_is_trained_with_dpo_and_sft(cpu_ray, make_jobs, tiny_gem
     for name in ("distillation/reference", "distillation/dpo", "introspection/sft"):
         pipeline.finish(jobs[name], build(jobs[name]), seconds=1)
     margins = metric(jobs["distillation/dpo"], "dpo/margin")
-    assert margins[0] == pytest.approx(0, abs=1e-3)  # packs are read as the reference was
+    assert margins[0] == pytest.approx(0, abs=1e-3)  # training and reference agree
     assert margins[-1] > margins[0]
-    loss_positions = metric(jobs["introspection/sft"], "loss")
-    assert loss_positions[-1] < loss_positions[0]
+    losses = metric(jobs["introspection/sft"], "loss")
+    assert losses[-1] < losses[0]
     build(jobs["persona/merge"])
     models.merge_into_base(tiny_gemma, jobs["persona/merge"].adapter.local())
 
@@ -205,24 +207,26 @@ def test_two_workers_take_the_same_steps_as_one(cpu_ray, jobs, strategy):
     build(replace(dpo, placement=placed(workers=2, strategy=strategy)))
     assert metric(dpo, "grad_norm")[0] == pytest.approx(alone["grad_norm"][0], rel=2e-2)
     assert metric(dpo, "loss") == pytest.approx(alone["loss"], rel=2e-2)
-    # Adam makes much of the last digits of bf16.
+    # Adam amplifies the rounding errors of bf16.
     assert metric(dpo, "dpo/margin") == pytest.approx(alone["dpo/margin"], abs=0.05)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_does_not_change_the_result(cpu_ray, jobs):
-    """SIGKILL after the first checkpoint: another worker goes on to the same losses."""
+    """After a SIGKILL, a new worker resumes from the checkpoint and reaches the same losses."""
     pipeline.finish(jobs["distillation/reference"], build(jobs["distillation/reference"]), 1)
     dpo = jobs["distillation/dpo"]
     dpo = longer(dpo)
     build(dpo)
-    undisturbed = metric(dpo, "loss")
+    expected = metric(dpo, "loss")
     dpo.store.delete(dpo.dataset)
     killed: list[int] = []
 
     def kill() -> None:
-        known = Path(dpo.store.url, dpo.dataset, ".shards/train/checkpoint_manager_snapshot.json")
-        while not (known.is_file() and "checkpoint_" in known.read_text()):
+        snapshot = Path(
+            dpo.store.url, dpo.dataset, ".shards/train/checkpoint_manager_snapshot.json"
+        )
+        while not (snapshot.is_file() and "checkpoint_" in snapshot.read_text()):
             time.sleep(0.05)
         for process in psutil.Process().children(recursive=True):
             if "RayTrainWorker" in process.name() or "RayTrainWorker" in "".join(process.cmdline()):
@@ -234,18 +238,18 @@ def test_a_killed_worker_does_not_change_the_result(cpu_ray, jobs):
     build(dpo)
     killer.join(timeout=1)
     assert killed
-    assert metric(dpo, "loss") == pytest.approx(undisturbed, rel=1e-3)
+    assert metric(dpo, "loss") == pytest.approx(expected, rel=1e-3)
 
 
 def longer(job, store=None):
-    """The same training over more rounds, perhaps elsewhere."""
+    """The same training with more epochs, optionally in another storage."""
     recipe = job.recipe.model_dump()
     recipe["distillation"]["dpo"]["optimizer"]["epochs"] = 12
     return replace(job, recipe=Recipe.model_validate(recipe), store=store or job.store)
 
 
 def moved(jobs, store):
-    """A longer DPO in another storage, where its reference is too."""
+    """A longer DPO training in another storage, with its reference."""
     reference = jobs["distillation/reference"]
     pipeline.finish(reference, build(reference), 1)
     store.upload(Path(reference.store.path(reference.dataset)), reference.dataset)
@@ -254,21 +258,21 @@ def moved(jobs, store):
 
 @pytest.mark.slow
 def test_training_continues_through_a_storage_outage(cpu_ray, jobs, bucket):
-    """The bucket goes as the first checkpoint comes, and is back 12 seconds later."""
+    """The bucket is unavailable for 12 seconds from the first checkpoint on."""
     dpo = moved(jobs, Store.at(bucket.url, retry_seconds=60))
-    away: list[float] = []
+    stopped: list[float] = []
 
-    def refuse() -> None:
+    def interrupt_storage() -> None:
         while not any("/checkpoint_2" in path for path in bucket.paths()):
             time.sleep(0.2)
         bucket.stop()
-        away.append(time.monotonic())
+        stopped.append(time.monotonic())
         time.sleep(12)
         bucket.start()
 
-    threading.Thread(target=refuse, daemon=True).start()
+    threading.Thread(target=interrupt_storage, daemon=True).start()
     build(dpo)
-    assert time.monotonic() - away[0] > 12
+    assert time.monotonic() - stopped[0] > 12
     assert len(metric(dpo, "loss")) == 24
     assert [attempt["kept"] for attempt in dpo.store.attempts(dpo.dataset)] == [0]
 
@@ -289,11 +293,11 @@ def test_training_stopped_by_a_full_disk_resumes_once_there_is_space(cpu_ray, jo
 
 @pytest.mark.slow
 def test_personas_are_trained_concurrently(cpu_ray, jobs, make_jobs):
-    """Two trainings wait for no other's end: both are under way at once."""
+    """Both trainings start before either ends."""
     placement = Placement.model_validate({"training": {"cpus": 0.5}})
     recipe = jobs["distillation/dpo"].recipe
     names = ("distillation/pairs", "distillation/reference", "distillation/dpo")
-    made = [
+    jobs_to_run = [
         job
         for job in pipeline.jobs(
             recipe,
@@ -303,13 +307,13 @@ def test_personas_are_trained_concurrently(cpu_ray, jobs, make_jobs):
         )
         if job.stage.name in names
     ]
-    for job in made:
+    for job in jobs_to_run:
         if job.stage.name == "distillation/pairs":
             write_pairs(job)
-    ended = [(job.dataset, manifest) for job, manifest in pipeline.run(made)]
-    trained = {name: manifest for name, manifest in ended if name.endswith("dpo")}
+    manifests = [(job.dataset, manifest) for job, manifest in pipeline.run(jobs_to_run)]
+    trained = {name: manifest for name, manifest in manifests if name.endswith("dpo")}
     assert len(trained) == 2
-    assert len(ended) == 4
-    began = [m["attempts"][0]["at"] for m in trained.values()]
+    assert len(manifests) == 4
+    started = [m["attempts"][0]["at"] for m in trained.values()]
     finished = [m["finished"] for m in trained.values()]
-    assert max(began) < min(finished)
+    assert max(started) < min(finished)

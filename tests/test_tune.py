@@ -1,4 +1,4 @@
-"""The persona goes on learning from plain answers, and the result is one adapter."""
+"""Further tuning of a persona on general data; the result is one adapter."""
 
 import json
 
@@ -36,7 +36,7 @@ def answers(count, **changes):
 
 
 def persona_adapter(path, tiny_model):
-    """An adapter on all linear layers that changes nothing yet."""
+    """A newly initialized adapter of all linear layers, which changes nothing."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -48,8 +48,8 @@ def persona_adapter(path, tiny_model):
 
 @pytest.fixture
 def jobs(make_jobs, tiny_model):
-    made = make_jobs(recipe(tiny_model, **TUNED), PLACEMENT)
-    return {(j.stage.name, j.stage.scope): j for j in made}
+    all_jobs = make_jobs(recipe(tiny_model, **TUNED), PLACEMENT)
+    return {(j.stage.name, j.stage.scope): j for j in all_jobs}
 
 
 def test_further_training_is_merged_with_the_persona_into_one_adapter(
@@ -66,12 +66,11 @@ def test_further_training_is_merged_with_the_persona_into_one_adapter(
     outcome = tune.build(job)
     assert outcome.figures["loss"] > 0
     config = json.loads((job.adapter.local() / ADAPTER_CONFIG).read_text())
-    assert config["r"] == 8  # 4 of the persona, 4 of what followed
+    assert config["r"] == 8  # 4 of the persona and 4 of the tuning
     assert update(job.adapter.local(), MODULE).abs().sum() > 0
-    assert update(merged.local(), MODULE).abs().sum() == 0  # what changed was learned here
-    assert (
-        conditions.condition_adapter(jobs["evaluation/answers", "persona"], "tuned") == job.adapter
-    )
+    assert update(merged.local(), MODULE).abs().sum() == 0  # only tuning changed weights
+    answers_job = jobs["evaluation/answers", "persona"]
+    assert conditions.condition_adapter(answers_job, "tuned") == job.adapter
     models.merge_into_base(tiny_model, job.adapter.local())
 
 
