@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 import psutil
 import ray
+from pydantic import Field
 from ray import serve
 
 from opencharacter import models
@@ -76,6 +77,8 @@ class ServeOptions(Config):
     smoke: bool = False
     insecure: bool = False
     """Serve without API keys."""
+    overrides: dict[str, Any] = Field(default={})
+    """Values of fields of the recipe by their dotted path, as with `--set`."""
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -93,7 +96,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         raise UserError(
             f"no API key; set {API_KEYS_VARIABLE} in the cluster's environment, or insecure: true"
         )
-    recipe = load_recipe(options.recipe, options.smoke)
+    recipe = load_recipe(options.recipe, options.smoke, options.overrides)
     placement = load_placement(options.placement)
     return build_application(
         recipe,
