@@ -35,7 +35,8 @@ from opencharacter.config.files import load_recipe
 from opencharacter.config.placement import Placement
 from opencharacter.config.recipe import Recipe
 from opencharacter.constitution import schema
-from opencharacter.planning import cost
+from opencharacter.planning import simulation
+from opencharacter.planning.speeds import Speeds, measure_speeds
 from opencharacter.runtime import cluster
 from opencharacter.runtime.stage import Job
 from opencharacter.runtime.store import Store
@@ -74,7 +75,7 @@ SETTINGS: Settings = {
             "sft": TRAINED,
         },
         "evaluation": {
-            "judge": {"items": 4, "min_agreement": None, "sampling": WORD},
+            "judge": {"gold_items": 4, "min_agreement": None, "sampling": WORD},
             "answers": {"conditions": CONDITIONS, "count": 8, **said(32, 28)},
             "preferences": {
                 "conditions": CONDITIONS,
@@ -130,7 +131,7 @@ def run_personas(settings: Settings, series: str) -> Iterator[Run]:
             "engines_started": started,
             "held": sum(manifest["held_seconds"] for manifest in manifests),
             "busy": sum(manifest["busy_seconds"] for manifest in manifests),
-            "speeds": cost.measured(folder).model_dump(),
+            "speeds": measure_speeds(folder).model_dump(),
             "stages": {m["scope"] + "/" + m["stage"]: m["seconds"] for m in manifests},
         }
 
@@ -139,9 +140,9 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     """What was predicted, and what it was."""
     found: Figures = {}
     if "one" in series:
-        speeds = cost.Speeds.model_validate(series["one"][0]["speeds"])
+        speeds = Speeds.model_validate(series["one"][0]["speeds"])
         jobs = make_jobs(settings, settings["personas"], Path("unused"))
-        planned = cost.wall(cost.plan(jobs, speeds))
+        planned = simulation.wall_seconds(simulation.plan(jobs, speeds))
         numbers = {k: v for k, v in speeds.model_dump().items() if k != "stages"}
         found |= {name: figure([value]) for name, value in numbers.items()}
         found |= {"one_s": figure([series["one"][0]["seconds"]]), "predicted_s": figure([planned])}

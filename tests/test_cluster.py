@@ -15,42 +15,42 @@ def placed(**teacher) -> Placement:
     return Placement.model_validate({"name": "here", "pools": {"teacher": teacher}})
 
 
-def test_a_replica_must_fit_into_one_node():
+def test_a_replica_must_fit_on_one_node():
     wide = placed(gpus=8, tensor_parallel=8, cpus=8, memory_gib=64)
     check_fits(wide, [SMALL, EIGHT])
     with pytest.raises(UserError) as refused:
         check_fits(wide, [FOUR, FOUR])
-    said = str(refused.value)
-    assert "'here': teacher asks for 8 GPUs in one node, the largest has 4; choose" in said
-    assert "\n" not in said
+    message = str(refused.value)
+    assert "'here': teacher requests 8 GPUs in one node, the largest node has 4; choose" in message
+    assert "\n" not in message
 
 
-def test_replicas_must_fit_beside_each_other():
+def test_replicas_must_fit_on_the_cluster_together():
     check_fits(placed(replicas=2, gpus=4, cpus=8), [FOUR, FOUR])
     with pytest.raises(UserError, match=r"3 x \(4 GPUs, 8 CPUs, 2 GiB of memory\).*room for 2"):
         check_fits(placed(replicas=3, gpus=4, cpus=8), [FOUR, FOUR])
 
 
-def test_memory_counts_too():
-    with pytest.raises(UserError, match="300 GiB of memory in one node, the largest has 200;"):
+def test_memory_must_fit():
+    with pytest.raises(UserError, match="300 GiB of memory in one node, the largest node has 200;"):
         check_fits(placed(gpus=4, memory_gib=300), [FOUR])
 
 
-def test_a_fraction_of_a_card_is_shared():
+def test_replicas_can_share_a_gpu():
     check_fits(placed(replicas=8, gpus=0.5), [FOUR])
     with pytest.raises(UserError, match="room for 8"):
         check_fits(placed(replicas=9, gpus=0.5), [FOUR])
 
 
-def test_training_is_asked_for_as_well():
-    with pytest.raises(UserError, match="training asks for 9 x"):
+def test_training_must_fit_as_well():
+    with pytest.raises(UserError, match="training requests 9 x"):
         check_fits(Placement.model_validate({"training": {"workers": 9, "gpus": 1}}), [EIGHT])
 
 
-def test_a_kind_of_card_is_looked_for():
+def test_a_required_accelerator_must_be_available():
     cards = EIGHT | {"accelerator_type:H100": 1}
     check_fits(placed(replicas=8, gpus=1, accelerator="H100"), [cards])
-    with pytest.raises(UserError, match="asks for 1 H200 in one node, the largest has 0;"):
+    with pytest.raises(UserError, match="requests 1 H200 in one node, the largest node has 0;"):
         check_fits(placed(gpus=1, accelerator="H200"), [cards])
 
 
@@ -64,11 +64,11 @@ def with_roles(**changes):
     )
 
 
-def test_what_runs_elsewhere_asks_for_nothing():
+def test_endpoints_and_echo_models_request_no_resources():
     four = {role: {"gpus": 4} for role in ("teacher", "judge")}
     wide = Placement.model_validate({"pools": four})
     check_fits(wide, [SMALL], with_roles(teacher=FAR, judge=ECHO_ROLE))
-    with pytest.raises(UserError, match="teacher asks for 4 GPUs"):
+    with pytest.raises(UserError, match="teacher requests 4 GPUs"):
         check_fits(wide, [SMALL], with_roles(teacher=WEIGHTS, judge=FAR))
     panel = with_roles(teacher=FAR, judge=FAR)
     judge = panel.evaluation.judge.model_copy(update={"panel": (panel.roles.teacher,)})
@@ -78,11 +78,11 @@ def test_what_runs_elsewhere_asks_for_nothing():
     for settings, refused in ((judge, False), (near, True)):
         evaluation = panel.evaluation.model_copy(update={"judge": settings})
         recipe = panel.model_copy(update={"evaluation": evaluation})
-        asked = [ask.who for ask in cluster.asks(wide, recipe)]
-        assert ("judge" in asked) == refused
+        owners = [request.owner for request in cluster.bundle_requests(wide, recipe)]
+        assert ("judge" in owners) == refused
 
 
-def test_the_widest_node_is_one_that_has_the_card_or_may_come(monkeypatch):
+def test_max_gpus_per_node_counts_nodes_that_have_the_accelerator_or_may_be_added(monkeypatch):
     cards = FOUR | {"accelerator_type:H100": 1}
     there = [{"Alive": True, "Resources": node} for node in (SMALL, EIGHT, cards)]
     monkeypatch.setattr(cluster.ray, "nodes", lambda: there)
@@ -96,18 +96,18 @@ def test_the_widest_node_is_one_that_has_the_card_or_may_come(monkeypatch):
     assert cluster.max_gpus_per_node(grown) == 8
 
 
-def test_more_shares_than_gpus_are_refused():
+def test_a_tensor_parallel_size_over_the_gpus_is_refused():
     with pytest.raises(ValueError, match="tensor_parallel 8 needs as many GPUs"):
         placed(gpus=4, tensor_parallel=8)
 
 
-def test_a_cluster_that_grows_is_waited_for_but_not_a_machine(cpu_ray, monkeypatch):
+def test_nodes_that_may_be_added_count_only_on_a_cluster(cpu_ray, monkeypatch):
     node = {"nodes": 1, "gpus": 8, "cpus": 96, "memory_gib": 500}
     wide = placed(gpus=8, tensor_parallel=8, cpus=8, memory_gib=64)
     grown = Placement.model_validate(wide.model_dump() | {"autoscaling": [node]})
-    with pytest.raises(UserError, match="largest has 0"):
+    with pytest.raises(UserError, match="largest node has 0"):
         connect(grown)
     monkeypatch.setenv("RAY_ADDRESS", "of a cluster")  # Ray runs already and is not joined again
     connect(grown)
-    with pytest.raises(UserError, match="largest has 0"):
+    with pytest.raises(UserError, match="largest node has 0"):
         connect(wide)

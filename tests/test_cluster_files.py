@@ -1,7 +1,8 @@
-"""Every file of clusters/ is read by the tool that it is for.
+"""Every file in clusters/ is accepted by the tool that reads it.
 
-No package has KubeRay's schema. Its own fields are held against the lists below, the pods and
-claims inside against Kubernetes' schema, and Ray's autoscaler reads the worker groups.
+No package contains KubeRay's schema. KubeRay's own fields are compared with the lists below, the
+pods and claims inside are validated with Kubernetes' schema, and Ray's autoscaler reads the worker
+groups.
 """
 
 import zipfile
@@ -20,15 +21,15 @@ from ray.serve.schema import ServeDeploySchema
 from opencharacter.config.files import load_placement
 from opencharacter.config.placement import fits
 from opencharacter.planning.cost import planning_resources
-from opencharacter.runtime.cluster import GIB, as_resources, check_fits, coming
+from opencharacter.runtime.cluster import GIB, autoscaled_nodes, check_fits, ray_resources
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
 NAMES = ["aws", "gpu-cluster", "gpu-node", "kuberay", "laptop", "single-gpu", "single-gpu-shared"]
-HOST = as_resources(cpus=96, gpus=8, memory_gib=700)
+HOST = ray_resources(cpus=96, gpus=8, memory_gib=700)
 MACHINES = {
-    "laptop": [as_resources(cpus=2, gpus=0, memory_gib=5)],
-    "single-gpu": [as_resources(cpus=16, gpus=1, memory_gib=80)],
-    "single-gpu-shared": [as_resources(cpus=16, gpus=1, memory_gib=80)],
+    "laptop": [ray_resources(cpus=2, gpus=0, memory_gib=5)],
+    "single-gpu": [ray_resources(cpus=16, gpus=1, memory_gib=80)],
+    "single-gpu-shared": [ray_resources(cpus=16, gpus=1, memory_gib=80)],
     "gpu-node": [HOST],
     "gpu-cluster": [HOST] * 4,
     "aws": [],
@@ -45,7 +46,7 @@ FIELDS = {
     "head": "rayStartParams template",
     "workers": "groupName replicas minReplicas maxReplicas rayStartParams template",
 }
-"""Of KubeRay's ray.io/v1 those that are used here."""
+"""The fields of KubeRay's ray.io/v1 that are used here."""
 KUBERNETES = "1.30"
 
 
@@ -53,7 +54,7 @@ def documents(name: str) -> list[dict]:
     return list(yaml.safe_load_all((CLUSTERS / name).read_text()))
 
 
-def test_each_folder_has_what_it_needs():
+def test_each_cluster_folder_has_all_files():
     assert sorted(p.name for p in CLUSTERS.iterdir() if p.is_dir()) == NAMES
     for name in NAMES:
         assert (CLUSTERS / name / "README.md").is_file()
@@ -61,19 +62,19 @@ def test_each_folder_has_what_it_needs():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_placement_fits_the_machines_that_it_is_for(name):
+def test_a_placement_fits_its_machines(name):
     placement = load_placement(name)
-    check_fits(placement, MACHINES[name] + coming(placement))
+    check_fits(placement, MACHINES[name] + autoscaled_nodes(placement))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_plan_takes_all_gpus_that_a_placement_is_for(name):
+def test_a_plan_uses_all_gpus_of_a_placement(name):
     placement = load_placement(name)
-    nodes = MACHINES[name] + coming(placement)
+    nodes = MACHINES[name] + autoscaled_nodes(placement)
     assert planning_resources(placement).gpus == sum(node["GPU"] for node in nodes)
 
 
-def test_five_small_engines_share_one_card():
+def test_five_small_engines_share_one_gpu():
     placement = load_placement("single-gpu-shared")
     check_fits(placement, MACHINES["single-gpu-shared"])
     assert fits(
@@ -84,21 +85,21 @@ def test_five_small_engines_share_one_card():
 
 
 def same(resources: dict[str, float], node: dict[str, float]) -> bool:
-    """Whether a node that starts has what a placement counts on, and not much more memory."""
-    there = {kind: n for kind, n in resources.items() if kind in ("CPU", "GPU") or ":" in kind}
-    wanted = {kind: n for kind, n in node.items() if kind != "memory"}
-    return there == wanted and 0 <= resources["memory"] - node["memory"] < 100 * GIB
+    """Whether a started node has the resources that a placement expects."""
+    started = {kind: n for kind, n in resources.items() if kind in ("CPU", "GPU") or ":" in kind}
+    expected = {kind: n for kind, n in node.items() if kind != "memory"}
+    return started == expected and 0 <= resources["memory"] - node["memory"] < 100 * GIB
 
 
-def test_ray_up_takes_the_aws_cluster_and_starts_what_the_placement_counts_on():
+def test_ray_up_accepts_the_aws_cluster_and_starts_the_nodes_of_the_placement():
     (config,) = documents("aws/cluster.yaml")
-    with moto.mock_aws():  # it has the sizes of real instances
+    with moto.mock_aws():  # it knows the sizes of real instances
         filled = AWSNodeProvider.fillout_available_node_types_resources(prepare_config(config))
     validate_config(filled)  # the order of `ray up`
     types = filled["available_node_types"]
     placement = load_placement("aws")
     for group, name in zip(placement.autoscaling, ("h100", "l40s"), strict=True):
-        node = coming(placement.model_copy(update={"autoscaling": (group,)}))[0]
+        node = autoscaled_nodes(placement.model_copy(update={"autoscaling": (group,)}))[0]
         assert same(types[name]["resources"], node)
         assert types[name]["max_workers"] == group.nodes
         assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
@@ -108,13 +109,13 @@ def test_ray_up_takes_the_aws_cluster_and_starts_what_the_placement_counts_on():
 
 
 def kuberay(name: str) -> tuple[dict, dict]:
-    """A document of KubeRay's and its cluster."""
+    """A KubeRay document and its cluster."""
     (found,) = (d for d in documents(f"kuberay/{name}.yaml") if d["apiVersion"] == "ray.io/v1")
     return found, found["spec"].get("rayClusterSpec") or found["spec"]["rayClusterConfig"]
 
 
 @pytest.mark.parametrize("name", ["rayjob", "rayservice"])
-def test_kuberay_knows_every_field(name):
+def test_every_field_belongs_to_kuberay(name):
     found, cluster = kuberay(name)
     assert found.keys() == {"apiVersion", "kind", "metadata", "spec"}
     assert found["spec"].keys() <= set(FIELDS[found["kind"]].split())
@@ -129,7 +130,7 @@ def test_kuberay_knows_every_field(name):
 
 
 @pytest.mark.parametrize("name", ["rayjob", "rayservice"])
-def test_kubernetes_takes_the_pods_and_claims_inside(name):
+def test_pods_and_claims_are_valid_for_kubernetes(name):
     _, cluster = kuberay(name)
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}}
@@ -140,7 +141,7 @@ def test_kubernetes_takes_the_pods_and_claims_inside(name):
 
 
 @pytest.mark.parametrize("name", ["rayjob", "rayservice"])
-def test_the_autoscaler_on_kuberay_may_start_what_the_placement_counts_on(name):
+def test_the_autoscaler_on_kuberay_can_start_the_nodes_of_the_placement(name):
     _, cluster = kuberay(name)
     resource = {"metadata": {"name": "c", "namespace": "n"}, "spec": cluster}
     config = autoscaling_config._derive_autoscaling_config_from_ray_cr(resource)
@@ -148,20 +149,20 @@ def test_the_autoscaler_on_kuberay_may_start_what_the_placement_counts_on(name):
     types = config["available_node_types"]
     placement = load_placement("kuberay")
     for group, kind in zip(placement.autoscaling, ("h100", "l40s"), strict=True):
-        node = coming(placement.model_copy(update={"autoscaling": (group,)}))[0]
+        node = autoscaled_nodes(placement.model_copy(update={"autoscaling": (group,)}))[0]
         assert same(types[kind]["resources"], node)
         assert types[kind]["max_workers"] == group.nodes
     assert types["headgroup"]["resources"]["CPU"] == 0
 
 
-def test_serve_takes_the_config_of_the_rayservice():
+def test_serve_accepts_the_config_of_the_rayservice():
     found, _ = kuberay("rayservice")
     inside = yaml.safe_load(found["spec"]["serveConfigV2"])
     (application,) = ServeDeploySchema.model_validate(inside).applications
     assert application.args["placement"] == "kuberay"
 
 
-def test_the_rayjob_runs_a_command_that_there_is():
+def test_the_rayjob_runs_a_valid_command():
     from typer.testing import CliRunner
 
     from opencharacter.cli.main import app
@@ -174,8 +175,8 @@ def test_the_rayjob_runs_a_command_that_there_is():
     assert planned.exit_code == 0, planned.output
 
 
-def test_a_checkout_that_is_submitted_is_small(tmp_path):
-    """The ignore files keep environment, history and runs at home."""
+def test_the_working_directory_of_a_submitted_job_is_small(tmp_path):
+    """The ignore files exclude the environment, the git history and runs."""
     package = tmp_path / "sent.zip"
     create_package(str(CLUSTERS.parent), package, include_gitignore=True)
     names = zipfile.ZipFile(package).namelist()

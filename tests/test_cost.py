@@ -1,4 +1,4 @@
-"""What `plan` says of hours and price."""
+"""The predictions of `plan`: time, GPU-hours and price."""
 
 import json
 import time
@@ -10,26 +10,22 @@ import yaml
 from samples import ECHO_ROLE, cli, recipe_of
 
 from opencharacter import pipeline
-from opencharacter.cli.options import Run
+from opencharacter.api import Run
 from opencharacter.cli.plan import missing_here
 from opencharacter.config.placement import Placement, Resources
 from opencharacter.constitution import schema
-from opencharacter.distillation.teacher import typical
+from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.errors import UserError
 from opencharacter.models import memory_footprint
-from opencharacter.planning.cost import (
-    Cost,
-    Speeds,
+from opencharacter.planning.cost import Cost, cost, planning_resources
+from opencharacter.planning.simulation import (
     WarmEngines,
-    cost,
     critical_path,
-    load_speeds,
-    measured,
     plan,
-    planning_resources,
     simulate,
-    wall,
+    wall_seconds,
 )
+from opencharacter.planning.speeds import Speeds, load_speeds, measure_speeds
 from opencharacter.runtime.schedule import keys
 from opencharacter.runtime.stage import Estimate
 
@@ -64,21 +60,21 @@ def jobs(make_jobs):
     return {job.stage.name: job for job in make_jobs(recipe_of(STUDENT), PLACEMENT)}
 
 
-def test_generation_is_shared_by_the_replicas(jobs):
+def test_generation_time_is_divided_by_the_replicas(jobs):
     takes = cost(jobs["introspection/interaction"], Estimate(10, 999, 7_200_000), SPEEDS, ROOM)
     assert takes[:3] == (2, 1800, 2)
 
 
-def test_training_is_shared_by_the_workers(jobs):
+def test_training_time_is_divided_by_the_workers(jobs):
     takes = cost(jobs["distillation/dpo"], Estimate(10, trained=14_400_000), SPEEDS, ROOM)
     assert takes[:3] == (20, 3600, 2)
 
 
-def test_what_runs_no_model_holds_nothing(jobs):
+def test_jobs_without_a_model_request_no_gpu(jobs):
     assert cost(jobs["distillation/pairs"], Estimate(10), SPEEDS, ROOM)[:3] == (1, 0, 0)
 
 
-def test_what_one_process_reads_and_learns_is_not_shared_by_all_workers(make_jobs):
+def test_single_process_training_is_not_divided_by_the_workers(make_jobs):
     evaluation = {
         "answers": {
             "conditions": ["base", "steered", "full"],
@@ -104,7 +100,7 @@ def test_what_one_process_reads_and_learns_is_not_shared_by_all_workers(make_job
 
 
 @pytest.mark.parametrize(("author", "work"), [("student", 1800), ("teacher", 72_000)])
-def test_introspection_has_the_speed_and_the_replicas_of_its_author(make_jobs, author, work):
+def test_introspection_is_planned_with_the_speed_of_its_author(make_jobs, author, work):
     recipe = recipe_of(STUDENT, introspection={"author": author})
     (job,) = (
         job for job in make_jobs(recipe, PLACEMENT) if job.stage.name == "introspection/reflection"
@@ -117,7 +113,7 @@ def test_introspection_has_the_speed_and_the_replicas_of_its_author(make_jobs, a
 
 
 def manifest_of(stage: str, roles: list[str], seconds: float, **fields) -> dict:
-    """What a finished job says: 100 s of work, in which four students wrote 100,000 tokens."""
+    """The manifest of 100 s of work, in which four replicas generated 100,000 tokens."""
     made = {
         "stage": stage,
         "payload": {"roles": dict.fromkeys(roles)},
@@ -147,10 +143,10 @@ def speeds_of(store, *manifests: dict) -> Speeds:
     ]
     for manifest in [*others, *manifests]:
         store.write_manifest(manifest["stage"], manifest)
-    return measured(store.url)
+    return measure_speeds(store.url)
 
 
-def test_a_judge_beside_the_student_makes_neither_of_them_slower(store):
+def test_a_concurrent_judge_does_not_lower_the_measured_speed(store):
     both = {"writer": "student", "busy_seconds": 200, "held_seconds": 240}
     speeds = speeds_of(store, manifest_of(GAMES, ["student", "judge"], 120, **both))
     assert speeds.student == speeds.stages[GAMES] == 100_000 / (100 * 4)
@@ -158,14 +154,14 @@ def test_a_judge_beside_the_student_makes_neither_of_them_slower(store):
     assert speeds.reading == 60_000 / (100 * 2)
 
 
-def test_jobs_that_shared_an_engine_had_half_of_its_speed_each(store):
+def test_jobs_that_shared_an_engine_had_half_its_speed_each(store):
     half = {"writer": "student", "busy_seconds": 50, "engine_share": 0.5}
     speeds = speeds_of(store, manifest_of(ANSWERS, ["student"], 104, **half))
     assert speeds.student == 100_000 / (100 * 0.5 * 4)
     assert speeds.pass_start == 4
 
 
-def test_a_speed_is_that_of_the_role_that_wrote(store):
+def test_a_measured_speed_belongs_to_the_role_that_generated(store):
     student = manifest_of(ANSWERS, ["student"], 100, writer="student")
     teacher = manifest_of(REFLECTION, ["student"], 100, writer="teacher", tokens_out=3_000)
     speeds = speeds_of(store, student, teacher)
@@ -173,57 +169,55 @@ def test_a_speed_is_that_of_the_role_that_wrote(store):
     assert speeds.stages[REFLECTION] == 30
 
 
-def test_a_manifest_from_before_says_all_engines_seconds_and_not_who_wrote(store):
-    old = manifest_of(GAMES, ["student", "judge"], 120, tokens_out=80_000)
-    for name in ("writer", "work_seconds", "engine_share"):
-        del old[name]
-    speeds = speeds_of(store, old)
-    assert (speeds.student, speeds.pass_start) == (200, 20)
+def test_speeds_of_a_storage_of_the_first_version_are_refused(store):
+    store.write_json("echo/evaluation/answers/manifest.json", {"format_version": 1})
+    with pytest.raises(UserError, match=r"evaluation/answers was written by opencharacter 0\.1"):
+        measure_speeds(store.url)
 
 
-def test_a_missing_speed_is_named(tmp_path):
+def test_a_missing_speed_is_refused_by_name(tmp_path):
     (tmp_path / "s.yaml").write_text("teacher: 3\n")
     with pytest.raises(UserError, match="student"):
         load_speeds(str(tmp_path / "s.yaml"))
 
 
-def test_a_gpu_lacks_where_models_with_weights_are_given_one(tmp_path, monkeypatch):
+def test_a_plan_reports_a_missing_gpu_only_for_models_with_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = tmp_path / "echo.yaml"
     recipe.write_text(recipe_of(ECHO_ROLE | {"model": "echo:1"}).model_dump_json())
     gpus = tmp_path / "gpus.yaml"
     gpus.write_text("pools: {student: {gpus: 1}}\n")
 
-    def lacks(name: str, placement: Path | None) -> bool:
-        asked = Run(name, ["humor"], placement and str(placement), str(tmp_path), False)
+    def lacks_gpu(name: str, placement: Path | None) -> bool:
+        asked = Run(name, ["humor"], placement and str(placement), str(tmp_path))
         return any("a GPU" in line for line in missing_here(asked))
 
-    assert not lacks(str(recipe), gpus)
-    assert not lacks("llama-3.1-8b", None)
-    assert lacks("llama-3.1-8b", gpus)
+    assert not lacks_gpu(str(recipe), gpus)
+    assert not lacks_gpu("llama-3.1-8b", None)
+    assert lacks_gpu("llama-3.1-8b", gpus)
 
 
-def test_plan_shows_hours_and_price(tmp_path):
+def test_a_plan_shows_hours_and_price(tmp_path):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(SPEEDS.model_dump()))
     options = ["-c", "humor", "--placement", "single-gpu", "--speed", "s.yaml"]
-    said = cli("plan", "llama-3.1-8b", *options, cwd=tmp_path).stdout
-    assert "GPU-hours" in said
-    total = next(line for line in said.splitlines() if line.startswith("total"))
+    output = cli("plan", "llama-3.1-8b", *options, cwd=tmp_path).stdout
+    assert "GPU-hours" in output
+    total = next(line for line in output.splitlines() if line.startswith("total"))
     hours, gpu_hours, idle = total.split()[-3:]  # the placement names no price
     assert float(hours.replace(",", "")) > 1
     assert float(gpu_hours.replace(",", "")) > 1
     assert idle.endswith("%")
-    assert "wall time" in said
-    assert "GPUs: 1" in said
-    assert "critical path: distillation/teacher" in said
-    assert "K 5 -> 3 answers: " in said
-    assert "25,000 -> 12,500 games: " in said
-    assert "ratings +-36 -> +-51 points" in said
-    assert "engine student: meta-llama/Llama-3.1-8B-Instruct, 1 x 1 GPU, each up to 256" in said
-    assert "8,192 tokens a step" in said
+    assert "wall time" in output
+    assert "GPUs: 1" in output
+    assert "critical path: distillation/teacher" in output
+    assert "K 5 -> 3 answers: " in output
+    assert "25,000 -> 12,500 games: " in output
+    assert "ratings +-36 -> +-51 points" in output
+    assert "engine student: meta-llama/Llama-3.1-8B-Instruct, 1 x 1 GPU, each up to 256" in output
+    assert "8,192 tokens a step" in output
 
 
-def test_a_footprint_counts_key_value_heads_of_all_layers(tmp_path):
+def test_the_kv_cache_size_counts_key_value_heads_of_all_layers(tmp_path):
     shape = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     inner = {"text_config": {**shape, "hidden_size": 4096}}
     for config in ({**shape, "hidden_size": 4096}, {**shape, "head_dim": 128}, inner):
@@ -232,11 +226,11 @@ def test_a_footprint_counts_key_value_heads_of_all_layers(tmp_path):
         assert memory_footprint(tmp_path) == (5, 131_072)
 
 
-# ---------------------------------------------------------------------------------- on a clock
+# ---------------------------------------------------------------------------------- simulation
 
 
 def planned(store, cluster: Resources | None = None) -> list:
-    """Three personas, of which nothing is done."""
+    """The plan of three personas of which nothing is done."""
     return plan(three(store, PLACEMENT.model_copy(update={"cluster": cluster})), SPEEDS)
 
 
@@ -245,14 +239,14 @@ def three(store, placement: Placement) -> list:
     return pipeline.jobs(recipe_of(STUDENT), personas, placement, store)
 
 
-def test_a_plan_starts_each_engine_once_where_all_have_room(store):
+def test_a_plan_starts_each_engine_once_if_all_fit(store):
     jobs, done = three(store, PLACEMENT), planned(store, ROOMY)
     engines = {key for job in jobs for key in keys(job) if "workers" not in key}
     assert sum(one.starts for one in done) == len(engines)
     assert {one.job.dataset for one in done} == {job.dataset for job in jobs}
 
 
-def test_a_plan_needs_more_time_and_starts_on_a_smaller_cluster(store):
+def test_a_smaller_cluster_needs_more_time_and_engine_starts(store):
     large, small = planned(store, ROOMY), planned(store)
     assert small[-1].ended > large[-1].ended
     assert sum(one.starts for one in small) > sum(one.starts for one in large)
@@ -269,7 +263,7 @@ def test_the_critical_path_has_no_gaps(store):
     assert [one.ended for one in path[:-1]] == [one.began for one in path[1:]]
 
 
-def test_jobs_at_one_engine_share_its_speed(store):
+def test_jobs_that_use_one_engine_share_its_speed(store):
     jobs = [job for job in three(store, PLACEMENT) if job.stage.name == "distillation/teacher"]
     costs = {job.dataset: Cost(0, 10, 0) for job in jobs}
     done = simulate(jobs[:2], costs, 30, ROOM)
@@ -277,21 +271,21 @@ def test_jobs_at_one_engine_share_its_speed(store):
     assert [one.starts for one in done] == [1, 0]
 
 
-def test_training_stops_an_engine_that_has_no_room_beside_it(store):
+def test_training_stops_an_engine_that_does_not_fit_beside_it(store):
     jobs = {job.dataset: job for job in three(store, PLACEMENT)}
     names = ("echo/distillation/student", "echo/humor/distillation/dpo")
     student, training = (jobs[name] for name in names)
-    warm = WarmEngines(30)
+    engines = WarmEngines(30)
     small = Resources(cpus=8, gpus=2, memory_gib=64)
-    assert warm.take(student, [], small, 0) == (1, 30, 0)
-    warm.leave([training, student], [], 40)
-    assert warm.take(training, [], small, 50) == (0, 0, 0)
-    assert warm.rooms == {}
+    assert engines.acquire(student, [], small, 0) == (1, 30, 0)
+    engines.release([training, student], [], 40)
+    assert engines.acquire(training, [], small, 50) == (0, 0, 0)
+    assert engines.resources == {}
 
 
 @pytest.mark.slow
-def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
-    """Two personas after one, from which the time beside the replies is taken."""
+def test_a_plan_predicts_the_duration_of_an_echo_run(cpu_ray, store):
+    """Predicts two personas from the overhead that was measured on another."""
     seconds, seats = 1.0, 4
     placement = Placement.model_validate(
         {
@@ -303,8 +297,8 @@ def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
     made = recipe.distillation
     speeds = SPEEDS.model_copy(
         update={
-            "teacher": seats * typical(made.teacher.sampling) / seconds,
-            "student": seats * typical(made.student.sampling) / seconds,
+            "teacher": seats * expected_tokens(made.teacher.sampling) / seconds,
+            "student": seats * expected_tokens(made.student.sampling) / seconds,
             "pass_start": 0,
             "other": 0,
         }
@@ -316,7 +310,7 @@ def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
         return pipeline.select(made, until="distillation/pairs")
 
     general = [job for job in jobs_of("humor") if job.scope == "echo"]
-    assert len(list(pipeline.run(general))) == 1  # what is slow the first time
+    assert len(list(pipeline.run(general))) == 1  # includes what is slow only the first time
     beside = []
     for job, manifest in pipeline.run(jobs_of("humor")):
         work = cost(job, job.stage.module.estimate(job), speeds, planning_resources(placement)).work
@@ -324,7 +318,7 @@ def test_a_plan_is_right_about_an_echo_run(cpu_ray, store):
             beside.append(manifest["seconds"] - work)
     speeds = speeds.model_copy(update={"pass_start": median(beside)})
     left = [job for job in jobs_of("poeticism", "remorse") if job.state()[0] != "done"]
-    predicted = wall(plan(left, speeds))
+    predicted = wall_seconds(plan(left, speeds))
     began = time.monotonic()
     assert len(list(pipeline.run(left))) == len(left) == 8
     took = time.monotonic() - began

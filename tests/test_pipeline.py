@@ -1,14 +1,17 @@
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from samples import ECHO_ROLE, TINY, recipe_of
 
 from opencharacter import pipeline
 from opencharacter.config import files
+from opencharacter.config.base import AddedLater, NotIdentity
 from opencharacter.config.placement import Placement
 from opencharacter.errors import StageFailed, StaleError, UserError
-from opencharacter.runtime.stage import StageResult, repeated_work
+from opencharacter.runtime.attempts import repeated_work
+from opencharacter.runtime.stage import StageResult, explain_stale, rule_versions
 from opencharacter.runtime.store import REBUILDS
+from opencharacter.text import filters
 
 AFTER_DPO = {
     "distillation/dpo",
@@ -31,7 +34,7 @@ AFTER_DPO = {
 
 
 def finish_all(jobs):
-    """Manifests for every job, as if all had run."""
+    """Write the manifest of every job, as if all had run."""
     for job in jobs:
         pipeline.finish(job, StageResult(rows=1), seconds=1.0)
 
@@ -44,7 +47,7 @@ def stale(jobs):
     return {job.stage.name for job in jobs if job.state()[0] == "stale"}
 
 
-def test_every_stage_has_its_module_section_and_place():
+def test_every_stage_has_a_module_that_meets_its_contract_and_a_section_of_the_recipe():
     for stage in pipeline.STAGES:
         assert callable(stage.module.build), stage.name
         assert callable(stage.module.estimate), stage.name
@@ -52,14 +55,14 @@ def test_every_stage_has_its_module_section_and_place():
         recipe_of(ECHO_ROLE).config(stage.name)
 
 
-def test_a_stage_reads_only_what_stands_before_it():
+def test_a_stage_reads_only_stages_that_come_before_it():
     seen = set()
     for stage in pipeline.STAGES:
         assert set(stage.reads) <= seen
         seen.add(stage.name)
 
 
-def test_datasets_lie_where_the_design_says(make_jobs, echo_recipe):
+def test_datasets_are_stored_below_their_scope(make_jobs, echo_recipe):
     places = [job.dataset for job in make_jobs(echo_recipe)]
     assert len(places) == len(set(places))
     assert "poeticism/distillation/teacher" in places
@@ -75,7 +78,7 @@ def test_a_second_run_does_nothing(make_jobs, echo_recipe):
     assert list(pipeline.run(jobs)) == []
 
 
-def test_a_changed_beta_makes_dpo_and_what_follows_stale_and_nothing_before(make_jobs, echo_recipe):
+def test_a_changed_beta_makes_dpo_and_its_descendants_stale(make_jobs, echo_recipe):
     finish_all(make_jobs(echo_recipe))
     changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
     assert stale(make_jobs(changed)) == AFTER_DPO
@@ -103,7 +106,7 @@ def test_a_changed_seed_makes_everything_stale(make_jobs, echo_recipe):
     assert stale(make_jobs(recipe_of(ECHO_ROLE, seed=1))) == set(pipeline.NAMES)
 
 
-def test_a_changed_constitution_leaves_the_students_general_answers(
+def test_a_changed_constitution_keeps_the_general_answers_of_the_student(
     store, make_jobs, echo_recipe, poet
 ):
     finish_all(make_jobs(echo_recipe))
@@ -113,14 +116,119 @@ def test_a_changed_constitution_leaves_the_students_general_answers(
     assert states(jobs)["poeticism/distillation/teacher"] == "stale"
 
 
-def test_stale_data_stops_the_run_and_names_the_field(make_jobs, echo_recipe):
+def test_stale_data_stops_the_run_and_names_the_changed_field(make_jobs, echo_recipe):
     finish_all(make_jobs(echo_recipe))
     changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
-    with pytest.raises(StaleError, match=r"config\.beta: 0\.1 -> 0\.2.*--rebuild distillation/dpo"):
+    with pytest.raises(
+        StaleError,
+        match=r"another recipe \(config\.beta: 0\.1 -> 0\.2\);.*--rebuild distillation/dpo",
+    ):
         list(pipeline.run(make_jobs(changed)))
 
 
-def test_a_persona_can_be_added_to_a_storage(store, make_jobs, echo_recipe, poet):
+def rewrite_manifest(job, **changes):
+    """Change the manifest of a job as another version of the package would have written it."""
+    path = f"{job.dataset}/manifest.json"
+    manifest = job.store.read_json(path)
+    job.store.write_json(path, manifest | changes)
+
+
+def stale_message(jobs):
+    with pytest.raises(StaleError) as refused:
+        pipeline.check(jobs, rebuild=None)
+    return str(refused.value)
+
+
+def test_other_filter_rules_make_their_stages_stale_and_are_named(
+    make_jobs, echo_recipe, monkeypatch
+):
+    finish_all(make_jobs(echo_recipe))
+    monkeypatch.setattr(filters, "VERSION", 2)
+    jobs = make_jobs(echo_recipe)
+    done = {job.stage.name for job in jobs if job.state()[0] == "done"}
+    assert {"distillation/prompts", "distillation/teacher", "distillation/student"} <= done
+    message = stale_message(jobs)
+    assert "distillation/pairs was made by other filter rules (text.filters version 1, now 2)" in (
+        message
+    )
+    assert "recipe" not in message.partition(";")[0]
+
+
+def test_other_prompt_templates_are_named(make_jobs, echo_recipe, monkeypatch):
+    finish_all(make_jobs(echo_recipe))
+    jobs = make_jobs(echo_recipe)
+    monkeypatch.setattr(jobs[0].stage.module, "TEMPLATES", ("another",))
+    message = stale_message(jobs)
+    assert "distillation/prompts was made with other prompt templates;" in message
+
+
+def test_a_field_of_a_later_version_makes_nothing_stale_at_its_default(
+    make_jobs, echo_recipe, monkeypatch
+):
+    dpo_config = type(echo_recipe.distillation.dpo)
+    with monkeypatch.context() as earlier_version:
+        earlier_version.setattr(dpo_config.model_fields["beta"], "metadata", [NotIdentity])
+        finish_all(make_jobs(echo_recipe))
+    monkeypatch.setattr(dpo_config.model_fields["beta"], "metadata", [AddedLater("0.3")])
+    assert stale(make_jobs(echo_recipe)) == set()
+    changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
+    assert "another recipe (config.beta: null -> 0.2)" in stale_message(make_jobs(changed))
+
+
+def test_every_cause_of_a_stale_dataset_is_named():
+    assert explain_stale(["config.beta: 0.1 -> 0.2", "seed: 0 -> 1", 'templates: "a" -> "b"']) == (
+        "made from another recipe (config.beta: 0.1 -> 0.2; seed: 0 -> 1) "
+        "and made with other prompt templates"
+    )
+    assert explain_stale(["rules.text.filters: null -> 1", 'parents.a/b: "x" -> "y"']) == (
+        "made by other filter rules (text.filters version none, now 1)"
+    )
+    assert explain_stale(['constitution: "x" -> "y"']) == (
+        "made from another version of its constitution"
+    )
+    assert explain_stale(["inputs.file: 1 -> 2"]) == "made from other inputs (inputs.file: 1 -> 2)"
+    assert explain_stale(['parents.humor/distillation/prompts: "x" -> "y"']) == (
+        "made from another version of humor/distillation/prompts"
+    )
+
+
+def test_a_stage_that_filters_rows_has_the_version_of_the_rules_in_its_payload(
+    make_jobs, echo_recipe
+):
+    rules = {job.stage.name: job.payload["rules"] for job in make_jobs(echo_recipe)}
+    assert {name: value for name, value in rules.items() if value} == {
+        "distillation/prompts": {"text.statistics": 1},
+        "distillation/pairs": {"text.filters": 1},
+        "introspection/transcripts": {"text.filters": 1},
+    }
+
+
+def test_rules_are_named_by_their_path_in_the_package():
+    stage_module = ModuleType("stage")
+    assert rule_versions(stage_module) == {}
+    stage_module.RULES = (filters,)  # type: ignore[attr-defined]
+    assert rule_versions(stage_module) == {"text.filters": filters.VERSION}
+
+
+def test_a_dataset_of_an_older_format_is_stale_and_its_version_is_named(
+    make_jobs, echo_recipe, built
+):
+    jobs = make_jobs(echo_recipe)
+    finish_all(jobs)
+    rewrite_manifest(jobs[0], format_version=1, fingerprint="0", payload={"section": {}})
+    assert jobs[0].state() == ("stale", ["format_version: 1 -> 2"])
+    message = stale_message(jobs)
+    assert "was written by opencharacter 0.1 (manifest format 1; this version reads format 2)" in (
+        message
+    )
+    assert message.endswith(
+        "use another --storage, or replace it with --rebuild distillation/prompts"
+    )
+    list(pipeline.run(jobs, rebuild="distillation/prompts"))
+    assert set(states(jobs).values()) == {"done"}
+
+
+def test_a_persona_can_be_added_to_existing_storage(store, make_jobs, echo_recipe, poet):
     finish_all(make_jobs(echo_recipe))
     other = poet.model_copy(update={"name": "sarcasm"})
     for chosen in ([poet, other], [other]):
@@ -129,7 +237,7 @@ def test_a_persona_can_be_added_to_a_storage(store, make_jobs, echo_recipe, poet
         assert stale(jobs) == {"evaluation/robustness", "evaluation/report"}
 
 
-def test_rebuild_allows_the_stage_and_what_follows_only(make_jobs, echo_recipe):
+def test_rebuild_replaces_only_the_stage_and_its_descendants(make_jobs, echo_recipe):
     finish_all(make_jobs(echo_recipe))
     changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
     pipeline.check(make_jobs(changed), rebuild="distillation/dpo")
@@ -139,7 +247,7 @@ def test_rebuild_allows_the_stage_and_what_follows_only(make_jobs, echo_recipe):
 
 @pytest.fixture
 def built(monkeypatch):
-    """The names of the stages that were built; those that are broken raise."""
+    """Records the names of built stages; stages in `broken` raise instead."""
     made = SimpleNamespace(names=[], broken={})
 
     def build(job):
@@ -154,7 +262,7 @@ def built(monkeypatch):
 
 
 def begin_rebuild(jobs, built):
-    """A rebuild of dpo of finished jobs that ends too early; returns what it made."""
+    """Interrupt a rebuild of dpo; return the names of the stages that it built."""
     finish_all(jobs)
     built.broken = {"introspection/sft": StageFailed("no room")}
     with pytest.raises(StageFailed, match="no room"):
@@ -163,19 +271,21 @@ def begin_rebuild(jobs, built):
     return made
 
 
-def test_an_unfinished_rebuild_goes_on_with_the_same_command(make_jobs, echo_recipe, built):
+def test_the_same_command_resumes_an_unfinished_rebuild(make_jobs, echo_recipe, built):
     jobs = make_jobs(echo_recipe)
     made = begin_rebuild(jobs, built)
     assert {"distillation/dpo", "introspection/transcripts"} <= made
     list(pipeline.run(jobs, rebuild="distillation/dpo"))
     assert set(built.names) == AFTER_DPO - made
     built.names = []
-    list(pipeline.run(jobs, rebuild="distillation/dpo"))  # that one has ended: this is another
+    list(
+        pipeline.run(jobs, rebuild="distillation/dpo")
+    )  # the first rebuild has ended, so this is a new one
     assert set(built.names) == AFTER_DPO
     assert jobs[0].store.folders(REBUILDS) == []
 
 
-def test_a_rebuild_that_another_command_finished_is_over(make_jobs, echo_recipe, built):
+def test_a_rebuild_that_another_command_completes_is_not_resumed(make_jobs, echo_recipe, built):
     jobs = make_jobs(echo_recipe)
     begin_rebuild(jobs, built)
     list(pipeline.run(jobs))
@@ -184,7 +294,7 @@ def test_a_rebuild_that_another_command_finished_is_over(make_jobs, echo_recipe,
     assert set(built.names) == AFTER_DPO
 
 
-def test_an_unfinished_rebuild_of_another_recipe_keeps_nothing(make_jobs, echo_recipe, built):
+def test_an_unfinished_rebuild_of_another_recipe_is_not_resumed(make_jobs, echo_recipe, built):
     begin_rebuild(make_jobs(echo_recipe), built)
     changed = recipe_of(ECHO_ROLE, distillation={**TINY["distillation"], "dpo": {"beta": 0.2}})
     for recipe in (changed, echo_recipe):
@@ -194,7 +304,7 @@ def test_an_unfinished_rebuild_of_another_recipe_keeps_nothing(make_jobs, echo_r
         assert set(states(jobs).values()) == {"done"}
 
 
-def test_what_is_to_be_rebuilt_needs_its_parents_although_done(make_jobs, echo_recipe, built):
+def test_a_rebuilt_stage_needs_its_parents_even_if_it_is_done(make_jobs, echo_recipe, built):
     jobs = make_jobs(echo_recipe)
     finish_all(jobs)
     (reference,) = (job for job in jobs if job.stage.name == "distillation/reference")
@@ -207,7 +317,7 @@ def test_what_is_to_be_rebuilt_needs_its_parents_although_done(make_jobs, echo_r
     assert built.names == []
 
 
-def test_each_failure_says_why_when_it_happens(make_jobs, echo_recipe, built, capsys):
+def test_each_failure_is_printed_when_it_happens(make_jobs, echo_recipe, built, capsys):
     reasons = {
         "poeticism/distillation/prompts": StageFailed("dropped [all] rows"),
         "echo/distillation/student": KeyError("who"),
@@ -217,25 +327,25 @@ def test_each_failure_says_why_when_it_happens(make_jobs, echo_recipe, built, ca
     built.broken = {name.partition("/")[2]: error for name, error in reasons.items()}
     with pytest.raises((StageFailed, KeyError)) as raised:
         list(pipeline.run(make_jobs(echo_recipe)))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name, error in reasons.items():
-        begun = f"failed {name}, what does not need it goes on: "
-        if error is raised.value:  # the last one: the caller tells it
-            assert begun not in said
+        prefix = f"failed {name}; jobs that do not depend on it continue: "
+        if error is raised.value:  # the last one is raised, not printed
+            assert prefix not in output
         elif isinstance(error, KeyError):
-            assert f"{begun}Traceback" in said
-            assert "KeyError: 'who'\n" in said
+            assert f"{prefix}Traceback" in output
+            assert "KeyError: 'who'\n" in output
         else:
-            assert f"{begun}{error}\n" in said
+            assert f"{prefix}{error}\n" in output
 
 
-def test_a_stage_alone_needs_its_parents(make_jobs, echo_recipe):
+def test_a_stage_run_with_only_needs_its_parents(make_jobs, echo_recipe):
     only = pipeline.select(make_jobs(echo_recipe), only="distillation/pairs")
     with pytest.raises(UserError, match="needs poeticism/distillation/teacher, which is missing"):
         pipeline.check(only, rebuild=None)
 
 
-def test_until_takes_the_stage_and_all_before(make_jobs, echo_recipe):
+def test_until_selects_the_stage_and_all_before_it(make_jobs, echo_recipe):
     jobs = pipeline.select(make_jobs(echo_recipe), until="distillation/student")
     assert {job.stage.name for job in jobs} == {
         "distillation/prompts",
@@ -244,7 +354,7 @@ def test_until_takes_the_stage_and_all_before(make_jobs, echo_recipe):
     }
 
 
-def test_the_report_is_about_all_personas_of_the_run(store, echo_recipe, poet):
+def test_the_report_covers_all_personas_of_the_run(store, echo_recipe, poet):
     other = poet.model_copy(update={"name": "other"})
     jobs = pipeline.jobs(echo_recipe, [poet, other], Placement(), store)
     (report,) = (job for job in jobs if job.stage.name == "evaluation/report")
@@ -253,11 +363,11 @@ def test_the_report_is_about_all_personas_of_the_run(store, echo_recipe, poet):
     assert [p.dataset for p in dpo.parents] == ["echo/other/distillation/reference"]
 
 
-def test_a_manifest_says_all_that_it_should(make_jobs, echo_recipe):
+def test_a_manifest_holds_all_its_keys(make_jobs, echo_recipe):
     job = make_jobs(echo_recipe)[1]
     pipeline.finish(job, StageResult(rows=3, dropped={"empty": 1}), seconds=2.0)
     manifest = job.store.manifest(job.dataset)
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["fingerprint"] == job.fingerprint
     assert manifest["payload"] == job.payload
     assert {"rows", "dropped", "schema", "seed", "versions", "git_commit", "placement"} <= set(
@@ -267,7 +377,7 @@ def test_a_manifest_says_all_that_it_should(make_jobs, echo_recipe):
     assert manifest["writer"] == "teacher"
 
 
-def test_what_was_redone_is_counted_within_each_pass():
+def test_repeated_work_is_counted_within_each_part():
     history = [
         {"part": "base", "kept": 0, "reached": 10},
         {"part": "base", "kept": 7, "reached": 12},
@@ -278,7 +388,7 @@ def test_what_was_redone_is_counted_within_each_pass():
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen-2.5-7b", "gemma-3-4b"])
-def test_the_papers_recipes_are_of_the_papers_size(name, store):
+def test_the_recipes_of_the_paper_have_its_sizes(name, store):
     from opencharacter.constitution import schema
 
     recipe = files.load_recipe(name)
@@ -296,14 +406,14 @@ def test_the_papers_recipes_are_of_the_papers_size(name, store):
 
 
 def numbers(value, at=""):
-    """Every number of a recipe by its path; what is absent is without a limit."""
+    """Every number of a recipe by its path; None counts as unlimited."""
     if isinstance(value, dict):
         return {k: n for key, v in value.items() for k, n in numbers(v, f"{at}.{key}").items()}
     return {at: float("inf") if value is None else value} if not isinstance(value, str) else {}
 
 
 @pytest.mark.parametrize("name", files.resource_names("recipes", "*.yaml"))
-def test_smoke_never_asks_for_more(name):
+def test_smoke_only_reduces_numbers(name):
     whole = numbers(files.load_recipe(name).model_dump(mode="json"))
     small = numbers(files.load_recipe(name, smoke=True).model_dump(mode="json"))
     changed = {at for at in whole if small[at] != whole[at]}

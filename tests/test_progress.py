@@ -1,4 +1,4 @@
-"""What Ray's dashboard and Prometheus see of a running stage."""
+"""The metrics and actor names of a running stage in Ray's dashboard and Prometheus."""
 
 import time
 import urllib.request
@@ -11,7 +11,7 @@ DATASET = "a/dataset/of/this/test"
 
 
 def exported(name: str) -> float | None:
-    """The sum of a metric at the port that Prometheus reads."""
+    """The sum of a metric at the port that Prometheus scrapes."""
     (node,) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     lines = urllib.request.urlopen(url, timeout=5).read().decode().splitlines()
@@ -20,7 +20,7 @@ def exported(name: str) -> float | None:
     return sum(float(line.split()[-1]) for line in found) if found else None
 
 
-def test_rows_tokens_drops_and_gpu_seconds_reach_prometheus(cpu_ray):
+def test_rows_tokens_drops_and_gpu_seconds_are_exported_to_prometheus(cpu_ray):
     counters = progress.start_counters(DATASET, gpus=2)
     ray.get(counters.add.remote({"finished": 8, "dropped": 1, "tokens_out": 640}, []))
     time.sleep(0.5)
@@ -34,14 +34,14 @@ def test_rows_tokens_drops_and_gpu_seconds_reach_prometheus(cpu_ray):
     assert (exported("gpu_seconds") or 0) >= 1
 
 
-def test_actors_have_names(cpu_ray):
+def test_progress_actors_have_readable_names(cpu_ray):
     counters = progress.start_counters("humor/distillation/teacher", gpus=0)
     ray.get(counters.read.remote())
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     assert any(name.startswith("progress of humor/distillation/teacher #") for name in names)
 
 
-def test_counters_that_are_lost_count_on(cpu_ray):
+def test_lost_counters_restart_from_zero(cpu_ray):
     counters = progress.start_counters("loving/distillation/teacher", gpus=0)
     ray.get(counters.add.remote({"finished": 8}, []))
     ray.kill(counters, no_restart=False)

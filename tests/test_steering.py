@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from opencharacter import models
-from opencharacter.config.recipe import Steering
+from opencharacter.config.evaluation import Steering
 from opencharacter.errors import UserError
 from opencharacter.evaluation import steering
 from opencharacter.text.chat import system
@@ -49,12 +49,12 @@ def compare(base, vectors, tmp_path, vocabulary):
     return path
 
 
-def test_biases_equal_hooks_on_the_embedded_model(embedded_model, tmp_path):
+def test_steering_by_biases_equals_hooks_on_the_embedded_model(embedded_model, tmp_path):
     path = compare(embedded_model, vectors_for(576, range(4, 26), 0.3), tmp_path, 49152)
     assert (path / "tokenizer.json").is_file()
 
 
-def test_biases_equal_hooks_on_a_qwen2_in_two_shards(tmp_path):
+def test_steering_by_biases_equals_hooks_on_a_sharded_qwen2(tmp_path):
     torch.manual_seed(0)
     shape = Qwen2Config(
         vocab_size=256,
@@ -73,13 +73,13 @@ def test_biases_equal_hooks_on_a_qwen2_in_two_shards(tmp_path):
     compare(tmp_path / "qwen", vectors_for(64, [1, 2], 2.0), tmp_path, 256)
 
 
-def test_other_blocks_are_refused(tmp_path):
+def test_steering_refuses_unsupported_architectures(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
-    with pytest.raises(UserError, match="leave `steered` out"):
+    with pytest.raises(UserError, match="remove `steered` from"):
         models.check_steerable(tmp_path)
 
 
-def test_the_direction_is_that_of_the_differences_whatever_the_prompts_share():
+def test_the_steering_direction_ignores_what_prompts_have_in_common():
     torch.manual_seed(3)
     true = torch.nn.functional.normalize(torch.randn(32), dim=0)
     without = 5 * torch.randn(40, 32)
@@ -93,18 +93,18 @@ def test_the_middle_layers_are_steered():
     assert steering.steered_layers(32, 0.125, 0.875) == range(4, 28)
 
 
-def test_the_best_strength_is_chosen_and_never_none():
-    assert steering.chosen({0.0: 2.0, 0.5: 2.5, 1.0: 2.2}) == 1.0
+def test_the_best_nonzero_strength_is_chosen():
+    assert steering.best_strength({0.0: 2.0, 0.5: 2.5, 1.0: 2.2}) == 1.0
 
 
-def test_strength_is_chosen_on_other_prompts_than_directions_are_found_on():
+def test_strength_and_direction_use_disjoint_prompts():
     rows = [{"id": f"{n:02}", "prompt": f"p{n % 10}"} for n in range(20)]
-    loss_positions, held_out = steering.split(rows, Steering(prompts=4, held_out=30))
-    assert (len(loss_positions), len(held_out)) == (4, 5)
-    assert not {row["prompt"] for row in held_out} & set(loss_positions)
+    training, held_out = steering.split(rows, Steering(prompts=4, held_out=30))
+    assert (len(training), len(held_out)) == (4, 5)
+    assert not {row["prompt"] for row in held_out} & set(training)
 
 
-def test_a_sweep_finds_a_strength_for_the_real_model(embedded_model, tokenizer):
+def test_a_sweep_finds_a_strength_for_the_embedded_model(embedded_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float32).eval()
     head = [system("Answer only in capital letters, as if you were shouting at everyone.")]
     prompts = ["What is rain?", "Name a fruit.", "How are you?", "What do cats eat?"]
@@ -114,4 +114,4 @@ def test_a_sweep_finds_a_strength_for_the_real_model(embedded_model, tokenizer):
     pairs = [{"prompt": "Why is the sky blue?", "chosen": "BECAUSE OF THE AIR, MY FRIEND!"}]
     found = steering.sweep(model, tokenizer, vectors, pairs, settings.strengths)
     assert set(found) == {0.0, 0.2, 40.0}
-    assert steering.chosen(found) == 0.2  # forty lengths of the stream leave no language
+    assert steering.best_strength(found) == 0.2  # forty lengths of the stream leave no language

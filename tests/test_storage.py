@@ -1,4 +1,4 @@
-"""Object storage: an S3 server on loopback, one that goes away, URLs, and a disk that is full."""
+"""Object storage: a local S3 server that may be stopped, storage URLs, and a full disk."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from samples import ECHO_ROLE, FAKE_KEYS, TINY, cli, embedded_recipe
 
 from opencharacter import pipeline
 from opencharacter.errors import StageFailed, UserError
-from opencharacter.runtime.store import RemoteDir, Shards, Store, attempts_within, digests
+from opencharacter.runtime.store import RemoteDir, Shards, Store, attempts_within
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False)])
 
@@ -27,7 +27,7 @@ def remote(bucket) -> Store:
     return Store.at(bucket.url, retry_seconds=20)
 
 
-def test_s3_holds_what_a_folder_holds(remote, tmp_path, monkeypatch):
+def test_s3_stores_tables_manifests_and_adapters(remote, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
     remote.check_writable()
     table = pa.table({"id": ["a", "b"]}, schema=SCHEMA)
@@ -38,7 +38,7 @@ def test_s3_holds_what_a_folder_holds(remote, tmp_path, monkeypatch):
     assert sum(len(t) for t in remote.scan("humor/distillation/prompts", rows=1)) == 2
     assert (remote.manifest("humor/distillation/prompts") or {})["rows"] == 2
     parts = Shards(RemoteDir(remote, "humor/distillation/prompts/.shards"), SCHEMA)
-    assert parts.stored().tolist() == sorted(digests(table["id"]).tolist())
+    assert parts.ids() == {"a", "b"}
     assert remote.folders("humor") == ["distillation"]
     remote.delete("humor/distillation/prompts/.shards")
     assert parts.files() == []
@@ -48,10 +48,10 @@ def test_s3_holds_what_a_folder_holds(remote, tmp_path, monkeypatch):
     remote.upload(tmp_path / "adapter", "humor/adapter")
     folder = RemoteDir(remote, "humor/adapter")
     assert [p.name for p in folder.local().iterdir()] == ["weights"]
-    assert folder.local() == folder.local()  # one copy a node
+    assert folder.local() == folder.local()  # one copy per node
 
 
-def test_an_address_has_no_options(remote):
+def test_an_address_does_not_contain_the_options_of_the_url(remote):
     assert "?" not in remote.address("humor", "report.html")
     assert remote.address("humor", "report.html").endswith("/runs/humor/report.html")
     assert "?" not in remote.path("humor")
@@ -79,7 +79,7 @@ def test_google_storage_is_opened_without_a_request():
     assert root == "bucket/runs"
 
 
-def test_storage_that_refuses_for_a_while_is_asked_again(remote, bucket):
+def test_requests_to_unavailable_storage_are_retried(remote, bucket):
     remote.write_bytes("a", b"before")
     bucket.stop()
     threading.Timer(3, bucket.start).start()
@@ -91,14 +91,12 @@ def test_storage_that_refuses_for_a_while_is_asked_again(remote, bucket):
     assert bucket.read(f"{bucket.name}/runs/a") == b"after"
 
 
-def test_storage_that_does_not_come_back_is_given_up(bucket):
+def test_requests_to_lost_storage_fail_with_a_remedy(bucket):
     impatient = Store.at(bucket.url, retry_seconds=0.5)
     impatient.resolve()
     bucket.stop()
-    began = time.monotonic()
     with pytest.raises(StageFailed, match=r"cannot write s3://.*connect.*the same command again"):
         impatient.write_bytes("a", b"1")
-    assert time.monotonic() - began < 20
     with pytest.raises(UserError, match="cannot be written"):
         impatient.check_writable()
     with pytest.raises(UserError, match="cannot be read"):
@@ -106,29 +104,29 @@ def test_storage_that_does_not_come_back_is_given_up(bucket):
     bucket.start()
 
 
-def test_patience_is_a_number_of_attempts():
+def test_retry_seconds_become_a_number_of_attempts():
     assert attempts_within(0) == 1
     assert 10 < attempts_within(180) < 14
 
 
-def test_a_full_disk_is_named_and_nothing_half_is_left(tmp_path, small_disk):
+def test_a_full_disk_is_named_and_no_incomplete_file_remains(tmp_path, small_disk):
     store = Store(str(small_disk))
     store.write_bytes("kept", b"1" * 1000)
-    with pytest.raises(StageFailed, match=f"no room for {small_disk}/a/big.*No space left"):
+    with pytest.raises(StageFailed, match=f"no space left for {small_disk}/a/big.*No space left"):
         store.write_bytes("a/big", b"1" * 3_000_000)
     assert [p.name for p in Path(small_disk).rglob("*") if p.is_file()] == ["kept"]
 
 
 @pytest.mark.slow
-def test_a_run_that_filled_its_disk_says_so_and_goes_on_when_there_is_room(tmp_path, small_disk):
+def test_a_run_that_filled_its_disk_resumes_when_there_is_space(tmp_path, small_disk):
     recipe = {
         **TINY,
         "roles": dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), ECHO_ROLE),
     }
     recipe["distillation"] = {
         **TINY["distillation"],
-        "teacher": {"answers": 40, "limits": {"after": 10**6}},
-        "student": {"answers": 40, "limits": {"after": 10**6}},
+        "teacher": {"answers": 40, "limits": {"min_texts": 10**6}},
+        "student": {"answers": 40, "limits": {"min_texts": 10**6}},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     run = ["run", "tiny.yaml", "-c", "poeticism", "--storage", str(small_disk)]
@@ -137,7 +135,7 @@ def test_a_run_that_filled_its_disk_says_so_and_goes_on_when_there_is_room(tmp_p
     filler.write_bytes(b"1" * (free.f_bavail * free.f_bsize - 60_000))  # enough to begin with
     full = cli(*run, "--until", "distillation/student", cwd=tmp_path)
     assert full.returncode == 1, full.stdout + full.stderr
-    assert full.stdout.splitlines()[-1].startswith(f"failed: no room for {small_disk}/")
+    assert full.stdout.splitlines()[-1].startswith(f"failed: no space left for {small_disk}/")
     assert "Traceback" not in full.stdout + full.stderr
     filler.unlink()
     again = cli(*run, "--until", "distillation/student", cwd=tmp_path)
@@ -148,7 +146,7 @@ def test_a_run_that_filled_its_disk_says_so_and_goes_on_when_there_is_room(tmp_p
 
 @pytest.fixture
 def project(tmp_path, tiny_model, answering) -> Path:
-    """A recipe whose models answer at once and are really trained."""
+    """A recipe with models that answer instantly and are really trained."""
     recipe = embedded_recipe()
     role = {"model": str(tiny_model), "name": "two-layers", "self_name": "Two"}
     role["max_model_len"] = 2048
@@ -164,7 +162,7 @@ def project(tmp_path, tiny_model, answering) -> Path:
 
 
 @pytest.mark.slow
-def test_a_whole_run_lives_in_a_bucket_and_goes_on_after_a_kill(project, bucket):
+def test_a_whole_run_is_stored_in_a_bucket_and_resumes_after_a_kill(project, bucket):
     run = ["tiny.yaml", "-c", "poeticism", "--placement", "two.yaml", "--storage", bucket.url]
     killed = subprocess.Popen(
         [sys.executable, "-m", "opencharacter", "run", *run],
@@ -174,12 +172,12 @@ def test_a_whole_run_lives_in_a_bucket_and_goes_on_after_a_kill(project, bucket)
         text=True,
     )
     train = f"{bucket.name}/runs/two-layers/poeticism/distillation/dpo/.shards/train"
-    known = f"{train}/checkpoint_manager_snapshot.json"
-    while b"checkpoint_" not in bucket.read(known):
+    snapshot = f"{train}/checkpoint_manager_snapshot.json"
+    while b"checkpoint_" not in bucket.read(snapshot):
         assert killed.poll() is None, killed.communicate()[0]
         time.sleep(0.5)
     killed.kill()
-    said = killed.communicate()[0]
+    output = killed.communicate()[0]
     done = cli("run", *run, cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
@@ -194,7 +192,7 @@ def test_a_whole_run_lives_in_a_bucket_and_goes_on_after_a_kill(project, bucket)
     first, second = manifest["attempts"]
     assert second["kept"] >= 2
     assert first["kept"] == 0
-    everything = [said, done.stdout, done.stderr, status.stdout, status.stderr]
+    everything = [output, done.stdout, done.stderr, status.stdout, status.stderr]
     everything += [text.decode(errors="ignore") for text in stored.values()]
     secrets = [value for name, value in FAKE_KEYS.items() if "KEY" in name]
     assert not [secret for secret in secrets for text in everything if secret in text]

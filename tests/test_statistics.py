@@ -1,4 +1,4 @@
-"""Signatures of texts, their limits, and what a running stage does with them."""
+"""Text statistics, their limits, and what a running stage does with them."""
 
 import random
 
@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from samples import ECHO_ROLE, recipe_of
 
-from opencharacter.config.recipe import Limits, Sampling
+from opencharacter.config.roles import Limits, Sampling
 from opencharacter.engines.generate import generate
 from opencharacter.errors import StageFailed
 from opencharacter.runtime.stage import texts
@@ -39,59 +39,60 @@ def test_varied_texts_are_within_every_limit():
 
 
 @pytest.mark.parametrize(
-    ("texts", "expected", "said"),
+    ("texts", "baseline", "problem"),
     [
         (["I'm sorry, but I can't help with that."] * 60 + varied(60), TextBaseline(), "refuses"),
-        (["The sea is wide and grey today."] * 200, TextBaseline(), "modes collapse"),
-        ([f"Well now, my dear {text}" for text in varied(200)], TextBaseline(), "repeated_openings"),
+        (["The sea is wide and grey today."] * 200, TextBaseline(), "repeat themselves"),
+        ([f"Well now, my dear {t}" for t in varied(200)],
+         TextBaseline(), "repeated_openings"),
         (["Heute ist ein schöner Tag, und wir gehen am Fluss entlang."] * 60 + varied(60),
          TextBaseline(language="en"), "language drifts"),
         (varied(200), TextBaseline(trait_words=frozenset(WORDS[:300]), rate=1.0), "exaggerated"),
     ],
 )  # fmt: skip
-def test_a_failing_set_is_told_by_its_signature(texts, baseline, said):
-    assert said in (exceeded_limit(measure(texts, baseline), Limits()) or "")
+def test_each_text_statistic_detects_its_failure(texts, baseline, problem):
+    assert problem in (exceeded_limit(measure(texts, baseline), Limits()) or "")
 
 
-def test_few_texts_are_not_judged():
+def test_too_few_texts_exceed_no_limit():
     same = ["The same thing."] * 99
     assert exceeded_limit(measure(same, TextBaseline()), Limits()) is None
     assert exceeded_limit(measure([*same, *same], TextBaseline()), Limits()) is not None
 
 
-def test_distinct_n_does_not_fall_as_the_data_grows():
+def test_distinct_n_does_not_decrease_with_the_size_of_the_data():
     few, many = measure(varied(200), TextBaseline()), measure(varied(2000), TextBaseline())
     assert many["distinct_1"] == pytest.approx(few["distinct_1"], rel=0.05)
 
 
-def test_distinct_n_of_less_than_a_segment_is_plain():
+def test_distinct_n_of_less_than_a_segment_is_the_plain_ratio():
     measured = measure(["a b a b"], TextBaseline())
     assert measured["distinct_1"] == 2 / 4
     assert measured["distinct_2"] == 2 / 3
 
 
-def test_self_bleu_is_one_for_copies_and_small_for_strangers():
+def test_self_bleu_is_one_for_copies_and_low_for_unrelated_texts():
     copies = [["a", "b", "c", "d", "e"]] * 5
-    strangers = [[f"{i}{j}" for j in range(20)] for i in range(5)]
+    unrelated = [[f"{i}{j}" for j in range(20)] for i in range(5)]
     assert self_bleu(copies) == pytest.approx(1)
-    assert self_bleu(strangers) == 0
+    assert self_bleu(unrelated) == 0
     assert self_bleu(copies[:1]) == 0
 
 
-def test_self_bleu_equals_its_formula_worked_by_hand():
+def test_self_bleu_equals_its_formula_computed_by_hand():
     # 1-grams 2/3, 2-grams (1 + 1) / (2 + 1) smoothed, equal lengths: no brevity penalty.
     assert self_bleu([["a", "b", "c"], ["a", "b", "d"]], order=2) == pytest.approx(2 / 3)
 
 
-def test_near_duplicates_are_found_whatever_their_order():
+def test_near_duplicates_are_found_in_any_order():
     originals = varied(50, length=60)
     edited = [text.rsplit(" ", 2)[0] + " other end" for text in originals[:10]]
-    found = near_duplicates([*originals, *edited])
-    assert not any(found[:50])
-    assert sum(found[50:]) >= 9  # MinHash estimates
+    duplicates = near_duplicates([*originals, *edited])
+    assert not any(duplicates[:50])
+    assert sum(duplicates[50:]) >= 9  # MinHash estimates
 
 
-def test_near_duplicates_of_short_and_wordless_texts():
+def test_short_and_wordless_texts_can_be_near_duplicates():
     assert near_duplicates(["Yes.", "No.", "Yes!", "...", "..."]) == [
         False,
         False,
@@ -101,14 +102,14 @@ def test_near_duplicates_of_short_and_wordless_texts():
     ]
 
 
-def test_distinctive_words_are_those_of_one_side():
+def test_distinctive_words_occur_mostly_on_one_side():
     mine = ["the moon is a silver boat"] * 20 + ["the weather is fine"] * 20
     other = ["the weather is fine today"] * 40
     words = statistics.distinctive_words(mine, other)
     assert set(words) == {"moon", "silver", "boat"}
 
 
-def test_the_language_is_that_of_most_texts():
+def test_the_language_is_that_of_the_majority_of_texts():
     assert (
         statistics.language_of(
             ["Where is the nearest station, and when does it open its doors?"] * 3
@@ -122,17 +123,17 @@ def test_the_language_is_that_of_most_texts():
     assert statistics.language_of(["Hi.", ""]) is None
 
 
-def test_texts_of_are_what_the_model_wrote():
-    said = [user("Hi."), assistant("Hello."), user("One."), assistant("Two.")]
+def test_texts_of_returns_the_generated_texts():
+    turns = [user("Hi."), assistant("Hello."), user("One."), assistant("Two.")]
     assert statistics.model_texts({"answer": "A."}) == ["A."]
     assert statistics.model_texts({"answer": None}) == []
     assert statistics.model_texts({"chosen": "C.", "rejected": "R."}) == ["C."]
     assert statistics.model_texts({"condition": "base", "answer": "B."}) == []
-    assert statistics.model_texts({"kind": "free", "messages": said}) == ["One.", "Two."]
-    trained = {"kind": "free", "messages": [system("S."), *said[2:]]}
+    assert statistics.model_texts({"kind": "free", "messages": turns}) == ["One.", "Two."]
+    trained = {"kind": "free", "messages": [system("S."), *turns[2:]]}
     assert statistics.model_texts(trained) == ["One.", "Two."]
-    assert statistics.model_texts({"kind": "reflection", "messages": said[:2]}) == ["Hello."]
-    assert statistics.model_texts({"prompt": "P", "messages": said[:2]}) == ["Hello."]
+    assert statistics.model_texts({"kind": "reflection", "messages": turns[:2]}) == ["Hello."]
+    assert statistics.model_texts({"prompt": "P", "messages": turns[:2]}) == ["Hello."]
 
 
 def test_dropped_rows_are_not_measured():
@@ -140,7 +141,7 @@ def test_dropped_rows_are_not_measured():
     assert list(texts([pa.Table.from_pylist(rows)])) == ["Kept."]
 
 
-# ------------------------------------------------------------------------------- within a stage
+# ------------------------------------------------------------------------------- in a running stage
 
 FIELDS = [pa.field("prompt", pa.string()), pa.field("answer", pa.string())]
 
@@ -155,20 +156,22 @@ def job(make_jobs):
     return make_jobs(recipe_of(ECHO_ROLE))[1]
 
 
-def test_a_stage_that_refuses_is_not_written(job):
+def test_a_stage_beyond_a_limit_writes_no_manifest(job):
     table = pa.table({"prompt": ["Hello."] * 120, "answer": ["I cannot help you."] * 120})
-    with pytest.raises(StageFailed, match=r"refusals is 1, over 0\.2.*limits"):
+    with pytest.raises(
+        StageFailed, match=r"data-quality limit: .*refusals is 1, over 0\.2.*limits"
+    ):
         job.write(table)
     assert job.state()[0] != "done"
 
 
-def test_a_running_stage_stops_at_its_limit(cpu_ray, job, monkeypatch):
+def test_a_running_stage_stops_when_it_exceeds_a_limit(cpu_ray, job, monkeypatch):
     monkeypatch.setattr("opencharacter.runtime.progress.SECONDS_BETWEEN_MEASURES", 0)
     rows = [{"id": f"{i:05}", "prompt": f"number {i}"} for i in range(6000)]
     with pytest.raises(StageFailed, match="the model refuses"):
         generate(job, rows, slowly_refuse, "teacher", FIELDS)
     parts = Shards(RemoteDir(job.store, f"{job.dataset}/.shards"), pa.schema(FIELDS))
-    assert 0 < len(parts.stored()) < 6000
+    assert 0 < len(parts.ids()) < 6000
 
 
 async def slowly_refuse(row, conversation):
@@ -178,7 +181,7 @@ async def slowly_refuse(row, conversation):
     return await refuse(row, conversation)
 
 
-def test_the_manifest_keeps_the_signatures(cpu_ray, make_jobs):
+def test_the_manifest_stores_the_text_statistics(cpu_ray, make_jobs):
     from opencharacter import pipeline
 
     jobs = make_jobs(recipe_of(ECHO_ROLE))
