@@ -140,6 +140,22 @@ CASES = {
         [student(t, name="poeticism"), *POET],
         "has the student's name",
     ),
+    "persona named as a condition": lambda t: (
+        [recipe(t), *persona(t, GOOD.replace("name: odd", "name: base"), "base")],
+        r"base\.yaml line 1: name = 'base': is reserved",
+    ),
+    "unknown field in --set": lambda t: (
+        [recipe(t), *POET, "--set", "distillation.dpo.betta=1"],
+        r"--set distillation\.dpo\.betta: unknown field .*; valid fields are beta, ",
+    ),
+    "value out of range in --set": lambda t: (
+        [recipe(t), *POET, "--set", "seed=1", "--set", "distillation.dpo.beta=-1"],
+        r"distillation\.dpo\.beta = -1: Input should be greater than 0",
+    ),
+    "field of version 0.1": lambda t: (
+        [recipe(t, distillation={"dpo": {"nll": 1}}), *POET],
+        r"tiny\.yaml line 3: `nll` is now `nll_weight`",
+    ),
     "unknown stage": lambda t: ([recipe(t), *POET, "--only", "distil/dpo"], "'distil/dpo'.*stages"),
     "stage without its parents": lambda t: (
         [recipe(t), *POET, "--only", "distillation/pairs"],
@@ -255,6 +271,10 @@ OTHERS = {
     "export of an untrained persona": (
         ["export", "demo", "humor", "--to", "x", "--smoke", "--storage", "s"],
         "is missing.*run: opencharacter run demo --smoke --storage s -c humor$",
+    ),
+    "export of an untrained persona with an overridden field": (
+        ["export", "demo", "humor", "--to", "x", "--set", "seed=3", "--storage", "s"],
+        "is missing.*run: opencharacter run demo --set seed=3 --storage s -c humor$",
     ),
     "chat with a recipe file": (
         ["chat", "./tiny.yaml", "poeticism"],

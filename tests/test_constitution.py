@@ -62,6 +62,22 @@ def test_a_bad_field_is_refused_with_its_line_number(case, tmp_path):
         schema.load(str(tmp_path / "odd.yaml"))
 
 
+def test_a_question_of_two_traits_counts_for_the_first_and_is_advised_upon(tmp_path):
+    (tmp_path / "odd.yaml").write_text(YAML.replace("- ten", "- ten\n      - One one "))
+    odd = schema.load(str(tmp_path / "odd.yaml"))
+    assert odd.traits[1].questions[-1] == "One one"
+    assert "one one" in odd.distinct_questions()[0]
+    assert odd.distinct_questions()[1] == ("six", "seven", "eight", "nine", "ten")
+    advice = dict(lint(odd))["traits[1].questions[5]"]
+    assert advice.startswith("the same as traits[0].questions[0]")
+
+
+def test_comments_on_lines_of_their_own_and_quoted_texts_are_accepted(tmp_path):
+    text = YAML.replace("- eight", "# a comment\n      - 'What is C #1?' # quoted")
+    (tmp_path / "odd.yaml").write_text(text)
+    assert schema.load(str(tmp_path / "odd.yaml")).traits[1].questions[2] == "What is C #1?"
+
+
 TEXTS = [
     "I say: yes, #1, and 'no'.",
     "- not a list",
