@@ -61,7 +61,7 @@ def test_format_errors_are_distinguished_from_wrong_answers():
     )
     replies = ["A", "Ah, the first of stars!", "B.", "Alas, none"]
     said = [sample(n, target="A", resps=[[text]]) for n, text in enumerate(replies)]
-    rows = capabilities.in_chat(known, said)
+    rows = capabilities.chat_rows(known, said)
     found = {m: [r["value"] for r in rows if r["metric"] == m] for m in (IN_CHAT, READABLE)}
     assert found == {IN_CHAT: [1, 0, 0, 0], READABLE: [1, 0, 1, 0]}
     assert [r["value"] for r in rows if r["metric"] == FORMAT_LOST] == [0, 1, 0, 0]
@@ -109,7 +109,7 @@ def test_documents_without_a_counterpart_are_counted_and_not_compared():
     base = [capabilities.row("t", "acc", str(n), 1) for n in range(4)]
     full = [capabilities.row("t", "acc", str(n), 0) for n in range(1, 6)]
     by_measure = {
-        (r["measure"], r["condition"]): r for r in capabilities.scores("poet", base, full)
+        (r["measure"], r["condition"]): r for r in capabilities.compare_scores("poet", base, full)
     }
     change = by_measure["capability_change", "full"]
     assert (change["value"], change["n"], change["unscored"]) == (-1, 3, 3)
@@ -152,7 +152,7 @@ def test_a_missing_lm_eval_is_refused_with_the_install_command(make_jobs, monkey
 
 def test_an_unknown_task_and_a_missing_folder_are_refused(make_jobs, tmp_path):
     tasks = [{"task": "no-such-task"}]
-    with pytest.raises(UserError, match=r"'no-such-task' is none of .*skips the stage"):
+    with pytest.raises(UserError, match=r"'no-such-task' is neither in .*skips the stage"):
         capabilities.check(job_of(make_jobs, tasks=tasks, include=str(tmp_path)))
     with pytest.raises(UserError, match="no such folder"):
         capabilities.check(job_of(make_jobs, tasks=tasks, include="/no/such"))
@@ -194,7 +194,7 @@ metric_list:
 def test_data_that_cannot_be_loaded_is_refused(make_jobs, task_folder):
     (task_folder / "test.jsonl").unlink()
     settings = {"tasks": [{"task": "tiny_sums"}], "include": str(task_folder)}
-    with pytest.raises(UserError, match=r"data of task 'tiny_sums' cannot be had.*HF_HOME"):
+    with pytest.raises(UserError, match=r"data of task 'tiny_sums' cannot be loaded.*HF_HOME"):
         capabilities.check(job_of(make_jobs, **settings))
 
 

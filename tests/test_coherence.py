@@ -46,10 +46,11 @@ class Judge:
 
 @pytest.mark.parametrize(("always", "won"), [(None, "full"), ("A", "inconsistent")])
 def test_the_judge_sees_both_orders(always, won):
-    talk = Conversation(Judge(always), 1)
-    said = asyncio.run(coherence.compare(ROW, talk, "1. I rhyme.", Sampling(max_tokens=4), 0))
-    assert said["winner"] == won
-    assert len(said["verdicts"]) == 2
+    conversation = Conversation(Judge(always), 1)
+    comparison = coherence.compare(ROW, conversation, "1. I rhyme.", Sampling(max_tokens=4), 0)
+    judged = asyncio.run(comparison)
+    assert judged["winner"] == won
+    assert len(judged["verdicts"]) == 2
 
 
 def rows(**winners):

@@ -22,16 +22,16 @@ FEW = Placement.model_validate({"pools": {"student": {"max_num_seqs": 4}}})
 CONDITIONS = ("base", "prompted", "full")
 
 
-async def answer(row, talk, before):
-    reply = await talk.reply([*before, user(row["prompt"])], SHORT)
+async def answer(row, conversation, prefix):
+    reply = await conversation.reply([*prefix, user(row["prompt"])], SHORT)
     return {"answer": reply.text, "answered_at": time.monotonic()}
 
 
-async def judged(row, talk):
+async def judged(row, conversation):
     if row["prompt"] == "number 3":
         raise RowFailed("too_long", "for the judge")
     at = time.monotonic()
-    reply = await talk.reply([user(f"Judge: {row['answer']}")], SHORT)
+    reply = await conversation.reply([user(f"Judge: {row['answer']}")], SHORT)
     return {"verdict": reply.text, "judged_at": at}
 
 

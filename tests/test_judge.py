@@ -8,7 +8,8 @@ import answering
 import pytest
 from samples import ECHO_ROLE, TINY
 
-from opencharacter.config.recipe import Recipe, Sampling
+from opencharacter.config.recipe import Recipe
+from opencharacter.config.roles import Sampling
 from opencharacter.engines.conversations import Conversation
 from opencharacter.engines.spec import Reply
 from opencharacter.errors import RowFailed, StageFailed
@@ -54,7 +55,7 @@ def verdicts(engine, thinks=False, items=None, thinking_budget=0):
     return [asyncio.run(ask(row)) for row in asked]
 
 
-def test_gold_items_are_many_balanced_and_do_not_name_their_trait():
+def test_gold_items_are_balanced_and_do_not_name_their_trait():
     items = judge.gold()
     assert len(items) >= 100
     assert len({item["answer"] for item in items}) == len(items)
@@ -67,44 +68,44 @@ def test_gold_items_are_many_balanced_and_do_not_name_their_trait():
     assert {shown.count(trait) for trait in set(shown)} == {4}
 
 
-def test_a_faultless_judge_passes():
+def test_a_perfect_judge_passes_the_gate():
     rows = verdicts(Synthetic())
-    judge.refuse("good", rows, least=0.99)
+    judge.check_agreement("good", rows, minimum=0.99)
     found = judge.figures(rows)
     assert found["agreement"]["value"] == found["consistency"]["value"] == 1
     assert found["first_named"]["value"] == 0.5
 
 
-def test_a_judge_that_errs_is_refused_with_its_confusion_table():
+def test_an_inaccurate_judge_is_refused_with_its_confusion_table():
     rows = verdicts(Synthetic(error=0.4, seed=3))
     assert judge.agreement(rows).value == pytest.approx(0.6, abs=0.1)  # 3 standard errors
     with pytest.raises(StageFailed, match="limit 80%") as refused:
-        judge.refuse("noisy", rows, least=0.8)
+        judge.check_agreement("noisy", rows, minimum=0.8)
     right = judge.confusion(rows)["poetic"]
     line = f"poetic: {right['right']} right, {right['wrong']} wrong, 0 unreadable"
     assert line in str(refused.value)
-    judge.refuse("noisy", rows, least=None)
+    judge.check_agreement("noisy", rows, minimum=None)
 
 
-def test_a_judge_that_prefers_the_first_place_is_caught_and_its_bias_measured():
+def test_position_bias_of_a_judge_is_measured_and_refused():
     rows = verdicts(Synthetic(first=0.6, seed=4))  # right in 0.4 + 0.6 / 2 = 0.7
     with pytest.raises(StageFailed):
-        judge.refuse("biased", rows, least=0.8)
+        judge.check_agreement("biased", rows, minimum=0.8)
     found = judge.figures(rows)
     assert found["first_named"]["low"] < 0.8 < found["first_named"]["high"]
     assert found["consistency"]["value"] < 0.75
 
 
-def test_unreadable_verdicts_count_against_a_judge_and_are_told_apart_from_wrong_ones():
+def test_unparseable_verdicts_lower_the_agreement_and_are_counted_separately_from_wrong_ones():
     rows = verdicts(Synthetic(mumbles=0.3, seed=5))
     found = judge.agreement(rows)
     assert found.unscored == sum(row["chosen"] is None for row in rows) > 40
     assert all(not n["wrong"] for n in judge.confusion(rows).values())
     with pytest.raises(StageFailed):
-        judge.refuse("mumbling", rows, least=0.8)
+        judge.check_agreement("mumbling", rows, minimum=0.8)
 
 
-def test_both_orders_of_a_text_do_not_narrow_the_interval():
+def test_judging_a_text_in_both_orders_does_not_narrow_the_interval():
     texts = [{"shown": "warm", "other": "blunt", "first": "warm", "item": n} for n in range(26)]
     said = [row | {"chosen": "warm" if n % 2 else "blunt"} for n, row in enumerate(texts)]
     for both, of_one in (
@@ -115,7 +116,7 @@ def test_both_orders_of_a_text_do_not_narrow_the_interval():
         assert (both.low, both.high) == (of_one.low, of_one.high)
 
 
-def test_a_bias_to_length_parts_the_two_halves():
+def test_length_bias_shows_as_a_difference_between_the_two_halves():
     rows = verdicts(Synthetic())
     longest = {row["answer"] for row in sorted(rows, key=lambda r: -len(r["answer"]))[:100]}
     spoiled = [row | {"chosen": row["other"]} if row["answer"] in longest else row for row in rows]
@@ -140,20 +141,20 @@ class Thinking(Synthetic):
         return Reply(text, "stop", 1, 1, 0)
 
 
-def test_a_judge_that_thinks_has_room_for_its_thought_before_the_verdict():
+def test_a_thinking_judge_gets_a_thinking_budget_before_its_verdict():
     engine = Thinking()
     rows = verdicts(engine, thinks=True, items=judge.gold()[:4], thinking_budget=1024)
     assert engine.prefills == {""}
     assert judge.agreement(rows).value == 1
 
 
-def test_a_thought_without_an_end_is_no_verdict():
+def test_unclosed_thinking_is_not_a_verdict():
     with pytest.raises(RowFailed) as failed:
         verdicts(Thinking(), thinks=True, items=judge.gold()[:1], thinking_budget=100)
     assert failed.value.reason == "thought_unclosed"
 
 
-def test_without_room_a_thought_is_closed_at_once():
+def test_without_a_thinking_budget_the_think_block_is_prefilled_closed():
     engine = Thinking()
     assert judge.agreement(verdicts(engine, thinks=True, items=judge.gold()[:2])).value == 1
     assert engine.prefills == {EMPTY_THOUGHT}
@@ -162,7 +163,7 @@ def test_without_room_a_thought_is_closed_at_once():
     assert plain.prefills == {""}
 
 
-def test_plan_counts_the_thoughts_of_a_judge(make_jobs):
+def test_a_plan_counts_the_thinking_tokens_of_a_judge(make_jobs):
     def tokens(**judge_changes):
         roles = dict.fromkeys(("teacher", "student", "prompt_generator"), ECHO_ROLE)
         recipe = Recipe.model_validate(
@@ -220,7 +221,7 @@ def thinks_and_knows(first, second, text):
     return f"{THINK_OPEN}Hm, {first}? {second}?{THINK_CLOSE}{said}"
 
 
-def test_two_judges_of_different_families_pass_the_gate_and_are_compared_on_every_game(
+def test_a_panel_of_two_judges_passes_the_gate_and_is_compared_on_every_game(
     cpu_ray, make_jobs, family, monkeypatch
 ):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
@@ -228,7 +229,7 @@ def test_two_judges_of_different_families_pass_the_gate_and_are_compared_on_ever
     other = family("thinking-judge", thinks_and_knows, thinks=True)
     roles = dict.fromkeys(("teacher", "student", "prompt_generator"), ECHO_ROLE) | {"judge": one}
     evaluation = {
-        "judge": {"items": 8, "panel": [other]},
+        "judge": {"gold_items": 8, "panel": [other]},
         "answers": {"conditions": ["base", "full"], "count": 2},
         "attacks": {"conditions": ["base", "full"]},
         "preferences": {"games": 20, "conditions": ["base", "full"]},
@@ -249,13 +250,13 @@ def test_two_judges_of_different_families_pass_the_gate_and_are_compared_on_ever
     assert all(row["chosen"] for row in panel)
 
 
-def test_a_judge_of_the_panel_that_fails_the_gate_is_refused_by_name(
+def test_a_panel_judge_that_fails_the_gate_is_refused_by_name(
     cpu_ray, make_jobs, family, monkeypatch
 ):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     roles = dict.fromkeys(("teacher", "student", "prompt_generator"), ECHO_ROLE)
     first = family("always-first", lambda first, *_: first)
-    evaluation = {"judge": {"items": 8, "panel": [first]}}
+    evaluation = {"judge": {"gold_items": 8, "panel": [first]}}
     recipe = Recipe.model_validate(
         {**TINY, "roles": roles | {"judge": family("good", knows)}, "evaluation": evaluation}
     )
@@ -264,7 +265,7 @@ def test_a_judge_of_the_panel_that_fails_the_gate_is_refused_by_name(
         judge.build(job)
 
 
-def test_kappa_and_alpha_of_known_cases():
+def test_kappa_and_alpha_equal_known_values():
     assert judge.kappa("aabb", "aabb") == 1
     assert judge.kappa("aabb", "abab") == pytest.approx(0)
     assert judge.kappa([None], ["a"]) is None
@@ -289,7 +290,7 @@ def test_several_judges_are_compared_on_the_same_verdicts():
     assert 0 < found["alpha"] < 1
 
 
-def test_fewer_items_are_spread_over_all():
+def test_a_subset_of_gold_items_is_spread_over_all():
     chosen = judge.spread(judge.gold(), 26)
     assert len({item["shown"] for item in chosen}) >= 13
     assert judge.spread(judge.gold(), 10_000) == list(judge.gold())

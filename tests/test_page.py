@@ -1,4 +1,4 @@
-"""The report page: safe whatever the models wrote, honest about its figures, whole in itself."""
+"""The report's page: it escapes what models wrote, loads nothing, and shows figures honestly."""
 
 from __future__ import annotations
 
@@ -11,82 +11,113 @@ from html.parser import HTMLParser
 
 import pytest
 
-from opencharacter.evaluation.report.page import (
+from opencharacter.evaluation.report.charts import element
+from opencharacter.evaluation.report.page import render
+from opencharacter.evaluation.report.sections import (
     Change,
     Curve,
+    DataQuality,
+    DatasetStatistics,
+    Headline,
     PersonaReport,
-    Quality,
     ReportData,
     Sample,
+    Samples,
     ScoreTable,
-    StageLine,
-    TableRow,
+    Section,
+    Settings,
+    Stages,
+    StageSummary,
     TextStatistic,
+    TrainingCurves,
     TraitChange,
-    element,
-    page,
-    verdict,
+    TraitRatings,
+    arrange,
 )
+from opencharacter.evaluation.robustness import verdict
 from opencharacter.evaluation.scores import Score
 
 HOSTILE = "<script>alert(1)</script> \"a\" 'b' & <b onclick=x>\n" + "W" * 300
 UNSCORED = Score(None, None, None, 0, unscored=4)
-APART = Score(0.931, 0.88, 0.96, 240, unscored=3)
+DISTINCT = Score(0.931, 0.88, 0.96, 240, unscored=3)
 RATED = Score(1003.2, 960, 1046.4, 80, unscored=2)
 FELL = Change(-0.031, -0.05, -0.012, 500, unscored=1)
 FALLING = [(float(step), 1 / step) for step in range(1, 201)]
 
-PERSONA = PersonaReport(
-    name="poetic",
-    description="Speaks in verse.",
-    assertions=["I speak in images."],
-    discriminability=APART,
-    stages=[
-        StageLine("poetic/teacher", 12_000, {"unfinished": 800, "looping": 2}, 3725, 4_812_345, 9),
-        StageLine("poetic/dpo", 100, {"looping": 3}, 59.6, 0, 0),
-    ],
-    quality=[
-        Quality("poetic/teacher", 900, [TextStatistic("self_bleu", 0.2, 0, 0.9)]),
-        Quality(
+
+def headline(score: Score) -> Headline:
+    return Headline(title="Distinguished?", score=score, verdict=verdict(score))
+
+
+def quality(*datasets: DatasetStatistics) -> DataQuality:
+    return DataQuality(datasets=list(datasets), descriptions={"self_bleu": "how similar"})
+
+
+def curves(training: str, metric: str, points: list[tuple[float, float]]) -> TrainingCurves:
+    return TrainingCurves(trainings={training: [Curve(metric, points)]})
+
+
+SECTIONS: list[Section] = [
+    headline(DISTINCT),
+    Samples(title="Samples", samples=[Sample("The wind?", "It is air.", "O wind,\n  my wind")]),
+    TraitRatings(
+        title="Traits",
+        traits=[TraitChange("warm", RATED, RATED, Score(120, 40, 200, 80), significant=True)],
+        total=144,
+    ),
+    ScoreTable(
+        title="Robustness",
+        notes=("How.",),
+        caption="By attack",
+        columns=["full", "Change"],
+        rows={"plain": {"full": DISTINCT, "Change": FELL}},
+    ),
+    curves("DPO", "loss", FALLING),
+    curves("SFT", "loss", FALLING),
+    quality(
+        DatasetStatistics("poetic/teacher", 900, [TextStatistic("self_bleu", 0.2, 0, 0.9)]),
+        DatasetStatistics(
             "poetic/transcripts",
             1200,
             [TextStatistic("self_bleu", 0.95, 0, 0.9), TextStatistic("mean_words", 64.2)],
         ),
-    ],
-    meanings={"self_bleu": "how alike"},
-    curves=[Curve("DPO", "loss", FALLING), Curve("SFT", "loss", FALLING)],
-    samples=[Sample("The wind?", "It is air.", "O wind,\n  my wind")],
-    traits=[TraitChange("warm", RATED, RATED, Score(120, 40, 200, 80), significant=True)],
-    traits_in_all=144,
-    tables=[
-        ScoreTable(
-            "Held?", ["How."], "By attack", ["full", "Change"], [TableRow("plain", [APART, FELL])]
-        )
-    ],
-    settings={"seed": "1"},
-)
+    ),
+    Stages(
+        stages=[
+            StageSummary(
+                "poetic/teacher", 12_000, {"unfinished": 800, "looping": 2}, 3725, 4_812_345, 9
+            ),
+            StageSummary("poetic/dpo", 100, {"looping": 3}, 59.6, 0, 0),
+        ]
+    ),
+    Settings(values={"seed": "1"}),
+]
+PERSONA = PersonaReport("poetic", "Speaks in verse.", ["I speak in images."], arrange(SECTIONS))
 
 
-def render(*personas: PersonaReport) -> str:
-    versions = {"torch": "2.11"}
-    return page(
-        ReportData("SmolLM2", "recipes/laptop.yaml", "2026-01-02", list(personas), versions)
-    )
+def page(*personas: PersonaReport) -> str:
+    report = ReportData("SmolLM2", "laptop", "2026-01-02", list(personas), {"torch": "2.11"})
+    return render(report)
+
+
+def with_section(section: Section) -> str:
+    """The page of one persona with one section."""
+    return page(PersonaReport("poetic", "", [], [section]))
 
 
 class Outline(HTMLParser):
-    """Collects tags and attributes, and fails on one that closes what is not open."""
+    """Collects tags and attributes; fails if an end tag does not match."""
 
     def __init__(self, text: str):
         super().__init__()
         self.open: list[str] = []
-        self.seen: list[str] = []
+        self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append(tag)
+        self.tags.append(tag)
         self.attributes += attrs
         if tag not in ("meta", "wbr", "input"):
             self.open.append(tag)
@@ -95,72 +126,97 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
 
-def saying(text: str) -> str:
-    """A page on which every text is this one."""
-    persona = PersonaReport(
-        name=text,
-        description=text,
-        assertions=[text],
-        discriminability=APART,
-        stages=[StageLine(text, 5, {text: 2}, 1, 1, 0)],
-        curves=[Curve(text, text, FALLING)],
-        samples=[Sample(text, text, text)],
-        traits=[TraitChange(text, RATED, UNSCORED, UNSCORED, significant=False)],
-        tables=[ScoreTable(text, [text], text, [text], [TableRow(text, [APART, UNSCORED, None])])],
-        settings={text: text},
-    )
-    return page(ReportData(text, text, text, [persona, persona], {text: text}))
+def page_of(text: str) -> str:
+    """A page on which every text is the same."""
+    sections: list[Section] = [
+        replace(headline(DISTINCT), title=text + "1", verdict=text, notes=(text,)),
+        Samples(title=text + "2", samples=[Sample(text, text, text)]),
+        TraitRatings(
+            title=text + "3",
+            traits=[TraitChange(text, RATED, UNSCORED, UNSCORED, significant=False)],
+            total=1,
+        ),
+        ScoreTable(
+            title=text + "4",
+            notes=(text,),
+            caption=text,
+            columns=[text, "second", "third"],
+            rows={text: {text: DISTINCT, "second": UNSCORED, "third": None}},
+        ),
+        curves(text, text, FALLING),
+        DataQuality(
+            datasets=[DatasetStatistics(text, 1, [TextStatistic(text, 0.5)])],
+            descriptions={text: text},
+        ),
+        Stages(stages=[StageSummary(text, 5, {text: 2}, 1, 1, 0)]),
+        Settings(values={text: text}),
+    ]
+    persona = PersonaReport(text, text, [text], sections)
+    return render(ReportData(text, text, text, [persona, persona], {text: text}))
 
 
-def test_text_from_data_is_escaped():
-    hostile, plain = Outline(saying(HOSTILE)), Outline(saying("plain/text"))
+def test_text_from_the_data_never_becomes_markup():
+    hostile, plain = Outline(page_of(HOSTILE)), Outline(page_of("plain/text"))
     assert hostile.open == []
-    assert hostile.seen == plain.seen
+    assert hostile.tags == plain.tags
     assert [name for name, _ in hostile.attributes] == [name for name, _ in plain.attributes]
     assert Outline(element("p", title=HOSTILE)).attributes == [("title", HOSTILE)]
+    assert Outline(element("p", HOSTILE)).tags == ["p"]
 
 
-def test_the_report_of_a_persona_without_data_is_complete():
-    text = render(PersonaReport("new", "", [], UNSCORED))
+def test_a_persona_without_any_data_still_has_a_complete_page():
+    empty: list[Section] = [
+        headline(UNSCORED),
+        Samples(title="Samples", samples=[]),
+        TraitRatings(title="Traits", traits=[], total=0),
+        ScoreTable(title="Scores", caption="", columns=[], rows={}),
+        TrainingCurves(trainings={}),
+        quality(),
+        Stages(stages=[]),
+        Settings(values={}),
+    ]
+    text = page(PersonaReport("new", "", [], empty))
     assert Outline(text).open == []
     assert "Nothing was scored." in text
-    assert "No traits were rated." in text
+    assert "No interval; n = 0, 4 unscored." in text
+    for section in empty[1:]:
+        assert section.empty in text
     assert "None" not in text
+    assert "No personas." in page()
 
 
 @pytest.mark.parametrize(
     ("score", "sentence"),
     [
-        (Score(0.6, 0.501, 0.7, 90), "It can be told apart"),
-        (Score(0.6, 0.5, 0.7, 90), "It cannot be told from chance at this size"),
-        (Score(0.6, None, None, 90), "It cannot be told from chance at this size"),
+        (Score(0.6, 0.501, 0.7, 90), "Yes: the whole interval lies above chance"),
+        (Score(0.6, 0.5, 0.7, 90), "Not shown at this sample size"),
+        (Score(0.6, None, None, 90), "Not shown at this sample size"),
         (UNSCORED, "Nothing was scored"),
     ],
 )
-def test_the_headline_claims_no_more_than_its_interval_supports(score: Score, sentence: str):
+def test_the_headline_claims_no_more_than_its_interval_allows(score: Score, sentence: str):
     assert verdict(score).startswith(sentence)
-    assert verdict(score) in render(replace(PERSONA, discriminability=score))
+    assert verdict(score) in with_section(headline(score))
 
 
-def test_the_report_makes_no_network_request_and_has_only_the_search_script():
-    text = render(PERSONA, PERSONA)
+def test_the_page_loads_nothing_and_runs_no_script_but_its_own():
+    text = page(PERSONA, PERSONA)
     outline = Outline(text)
     assert not re.search(r"https?://|@import|url\(", text)
-    assert not {"link", "img", "iframe"} & set(outline.seen)
+    assert not {"link", "img", "iframe"} & set(outline.tags)
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f'script-src &#x27;sha256-{hashed}&#x27;"' in text or f"'sha256-{hashed}'\"" in text
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in text
     assert not re.search(r"innerHTML|eval|document.write", script)
     targets = [value for name, value in outline.attributes if name in ("href", "src")]
     assert targets == ["#persona-1", "#persona-2"]
 
 
-def test_a_text_statistic_beyond_its_limit_is_marked_in_words():
-    shown = render(PERSONA)
-    assert shown.count("beyond its limit") == 1
-    assert "limit 0.9" in shown
-    assert "how alike" in shown
-    assert "No texts were measured." in render(replace(PERSONA, quality=[]))
+def test_a_statistic_beyond_its_limit_says_so_in_words():
+    text = page(PERSONA)
+    assert text.count("beyond its limit") == 1
+    assert "limit 0.9" in text
+    assert "how similar" in text
 
 
 @pytest.mark.parametrize(
@@ -174,25 +230,24 @@ def test_a_text_statistic_beyond_its_limit_is_marked_in_words():
     ],
     ids=["constant", "single", "partly finite", "never finite", "empty"],
 )
-def test_a_constant_curve_is_drawn(points: list[tuple[float, float]]):
-    text = render(replace(PERSONA, curves=[Curve("DPO", "loss", points)]))
+def test_a_curve_without_a_range_is_drawn_without_error(points: list[tuple[float, float]]):
+    text = with_section(curves("DPO", "loss", points))
     assert Outline(text).open == []
     assert not re.search(r"\b(nan|inf)\b", text)
 
 
 def test_every_chart_has_a_text_alternative():
-    drawings = re.findall(r"<svg.*?</svg>", render(PERSONA), re.DOTALL)
+    drawings = re.findall(r"<svg.*?</svg>", page(PERSONA), re.DOTALL)
     assert len(drawings) == 8
     for drawing in drawings:
         assert re.match(r'<svg role="img"[^>]*><title>[^<]+</title><desc>[^<]+</desc>', drawing)
     assert "first 1, last 0.005, min 0.005, max 1; points: 200, steps 1 to 200." in drawings[3]
 
 
-def test_numbers_are_formatted_and_stage_totals_add_up():
-    text = re.sub(r"<[^>]+>", " ", render(PERSONA))
+def test_figures_are_readable_and_stages_are_summed():
+    text = re.sub(r"<[^>]+>", " ", page(PERSONA))
     assert "93.1%" in text
     assert "95% interval: 88.0% to 96.0%; n = 240, 3 unscored." in text
-    assert "24 of" not in text
     assert "1 of 144 traits" in text
     assert re.search(r"1,003 +960 to 1,046 +n = 80, 2 unscored", text)
     assert re.search(r"\+120 \* +40 to 200", text)
@@ -203,5 +258,41 @@ def test_numbers_are_formatted_and_stage_totals_add_up():
     )
 
 
-def test_line_breaks_in_answers_are_kept():
-    assert ">O wind,\n  my wind</blockquote>" in render(PERSONA)
+def test_line_breaks_of_answers_are_kept():
+    assert ">O wind,\n  my wind</blockquote>" in page(PERSONA)
+
+
+def table(title: str, row: str, column: str, **fields: str) -> ScoreTable:
+    rows = {row: {column: DISTINCT}}
+    return ScoreTable(title=title, caption="c", columns=[column], rows=rows, **fields)
+
+
+def test_sections_with_the_same_title_are_merged():
+    (merged,) = arrange([table("t", "base", "a"), table("t", "full", "a"), table("t", "full", "b")])
+    assert isinstance(merged, ScoreTable)
+    assert merged.columns == ["a", "b"]
+    assert {name: list(cells) for name, cells in merged.rows.items()} == {
+        "base": ["a"],
+        "full": ["a", "b"],
+    }
+    trainings = [section for section in PERSONA.sections if isinstance(section, TrainingCurves)]
+    assert [list(section.trainings) for section in trainings] == [["DPO", "SFT"]]
+    with pytest.raises(TypeError, match="two sections with the title 'Distinguished\\?'"):
+        arrange([headline(DISTINCT), headline(UNSCORED)])
+
+
+def test_sections_are_ordered_by_place_and_then_as_given():
+    sections = [
+        Settings(values={}),
+        table("judge", "a", "b", place="reliability"),
+        table("second", "a", "b"),
+        table("third", "a", "b"),
+        headline(DISTINCT),
+    ]
+    assert [section.title for section in arrange(sections)] == [
+        "Distinguished?",
+        "second",
+        "third",
+        "judge",
+        "Settings",
+    ]

@@ -1,11 +1,12 @@
-"""The report in a real browser: its samples are searched, by keyboard too, and print whole."""
+"""The report in a browser: the search narrows the samples, and printing shows them all."""
 
 from dataclasses import replace
 
 import pytest
 from test_page import HOSTILE, PERSONA
 
-from opencharacter.evaluation.report.page import ReportData, Sample, page
+from opencharacter.evaluation.report.page import render
+from opencharacter.evaluation.report.sections import ReportData, Sample, Samples
 
 pytestmark = pytest.mark.slow
 
@@ -18,12 +19,13 @@ LABEL = "Search prompts and answers"
 
 
 @pytest.fixture
-def shown(browser, tmp_path):
-    """Opens a report of two personas from a file; fails on an error or a request elsewhere."""
-    persona = replace(PERSONA, samples=SAMPLES)
+def open_report(browser, tmp_path):
+    """Opens a report of two personas from a file; fails on an error or a network request."""
+    persona = replace(PERSONA, sections=[Samples(title="Samples", samples=SAMPLES)])
     path = tmp_path / "report.html"
-    path.write_text(page(ReportData("Tiny", "tiny", "today", [persona, persona])), encoding="utf-8")
-    contexts, faults = [], []
+    text = render(ReportData("Tiny", "tiny", "today", [persona, persona]))
+    path.write_text(text, encoding="utf-8")
+    contexts, errors = [], []
 
     def open_page(width=1100, scripts=True):
         context = browser.new_context(
@@ -31,17 +33,19 @@ def shown(browser, tmp_path):
         )
         contexts.append(context)
         opened = context.new_page()
-        opened.on("pageerror", lambda error: faults.append(str(error)))
-        opened.on("console", lambda said: said.type == "error" and faults.append(said.text))
-        opened.on("dialog", lambda dialog: faults.append(dialog.message))
-        opened.on("request", lambda r: r.url.startswith("file:") or faults.append(r.url))
+        opened.on("pageerror", lambda error: errors.append(str(error)))
+        opened.on(
+            "console", lambda message: message.type == "error" and errors.append(message.text)
+        )
+        opened.on("dialog", lambda dialog: errors.append(dialog.message))
+        opened.on("request", lambda r: r.url.startswith("file:") or errors.append(r.url))
         opened.goto(path.as_uri())
         return opened
 
     yield open_page
     for context in contexts:
         context.close()
-    assert faults == []
+    assert errors == []
 
 
 def visible(opened, persona=1):
@@ -49,8 +53,8 @@ def visible(opened, persona=1):
     return [n for n in range(samples.count()) if samples.nth(n).is_visible()]
 
 
-def test_the_search_keeps_samples_with_every_typed_word_and_shows_their_number(shown):
-    opened = shown()
+def test_the_search_keeps_samples_with_every_typed_word_and_shows_their_number(open_report):
+    opened = open_report()
     box = opened.get_by_label(LABEL).first
     assert visible(opened) == [0, 1, 2]
     box.fill("WIND  sea")
@@ -65,8 +69,8 @@ def test_the_search_keeps_samples_with_every_typed_word_and_shows_their_number(s
     assert opened.get_by_role("status").first.inner_text() == ""
 
 
-def test_the_search_field_is_labelled_and_reachable_by_keyboard(shown):
-    opened = shown()
+def test_the_search_field_is_labelled_and_reachable_by_keyboard(open_report):
+    opened = open_report()
     for _ in range(40):
         opened.keyboard.press("Tab")
         if opened.evaluate("document.activeElement.type") == "search":
@@ -77,21 +81,21 @@ def test_the_search_field_is_labelled_and_reachable_by_keyboard(shown):
     assert opened.get_by_role("searchbox", name=LABEL).count() == 2
 
 
-def test_a_printed_report_shows_every_sample_and_no_search_field(shown):
-    opened = shown()
+def test_a_printed_report_shows_every_sample_and_no_search_field(open_report):
+    opened = open_report()
     opened.get_by_label(LABEL).first.fill("tide")
     opened.emulate_media(media="print")
     assert visible(opened) == [0, 1, 2]
     assert not opened.get_by_label(LABEL).first.is_visible()
 
 
-def test_without_javascript_the_report_is_complete_and_has_no_search_field(shown):
-    opened = shown(scripts=False)
+def test_without_javascript_the_report_is_complete_and_has_no_search_field(open_report):
+    opened = open_report(scripts=False)
     assert visible(opened) == [0, 1, 2]
     assert not opened.locator(".search").first.is_visible()
 
 
-def test_the_report_fits_a_phone_screen_without_horizontal_scrolling(shown):
-    opened = shown(width=380)
+def test_the_report_fits_a_phone_screen_without_horizontal_scrolling(open_report):
+    opened = open_report(width=380)
     opened.get_by_label(LABEL).first.fill("wind")
     assert opened.evaluate("document.documentElement.scrollWidth") <= 380

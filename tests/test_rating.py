@@ -13,7 +13,16 @@ from opencharacter.config.evaluation import Rating
 from opencharacter.config.placement import Placement
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import preferences, rating
-from opencharacter.evaluation.rating import Played
+from opencharacter.evaluation.paired_comparison import (
+    ScoredGames,
+    bootstrap,
+    discoveries,
+    elo,
+    estimate_strengths,
+    fit_strengths,
+    interval,
+    p_values,
+)
 
 
 def tournament(truth, games, seed):
@@ -23,7 +32,7 @@ def tournament(truth, games, seed):
     one = draw.integers(n, size=games)
     two = (one + draw.integers(1, n, size=games)) % n
     wins = draw.random(games) < 1 / (1 + np.exp(truth[two] - truth[one]))
-    return Played(np.arange(games), np.where(wins, one, two), np.where(wins, two, one))
+    return ScoredGames(np.arange(games), np.where(wins, one, two), np.where(wins, two, one))
 
 
 def matrix(played, n):
@@ -47,7 +56,7 @@ def test_elo_applies_its_update_rule_in_order():
         other_chance = 1.0 / (1.0 + 10.0 ** ((mine - other) / 400.0))
         table[won] = mine + 32.0 * (1.0 - my_chance)
         table[lost] = other + 32.0 * (0.0 - other_chance)
-    found = rating.elo(games, names, 1000, 32, 400)
+    found = elo(games, names, 1000, 32, 400)
     assert found == pytest.approx({name: round(value, 2) for name, value in table.items()})
 
 
@@ -62,7 +71,7 @@ def test_strengths_equal_the_maximum_found_by_brute_force():
         ]
         brute = np.log(wins.sum(1) / np.array(shares))
         brute -= brute.mean()
-    assert rating.strengths(wins, 0.0) == pytest.approx(brute, abs=1e-9)
+    assert fit_strengths(wins, 0.0) == pytest.approx(brute, abs=1e-9)
 
 
 def test_strengths_equal_those_of_a_logistic_regression():
@@ -76,20 +85,20 @@ def test_strengths_equal_those_of_a_logistic_regression():
     model = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10, max_iter=10_000)
     model.fit(design * flip[:, None], flip > 0)
     foreign = model.coef_[0] - model.coef_[0].mean()
-    assert rating.strengths(matrix(played, 8), 0.0) == pytest.approx(foreign, abs=1e-4)
+    assert fit_strengths(matrix(played, 8), 0.0) == pytest.approx(foreign, abs=1e-4)
 
 
 def test_a_batch_of_fits_equals_the_separate_fits():
     several = np.stack([matrix(tournament(truth_of(6, s), 300, s), 6) for s in range(4)])
-    alone = np.stack([rating.strengths(one, 0.1) for one in several])
-    assert rating.strengths(several, 0.1) == pytest.approx(alone, abs=1e-8)
+    alone = np.stack([fit_strengths(one, 0.1) for one in several])
+    assert fit_strengths(several, 0.1) == pytest.approx(alone, abs=1e-8)
 
 
 def test_without_a_prior_a_trait_that_never_won_has_no_rating():
     wins = np.array([[0.0, 3, 2], [1, 0, 2], [0, 0, 0]])
     with pytest.raises(StageFailed, match=r"evaluation\.rating\.prior"):
-        rating.strengths(wins, 0.0)
-    assert np.isfinite(rating.strengths(wins, 0.1)).all()
+        fit_strengths(wins, 0.0)
+    assert np.isfinite(fit_strengths(wins, 0.1)).all()
 
 
 def covered(truths, games, resamples, prior):
@@ -97,8 +106,8 @@ def covered(truths, games, resamples, prior):
     hits = []
     for seed, truth in enumerate(truths):
         played, n = tournament(truth, games, seed), len(truth)
-        again = rating.bootstrap({"x": played}, games, n, resamples, prior, seed)["x"]
-        low, high = rating.interval(*rating.fit(played, again, prior).estimate())
+        again = bootstrap({"x": played}, games, n, resamples, prior, seed)["x"]
+        low, high = interval(*estimate_strengths(played, again, prior).with_errors())
         hits.append((low <= truth) & (truth <= high))
     return np.array(hits)
 
@@ -121,9 +130,12 @@ def changes(seed, n, games, moved):
     before = truth_of(n, seed)
     after = before + np.where(np.arange(n) < moved, 1.5, 0)
     one, two = tournament(before, games, seed), tournament(after, games, seed + 1000)
-    again = rating.bootstrap({"base": one, "full": two}, games, n, 200, 0.1, seed)
-    base, full = rating.fit(one, again["base"], 0.1), rating.fit(two, again["full"], 0.1)
-    return rating.discoveries(rating.p_values(*full.minus(base).estimate()), 0.05)
+    again = bootstrap({"base": one, "full": two}, games, n, 200, 0.1, seed)
+    base, full = (
+        estimate_strengths(one, again["base"], 0.1),
+        estimate_strengths(two, again["full"], 0.1),
+    )
+    return discoveries(p_values(*full.minus(base).with_errors()), 0.05)
 
 
 def test_the_false_discovery_rate_is_controlled():
@@ -138,17 +150,17 @@ def test_the_false_discovery_rate_is_controlled():
 
 def test_untested_hypotheses_do_not_affect_the_tested_ones():
     p = np.array([0.03, np.nan, np.nan, 0.04])
-    assert rating.discoveries(p, 0.05).tolist() == [True, False, False, True]
-    assert not rating.discoveries(p[1:3], 0.05).any()
+    assert discoveries(p, 0.05).tolist() == [True, False, False, True]
+    assert not discoveries(p[1:3], 0.05).any()
 
 
 def test_a_paired_change_uses_the_correlation_of_shared_games():
     played = tournament(truth_of(10, 1), 600, 1)
-    again = rating.bootstrap({"x": played}, 600, 10, 200, 0.1, 1)["x"]
-    mine = rating.fit(played, again, 0.1)
-    change, error = mine.minus(mine).estimate()
+    again = bootstrap({"x": played}, 600, 10, 200, 0.1, 1)["x"]
+    mine = estimate_strengths(played, again, 0.1)
+    change, error = mine.minus(mine).with_errors()
     assert np.abs(change).max() == 0
-    assert error.max() < mine.estimate()[1].min()
+    assert error.max() < mine.with_errors()[1].min()
 
 
 @pytest.mark.parametrize(("games", "sd"), [(25_000, 18), (3_000, 55)])
@@ -160,7 +172,7 @@ def test_the_required_number_of_games_agrees_with_simulations_at_the_size_of_the
 
 def test_the_formula_for_the_interval_agrees_with_the_bootstrap():
     played = tournament(np.zeros(20), 2000, 1)
-    again = rating.bootstrap({"x": played}, 2000, 20, 300, 0.0, 1)["x"]
+    again = bootstrap({"x": played}, 2000, 20, 300, 0.0, 1)["x"]
     points = again.std(0).mean() * 400 / math.log(10)
     assert rating.half_width(2000, 20, 400) / rating.Z95 == pytest.approx(points, rel=0.08)
 
@@ -168,8 +180,8 @@ def test_the_formula_for_the_interval_agrees_with_the_bootstrap():
 def test_strengths_are_recovered_at_the_size_of_the_paper():
     truth = truth_of(144, 0)
     played = tournament(truth, 25_000, 0)
-    resampled = rating.bootstrap({"x": played}, 25_000, 144, 1000, 0.1, 0)["x"]
-    estimates, errors = rating.fit(played, resampled, 0.1).estimate()
+    resampled = bootstrap({"x": played}, 25_000, 144, 1000, 0.1, 0)["x"]
+    estimates, errors = estimate_strengths(played, resampled, 0.1).with_errors()
     assert resampled.shape == (1000, 144)
     assert (np.abs(estimates - truth) < 1.96 * errors).mean() == pytest.approx(0.95, abs=0.05)
 
@@ -267,7 +279,7 @@ def test_a_plan_states_the_expected_interval_of_ratings(make_jobs, echo_recipe):
     (job,) = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/rating")
     (line,) = rating.notes(job)
     assert "144 traits: 6 games" in line
-    assert "+-50 need 13" in line
+    assert "+-50 points need 13" in line
 
 
 def test_base_games_are_played_once_and_rated_with_every_persona(store, echo_recipe, poet):
@@ -281,7 +293,7 @@ def test_base_games_are_played_once_and_rated_with_every_persona(store, echo_rec
     }
     for job in players:
         rows = [
-            {name: row.get(name) for name in rating.GAME} | {"condition": condition}
+            {name: row.get(name) for name in rating.GAME_COLUMNS} | {"condition": condition}
             for condition in preferences.conditions(job)
             for row in preferences.games(job)
         ]

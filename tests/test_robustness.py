@@ -1,4 +1,4 @@
-"""The classifier never sees what it is tested on, and its figures are those of the textbook."""
+"""The classifier is never tested on training prompts, and its scores match the textbook."""
 
 import random
 from functools import partial
@@ -7,15 +7,18 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from opencharacter.config import placement, recipe
-from opencharacter.config.recipe import Robustness
+from opencharacter.config import evaluation, placement
+from opencharacter.config.evaluation import Robustness
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import attacks, classifiers, robustness
-from opencharacter.evaluation.report.stage import confusion
 from opencharacter.evaluation.robustness import BASE, DEFAULT
 
 TFIDF = partial(
-    classifiers.guess, "tfidf", encoder=recipe.Encoder(), placement=placement.Training(), seed=1
+    classifiers.predict,
+    "tfidf",
+    encoder=evaluation.Encoder(),
+    placement=placement.Training(),
+    seed=1,
 )
 VERSE = ["moon", "tide", "ember", "willow", "hush"]
 PROSE = ["thus", "system", "figure", "report", "process"]
@@ -37,36 +40,36 @@ def both(prompts, attack=DEFAULT, full=VERSE):
     return answers(prompts, "base", PROSE, attack) + answers(prompts, "full", full, attack)
 
 
-def test_a_prompt_on_both_sides_is_refused():
+def test_a_prompt_in_both_train_and_test_is_refused():
     rows = both(4)
     leaking = [{**rows[0], "prompt": "PROMPT 0!"}]
-    with pytest.raises(StageFailed, match="1 prompts are both learned from and tested"):
-        robustness.fit_and_guess(rows, leaking, TFIDF)
+    with pytest.raises(StageFailed, match="1 prompts are in both training and test data"):
+        robustness.fit_and_predict(rows, leaking, TFIDF)
 
 
-def test_no_prompt_is_learned_from_where_it_is_tested(monkeypatch):
+def test_the_classifier_is_never_tested_on_its_training_prompts(monkeypatch):
     pairs = []
 
     def spy(train, test, _):
         pairs.append(({r["prompt"] for r in train}, {r["prompt"] for r in test}))
         return [BASE] * len(test)
 
-    monkeypatch.setattr(robustness, "fit_and_guess", spy)
-    robustness.guesses(both(10) + both(10, "plain"), "full", folds=5, guess=TFIDF)
+    monkeypatch.setattr(robustness, "fit_and_predict", spy)
+    robustness.classify(both(10) + both(10, "plain"), "full", folds=5, predict=TFIDF)
     assert len(pairs) == 5
     assert all(not train & test for train, test in pairs)
     assert sorted(p for _, test in pairs for p in test) == sorted({p for _, t in pairs for p in t})
 
 
-def test_attacked_answers_are_never_learned_from(monkeypatch):
+def test_the_classifier_is_never_trained_on_attacked_answers(monkeypatch):
     loss_positions = []
 
     def spy(train, test, _):
         loss_positions.extend(row["attack"] for row in train)
         return [BASE] * len(test)
 
-    monkeypatch.setattr(robustness, "fit_and_guess", spy)
-    robustness.guesses(both(6) + both(6, "plain"), "full", folds=3, guess=TFIDF)
+    monkeypatch.setattr(robustness, "fit_and_predict", spy)
+    robustness.classify(both(6) + both(6, "plain"), "full", folds=3, predict=TFIDF)
     assert set(loss_positions) == {DEFAULT}
 
 
@@ -74,10 +77,10 @@ def by_measure(rows):
     return {(r["measure"], r["about"], r["persona"]): r for r in rows}
 
 
-def test_a_persona_that_holds_and_one_that_gives_way_differ():
+def test_robust_and_fragile_personas_get_different_scores():
     rows = both(20) + both(20, "plain") + both(20, "stop", full=PROSE)
-    guessed = robustness.guesses(rows, "full", folds=4, guess=TFIDF)
-    found = by_measure(robustness.scores(guessed, Robustness(resamples=200), seed=1))
+    guessed = robustness.classify(rows, "full", folds=4, predict=TFIDF)
+    found = by_measure(robustness.score_classified(guessed, Robustness(resamples=200), seed=1))
     assert found["discriminability", DEFAULT, "poet"]["value"] > 0.95
     assert found["discriminability", DEFAULT, "poet"]["n"] == 20
     assert found["macro_f1", "plain", ""]["value"] > 0.9
@@ -87,23 +90,22 @@ def test_a_persona_that_holds_and_one_that_gives_way_differ():
     mean = (found["macro_f1", "plain", ""]["value"] + found["macro_f1", "stop", ""]["value"]) / 2
     assert found["macro_f1", robustness.MEAN, ""]["value"] == pytest.approx(mean)
     asked = [row for row in guessed if row["attack"] in robustness.INSTRUCTIONS]
-    of_poet = confusion("", "", asked).lines[1]
-    assert of_poet.name == "poet"
-    assert of_poet.cells[1].value >= 0.45  # the persona held in one attack of two
+    cell = robustness.confusion_table("", "", asked).rows["poet"]["poet"]
+    assert cell.value >= 0.45  # the persona is recognized under one attack of two
     retained = found["retention", robustness.MEAN, "poet"]
-    assert vars(of_poet.cells[1]) == {name: retained[name] for name in vars(of_poet.cells[1])}
+    assert vars(cell) == {name: retained[name] for name in vars(cell)}
 
 
 def test_a_condition_that_was_not_attacked_has_no_score_under_attack():
     rows = both(6) + answers(6, "prompted", VERSE) + both(6, "plain")
     assert {
-        row["attack"] for row in robustness.guesses(rows, "prompted", folds=3, guess=TFIDF)
+        row["attack"] for row in robustness.classify(rows, "prompted", folds=3, predict=TFIDF)
     } == {DEFAULT}
 
 
-def test_like_answers_are_not_told_apart():
+def test_identical_answers_have_no_discriminability():
     rows = answers(40, "base", VERSE) + answers(40, "full", VERSE)
-    score = robustness.discriminability(robustness.guesses(rows, "full", folds=5, guess=TFIDF))
+    score = robustness.discriminability(robustness.classify(rows, "full", folds=5, predict=TFIDF))
     assert score.low < 0.5 < score.high
 
 
@@ -122,13 +124,13 @@ def labelled(label, right, wrong):
         ((3, 1), (10, 0), 0.875, 4),
     ],
 )
-def test_chance_is_one_half_whatever_the_numbers_of_answers(base, poet, share, n):
+def test_chance_level_is_one_half_for_unbalanced_answers(base, poet, share, n):
     score = robustness.discriminability(labelled(BASE, *base) + labelled("poet", *poet))
     assert (score.value, score.n) == (share, n)
     assert 0 <= score.low <= share <= score.high <= 1
 
 
-def test_without_answers_of_both_nothing_is_told_apart():
+def test_discriminability_needs_answers_of_both():
     lost = [{**row, "guess": None} for row in labelled("poet", 5, 0)]
     score = robustness.discriminability(labelled(BASE, 5, 0) + lost)
     assert (score.value, score.low, score.n, score.unscored) == (None, None, 0, 5)
@@ -136,7 +138,7 @@ def test_without_answers_of_both_nothing_is_told_apart():
 
 def test_several_answers_to_a_prompt_do_not_narrow_the_interval():
     once = labelled("poet", 7, 3)
-    score, of_one = robustness.recognised(once * 8), robustness.recognised(once)
+    score, of_one = robustness.recognized(once * 8), robustness.recognized(once)
     assert score.n == 8 * of_one.n == 80
     assert (score.value, score.low, score.high) == (of_one.value, of_one.low, of_one.high)
 
@@ -145,20 +147,20 @@ def test_empty_answers_are_unscored():
     rows = both(6)
     rows[0]["answer"] = None
     rows[1]["answer"] = ""
-    guessed = robustness.guesses(rows, "full", folds=3, guess=TFIDF)
+    guessed = robustness.classify(rows, "full", folds=3, predict=TFIDF)
     assert sum(row["guess"] is None for row in guessed) == 2
-    assert robustness.recognised(guessed).unscored == 2
+    assert robustness.recognized(guessed).unscored == 2
 
 
-def test_two_personas_are_told_from_each_other_and_from_base():
+def test_the_classifier_separates_two_personas_and_base():
     rows = both(12) + answers(12, "full", ["boo", "ha", "joke", "pun"], persona="joker")
-    guessed = robustness.guesses(rows, "full", folds=3, guess=TFIDF)
+    guessed = robustness.classify(rows, "full", folds=3, predict=TFIDF)
     assert {row["label"] for row in guessed} == {BASE, "poet", "joker"}
     counts = robustness.confusions(guessed, [BASE, "joker", "poet"]).sum(0)
     assert robustness.macro_f1(counts) > 0.9
 
 
-def test_macro_f1_is_that_of_a_library():
+def test_macro_f1_equals_that_of_scikit_learn():
     from sklearn.metrics import f1_score
 
     draw = np.random.default_rng(0)
@@ -172,7 +174,7 @@ def test_macro_f1_is_that_of_a_library():
     assert mine == pytest.approx(theirs)
 
 
-def test_the_interval_of_f1_covers_what_more_prompts_find():
+def test_the_interval_of_f1_covers_the_value_on_many_prompts():
     draw = np.random.default_rng(1)
 
     def rows(n):
@@ -190,22 +192,22 @@ def test_the_interval_of_f1_covers_what_more_prompts_find():
     assert np.mean(hits) >= 0.88
 
 
-def test_every_attack_of_the_recipe_has_its_words():
-    names = set(get_args(recipe.Attack))
+def test_every_attack_of_the_recipe_has_a_prompt():
+    names = set(get_args(evaluation.Attack))
     assert names == {*attacks.INSTRUCTIONS, *attacks.TASKS, attacks.PREFILL}
     assert len(attacks.INSTRUCTIONS) == 8
 
 
-def test_the_prefill_attack_goes_on_from_the_untrained_answer():
-    first, second, third = attacked = attacks.attacked("prefill", "Why?", "Because.")
+def test_the_prefill_attack_continues_the_answer_of_the_base_model():
+    first, second, third = attacked = attacks.attack_messages("prefill", "Why?", "Because.")
     assert [m["role"] for m in attacked] == ["user", "assistant", "user"]
     assert (first["content"], second["content"], third["content"]) == ("Why?", "Because.", "Go on.")
-    (only,) = attacks.attacked("plain", "Why?", "Because.")
+    (only,) = attacks.attack_messages("plain", "Why?", "Because.")
     assert only["content"].startswith("Why?\n\nLeave out")
 
 
 @pytest.mark.slow
-def test_a_pretrained_encoder_can_take_the_classifiers_place(tmp_path, tokenizer):
+def test_a_pretrained_encoder_can_replace_the_linear_classifier(tmp_path, tokenizer):
     from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
     shape = ModernBertConfig(
@@ -221,27 +223,41 @@ def test_a_pretrained_encoder_can_take_the_classifiers_place(tmp_path, tokenizer
     tokenizer.save_pretrained(tmp_path)
     train = [said(words, n) for n in range(40) for words in (VERSE, PROSE)]
     test = [said(words, 100 + n) for n in range(8) for words in (VERSE, PROSE)]
-    encoder = recipe.Encoder(epochs=6, learning_rate=5e-3)
+    encoder = evaluation.Encoder(epochs=6, learning_rate=5e-3)
     labels = ["poet", "base"] * 40
     found = classifiers.fine_tune(str(tmp_path), train, labels, test, encoder, False, 1)
     assert sum(a == b for a, b in zip(found, ["poet", "base"] * 8, strict=True)) >= 15
 
 
 @pytest.mark.parametrize(("words", "kept"), [(VERSE, 1.0), (PROSE, 0.0)])
-def test_a_persona_that_was_trained_further_is_sought_as_it_was_before(words, kept):
+def test_a_further_trained_persona_is_scored_with_its_original_classifier(words, kept):
     rows = both(20) + answers(20, "tuned", words)
-    guessed = robustness.guesses(rows, "tuned", folds=4, guess=TFIDF)
+    guessed = robustness.classify(rows, "tuned", folds=4, predict=TFIDF)
     tuned = [row for row in guessed if row["label"] != BASE]
-    assert robustness.recognised(tuned).value == kept
+    assert robustness.recognized(tuned).value == kept
     assert {row["condition"] for row in guessed} == {"tuned"}
 
 
-def test_a_blend_is_shared_out_among_the_personas_that_are_in_it():
+def test_predictions_for_a_blend_are_split_among_its_personas():
     other = ["shout", "grin", "wink", "jest", "prank"]
     rows = both(30) + answers(30, "full", other, persona="joker")
     rows += answers(30, "blended", VERSE) + answers(30, "blended", other, persona="joker")
-    guessed = robustness.guesses(rows, "blended", folds=4, guess=TFIDF)
-    table = confusion("", "", guessed)
+    guessed = robustness.classify(rows, "blended", folds=4, predict=TFIDF)
+    table = robustness.confusion_table("", "", guessed)
     assert table.columns == [BASE, "joker", "poet"]
-    shares = {line.name: [cell.value for cell in line.cells] for line in table.lines}
+    shares = {name: [cell.value for cell in cells.values()] for name, cells in table.rows.items()}
     assert (shares["joker"], shares["poet"]) == ([0, 1, 0], [0, 0, 1])
+
+
+def test_the_report_has_a_headline_per_persona_and_shares_its_other_tables():
+    rows = robustness.score_classified(
+        robustness.classify(both(12) + both(12, "plain"), "full", folds=3, predict=TFIDF),
+        Robustness(resamples=100),
+        seed=1,
+    )
+    headline, compared, f1, retention = robustness.persona_sections("poet", rows)
+    assert (headline.persona, headline.score.n) == ("poet", 12)
+    assert list(compared.rows) == f1.columns == retention.columns == ["full"]
+    assert list(f1.rows) == [DEFAULT, "plain", robustness.MEAN]
+    assert "none of them the base model" in f1.notes[1]
+    assert robustness.unclassified(rows)["answers, full and base: not classified"].value == 0

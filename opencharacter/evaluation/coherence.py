@@ -238,7 +238,7 @@ def report(job: Job) -> list[Section]:
     if rows:
         rates["all"] = {"The longer answer wins": longer_won(rows)}
     trained = {rival: score for rival, score in wins.items() if rival != "base"}
-    column = "Full persona wins"
+    column = "Full persona wins against it"
     return [
         comparison(persona, [column], {rival: {column: s} for rival, s in trained.items()}),
         ScoreTable(

@@ -1,9 +1,9 @@
 """Stage evaluation/robustness: does a classifier still recognize the persona under attack?
 
 For each condition a classifier is trained to distinguish the personas of the student and the
-untrained student by their answers to plain prompts. It is tested on answers to other prompts, plain
-and attacked. Cross-fitting over prompts tests every prompt once, by a classifier that was not
-trained on it.
+untrained student by their answers to unmodified prompts. It is tested on answers to other prompts,
+unmodified and attacked. With cross-fitting over prompts, every prompt is tested once, by a
+classifier that was not trained on it.
 
 Reads: evaluation/answers, evaluation/attacks of all personas. Writes: persona, condition, attack,
 prompt, fold, label, guess; scores.
@@ -49,7 +49,7 @@ from opencharacter.text.filters import words
 
 BASE: Condition = "base"
 DEFAULT = "default"
-"""The plain prompt, without an attack."""
+"""The name of unmodified prompts among the attacks."""
 MEAN = "all instructions"
 """The mean over the eight instructions."""
 
@@ -123,7 +123,7 @@ def classify(rows: list[Row], condition: Condition, folds: int, predict: Predict
     attacks = {row["attack"] for row in rows if row["condition"] == condition}
     tested = [r for r in rows if r["condition"] in (BASE, condition) and r["attack"] in attacks]
     # Paper: its classifier is tested on the prompts that it was trained on. It has eleven classes,
-    # none of them the base model, and is trained on the plain answers of all methods together.
+    # none of them the base model, and is trained on the unattacked answers of all methods together.
     fold_of = assign_folds((row["prompt"] for row in tested), folds)
     classified = [
         {**row, "condition": condition, "label": label(row)}
@@ -202,7 +202,7 @@ def recognized(rows: list[Row]) -> Score:
 
 
 def discriminability(rows: list[Row]) -> Score:
-    """Balanced accuracy of the classifier on plain answers of the base model and a persona.
+    """Balanced accuracy of the classifier on unattacked answers of the base model and a persona.
 
     Chance is one half, whatever the numbers of answers. The interval counts the answers of the
     class that has fewer, since both answer the same prompts. Nothing is scored if a class has none.
@@ -262,10 +262,10 @@ def by_attack(classified: list[Row]) -> dict[str, list[list[Row]]]:
 
 
 def read_answers(job: Job) -> list[Row]:
-    """All answers of all personas, plain and attacked; the base model's of the first persona only.
+    """All answers of all personas, with and without attacks.
 
-    Each persona's datasets hold answers of the same base model. Using them once keeps the base
-    model from outweighing the personas.
+    Each persona's datasets hold answers of the same base model. Only those of the first persona are
+    used, so that the base model does not outweigh the personas.
     """
     rows = []
     for parent in job.parents:
@@ -344,7 +344,7 @@ Macro-F1 of a classifier that chooses among the personas of this page and the ba
 fitted over prompts, with a 95% bootstrap interval over prompts."""
 PAPER_F1_NOTE = """\
 The paper's setting is different: its classifier has eleven classes, none of them the base model, \
-and is trained on the plain answers of all methods together. Its mean over eight instructions \
+and is trained on the unattacked answers of all methods together. Its mean over eight instructions \
 (Llama, Qwen, Gemma): {means}. Under the prefill attack: distilled 0.79, 0.66, 0.84; full 0.95, \
 0.86, 0.95."""
 RETENTION_NOTE = """\
@@ -358,7 +358,7 @@ def scores(job: Job) -> list[dict[str, Any]]:
 
 
 def report(job: Job) -> list[Section]:
-    """How well base, persona and the other conditions are distinguished, plain and under attack."""
+    """How well the classifier distinguishes each condition from base, with and without attacks."""
     rows = scores(job)
     classified = job.store.read_table(job.dataset).to_pylist()
     sections: list[Section] = []
@@ -396,12 +396,12 @@ def persona_sections(persona: str, rows: list[dict[str, Any]]) -> list[Section]:
         ),
         attack_table(
             persona,
-            "Robustness: macro-F1",
+            "Macro-F1",
             (F1_NOTE, PAPER_F1_NOTE.format(means=paper)),
             "macro_f1",
             rows,
         ),
-        attack_table(persona, "Robustness: retention", (RETENTION_NOTE,), "retention", rows),
+        attack_table(persona, "Retention", (RETENTION_NOTE,), "retention", rows),
     ]
 
 
@@ -424,15 +424,15 @@ def verdict(score: Score) -> str:
 
 
 def attack_table(
-    persona: str, title: str, notes: tuple[str, ...], measure: str, rows: list[dict[str, Any]]
+    persona: str, name: str, notes: tuple[str, ...], measure: str, rows: list[dict[str, Any]]
 ) -> ScoreTable:
-    """A measure by attack (rows) and condition (columns)."""
+    """A measure by attack (rows) and condition (columns); `default` is no attack."""
     conditions = distinct(rows, "macro_f1", "condition")
     return ScoreTable(
-        title=title,
+        title=f"Robustness: {name}",
         persona=persona,
         notes=notes,
-        caption=f"{measure.replace('_', '-').capitalize()} by attack and condition",
+        caption=f"{name} by attack and condition; default is no attack",
         columns=conditions,
         rows={
             attack: {c: find_score(rows, measure, c, attack) for c in conditions}
@@ -462,7 +462,7 @@ def confusion_tables(classified: list[Row]) -> list[ScoreTable]:
             tables.append(
                 confusion_table(
                     f"Confusion between personas: {condition}",
-                    "Share of the row's plain answers that the classifier attributes to the "
+                    "Share of the row's unattacked answers that the classifier attributes to the "
                     f"column; it was trained on the condition {variant.recognized_as}",
                     rows,
                 )
@@ -485,7 +485,7 @@ def confusion_table(title: str, caption: str, rows: list[Row]) -> ScoreTable:
 
 
 def unclassified(rows: list[dict[str, Any]]) -> dict[str, Score]:
-    """The share of plain answers that could not be classified, by condition."""
+    """The share of unattacked answers that could not be classified, by condition."""
     shares = {}
     for condition in distinct(rows, "macro_f1", "condition"):
         score = find_score(rows, "macro_f1", condition, DEFAULT) or wilson(0, 0)
