@@ -35,10 +35,18 @@ from opencharacter.runtime import manifests
 from opencharacter.runtime.progress import console
 from opencharacter.runtime.rebuild import begin_rebuild, is_rebuilt
 from opencharacter.runtime.schedule import choose, keys, ready
-from opencharacter.runtime.stage import Job, Stage, StageResult, explain_stale
+from opencharacter.runtime.stage import Job, Stage, StageResult
+from opencharacter.runtime.staleness import explain_stale
 from opencharacter.runtime.store import Store
 
-STAGES = (
+
+def with_report(*stages: Stage) -> tuple[Stage, ...]:
+    """The stages, followed by evaluation/report, which reads all stages of the evaluation."""
+    names = dict.fromkeys(stage.name for stage in stages if stage.name.startswith("evaluation/"))
+    return (*stages, Stage("evaluation/report", "student", tuple(names), disposable=True))
+
+
+STAGES = with_report(
     Stage("distillation/prompts", "constitution", roles=("prompt_generator",)),
     Stage("distillation/teacher", "constitution", ("distillation/prompts",), ("teacher",)),
     Stage("distillation/student", "student", (), ("student",)),
@@ -92,20 +100,6 @@ STAGES = (
         "persona",
         ("persona/merge", "evaluation/capabilities"),
         ("student",),
-    ),
-    Stage(
-        "evaluation/report",
-        "student",
-        (
-            "evaluation/judge",
-            "evaluation/answers",
-            "evaluation/preferences",
-            "evaluation/rating",
-            "evaluation/robustness",
-            "evaluation/coherence",
-            "evaluation/capabilities",
-        ),
-        disposable=True,
     ),
 )
 

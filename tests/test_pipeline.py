@@ -9,7 +9,8 @@ from opencharacter.config.base import AddedLater, NotIdentity
 from opencharacter.config.placement import Placement
 from opencharacter.errors import StageFailed, StaleError, UserError
 from opencharacter.runtime.attempts import repeated_work
-from opencharacter.runtime.stage import StageResult, explain_stale, rule_versions
+from opencharacter.runtime.stage import StageResult, rule_versions
+from opencharacter.runtime.staleness import explain_stale
 from opencharacter.runtime.store import REBUILDS
 from opencharacter.text import filters
 

@@ -1,1 +1,1 @@
-"""What a run will take, and what would stop it, before it starts."""
+"""Before a run starts: its predicted time and cost, and the checks that refuse it."""

@@ -1,1 +1,1 @@
-"""What every stage runs on: jobs, storage, scheduling, the cluster, progress."""
+"""What every stage runs on: jobs, storage, scheduling, the cluster and progress."""

@@ -44,6 +44,7 @@ from opencharacter.config.placement import Placement, Resources
 from opencharacter.config.recipe import Recipe
 from opencharacter.constitution.schema import Constitution
 from opencharacter.errors import StageFailed
+from opencharacter.runtime.staleness import FORMAT_FIELD
 from opencharacter.runtime.store import (
     ATTEMPTS,
     FORMAT_VERSION,
@@ -416,60 +417,12 @@ class Job:
         return {"text_statistics": statistics}
 
 
-FORMAT_FIELD = "format_version"
-RECIPE_FIELDS = ("config", "seed", "seeded_sampling", "roles")
-"""Keys of the payload whose values come from the recipe."""
-
-
 def rule_versions(module: ModuleType) -> dict[str, int]:
     """Versions of the modules in a stage module's `RULES`, by their names in the package."""
     return {
         rules.__name__.removeprefix("opencharacter."): rules.VERSION
         for rules in getattr(module, "RULES", ())
     }
-
-
-def explain_stale(differences: list[str]) -> str:
-    """Say what has changed since a dataset was made, as the end of `<dataset> was ...`.
-
-    Args:
-        differences: of `Job.state`, not empty.
-    """
-    by_field: dict[str, list[str]] = {}
-    for line in differences:
-        by_field.setdefault(line.partition(":")[0].partition(".")[0], []).append(line)
-    if FORMAT_FIELD in by_field:
-        old, new = _old_and_new(by_field[FORMAT_FIELD][0])
-        return (
-            f"written by opencharacter 0.1 (manifest format {old}; this version reads format {new})"
-        )
-    recipe = [line for name in RECIPE_FIELDS for line in by_field.pop(name, ())]
-    causes = [f"made from another recipe ({'; '.join(recipe[:4])})"] if recipe else []
-    if "constitution" in by_field:
-        causes.append("made from another version of its constitution")
-    if "rules" in by_field:
-        versions = ", ".join(map(_rule_change, by_field["rules"]))
-        causes.append(f"made by other filter rules ({versions})")
-    if "templates" in by_field:
-        causes.append("made with other prompt templates")
-    if "inputs" in by_field:
-        causes.append(f"made from other inputs ({'; '.join(by_field['inputs'][:4])})")
-    if "parents" in by_field and not causes:
-        datasets = [
-            line.partition(": ")[0].removeprefix("parents.") for line in by_field["parents"]
-        ]
-        causes.append(f"made from another version of {', '.join(datasets[:4])}")
-    return " and ".join(causes) or f"made from other inputs ({'; '.join(differences[:4])})"
-
-
-def _rule_change(line: str) -> str:
-    old, new = _old_and_new(line)
-    return f"{line.partition(': ')[0].removeprefix('rules.')} version {old}, now {new}"
-
-
-def _old_and_new(line: str) -> tuple[str, str]:
-    old, _, new = line.partition(": ")[2].partition(" -> ")
-    return "none" if old == "null" else old, "none" if new == "null" else new
 
 
 def read_all(jobs: Iterable[Job], name: str, columns: list[str] | None = None) -> pa.Table:
