@@ -221,6 +221,7 @@ def adapter(path, model):
     (path / ADAPTER_CONFIG).write_text(json.dumps({"r": 2, "lora_alpha": 8}))
 
 
+@pytest.mark.timeout(300)  # about a minute of lm_eval, more on a busy machine
 def test_base_and_persona_are_evaluated_on_the_same_documents(
     cpu_ray, make_jobs, task_folder, embedded_model, monkeypatch
 ):
