@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from opencharacter.evaluation.report.charts import element
-from opencharacter.evaluation.report.page import render
+from opencharacter.evaluation.report.rendering import render
 from opencharacter.evaluation.report.sections import (
     Change,
     Curve,

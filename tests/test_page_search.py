@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from test_page import HOSTILE, PERSONA
 
-from opencharacter.evaluation.report.page import render
+from opencharacter.evaluation.report.rendering import render
 from opencharacter.evaluation.report.sections import ReportData, Sample, Samples
 
 pytestmark = pytest.mark.slow

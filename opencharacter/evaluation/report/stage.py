@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from opencharacter.constitution.schema import Constitution
-from opencharacter.evaluation.report.page import render
+from opencharacter.evaluation.report.rendering import render
 from opencharacter.evaluation.report.sections import (
     DataQuality,
     DatasetStatistics,
