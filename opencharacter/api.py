@@ -151,11 +151,13 @@ def load_constitutions(personas: Sequence[str | Constitution]) -> list[Constitut
     """Return the constitutions, loading those that are given by name or path."""
     if isinstance(personas, str):
         raise UserError(f"personas = {personas!r}: expected a list, for example [{personas!r}]")
-    names = [persona for persona in personas if isinstance(persona, str)]
-    loaded = iter(schema.load_all(names))
-    if names == ["all"]:
-        return list(loaded)
-    return [next(loaded) if isinstance(persona, str) else persona for persona in personas]
+    if all(isinstance(persona, str) for persona in personas):
+        return schema.load_all([str(persona) for persona in personas])
+    loaded = [schema.load(p) if isinstance(p, str) else p for p in personas]
+    names = [constitution.name for constitution in loaded]
+    if len(set(names)) < len(names):
+        raise UserError(f"personas contain a name twice: {', '.join(names)}; give each once")
+    return loaded
 
 
 def execute(
@@ -284,7 +286,7 @@ def run(
 def dataset(
     recipe: str | Recipe,
     stage: str,
-    persona: str | Constitution | None = None,
+    persona: str | Constitution | Sequence[str | Constitution] | None = None,
     *,
     storage: str | None = None,
 ) -> pl.DataFrame:
@@ -293,8 +295,9 @@ def dataset(
     Args:
         recipe: the recipe, or its name or path.
         stage: name of the stage, for example `distillation/pairs`.
-        persona: the constitution, or its name or path; None for the dataset that all personas of
-            the student share.
+        persona: the constitution, or its name or path. None for the dataset that all personas of
+            the student share, such as the student's answers to general prompts. A list of personas
+            for a dataset that compares them, such as that of evaluation/robustness.
         storage: path or URL of the storage.
 
     Returns:
@@ -302,9 +305,11 @@ def dataset(
     """
     import polars as pl
 
-    opened = Run(recipe, [] if persona is None else [persona], storage=storage)
-    name = opened.constitutions[0].name if opened.constitutions else None
-    job = opened.finished_job(stage, name)
+    if isinstance(persona, str | Constitution):
+        opened = Run(recipe, [persona], storage=storage)
+        job = opened.finished_job(stage, opened.constitutions[0].name)
+    else:
+        job = Run(recipe, persona or [], storage=storage).finished_job(stage)
     frame = pl.from_arrow(job.store.read_table(job.dataset))
     assert isinstance(frame, pl.DataFrame)
     return frame

@@ -80,6 +80,16 @@ def test_a_single_persona_must_be_in_a_list(recipe):
         oc.plan(recipe, "poeticism")
 
 
+def test_a_persona_can_be_given_only_once(recipe, poet):
+    with pytest.raises(UserError, match="contain a name twice: poeticism, poeticism"):
+        oc.plan(recipe, ["poeticism", poet])
+
+
+def test_a_report_needs_finished_stages(recipe, tmp_path):
+    with pytest.raises(UserError, match="evaluation/robustness needs "):
+        oc.report(recipe, ["poeticism"], storage=str(tmp_path / "runs"))
+
+
 def test_the_adapter_is_a_local_folder(recipe, tmp_path, poet):
     from opencharacter.api import Run
 

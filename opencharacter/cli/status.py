@@ -65,8 +65,8 @@ def status_cells(job: Job) -> list[str]:
     manifest = job.store.manifest(job.dataset, any_format=True)
     if state == "partial":
         history = job.store.attempts(job.dataset)
-        begun = f"{history[-1]['reached']} begun"
-        return [state, begun, *[""] * 5, str(repeated_work(history))]
+        started = f"{history[-1]['reached']} started"
+        return [state, started, *[""] * 5, str(repeated_work(history))]
     if manifest is None:
         return [state, *[""] * 7]
     if differing:

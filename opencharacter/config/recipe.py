@@ -309,7 +309,8 @@ class Recipe(Config):
     """
 
     name: Name
-    """Name of the recipe. The default storage is `runs/<name>`."""
+    """Name of the recipe. The default storage is `runs/<name>`, so a recipe that extends another
+    should have its own name, unless both are to share their results."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     """Seed of the run. Each row's sampling seed derives from it, the stage and the row's id."""
     seeded_sampling: bool = True
