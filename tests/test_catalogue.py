@@ -1,4 +1,4 @@
-"""What a server knows of storage: answered at once, seen soon, and kept while storage is out."""
+"""What the ingress knows of storage, and how it responds while storage is unavailable."""
 
 import asyncio
 import json
@@ -13,150 +13,150 @@ import pytest
 from samples import ECHO_ROLE, recipe_of
 
 from opencharacter.config.placement import Serving
-from opencharacter.config.recipe import Sampling
+from opencharacter.config.roles import Sampling
 from opencharacter.errors import StageFailed
-from opencharacter.serving import application, chat_page, ingress, protocol
-from opencharacter.serving.catalogue import Catalogue, Listing, ServedAdapter
-from opencharacter.serving.protocol import ErrorBody
+from opencharacter.serving import chat_page, ingress
+from opencharacter.serving.access import AccessPolicy
+from opencharacter.serving.catalogue import Catalogue, CatalogueCache, ServedAdapter
+from opencharacter.serving.protocol import BaseModelEntry, ErrorBody
 
 PERSONA = "echo:poeticism"
 
 
 class Storage:
-    """As a catalogue of one persona, whose storage is slow and sometimes out."""
+    """Stands for a catalogue of one persona, whose storage is slow and sometimes unavailable."""
 
     student = "echo"
 
     def __init__(self):
-        self.looks, self.out, self.revision = 0, False, "1"
-        self.store = SimpleNamespace(write_table=self.refuse)
+        self.reads, self.unavailable, self.revision = 0, False, "1"
+        self.store = SimpleNamespace(write_table=self.fail_to_write)
 
-    def adapters(self, _seen=None):
-        self.looks += 1
+    def adapters(self, _previous=None):
+        self.reads += 1
         time.sleep(0.1)
-        if self.out:
-            raise OSError("storage is out")
+        if self.unavailable:
+            raise OSError("storage is unavailable")
         manifest = {"finished": "2030-01-01T00:00:00+00:00", "fingerprint": "f"}
         return {PERSONA: ServedAdapter(PERSONA, "poeticism", self.revision, "", manifest)}
 
-    def refuse(self, *_):
+    def fail_to_write(self, *_):
         raise StageFailed("cannot write")
 
 
-async def revision(listing: Listing) -> str:
-    return (await listing.adapters())[PERSONA].revision
+async def revision(cache: CatalogueCache) -> str:
+    return (await cache.adapters())[PERSONA].revision
 
 
-def test_what_was_seen_last_is_answered_at_once_and_what_is_new_soon():
+def test_the_cache_answers_at_once_and_shows_new_revisions_soon():
     async def play(storage: Storage):
-        listing = Listing(storage, 0.05)
-        assert await revision(listing) == "1"
-        storage.revision, looks = "2", storage.looks
-        while storage.looks < looks + 3:  # though nobody asks
+        cache = CatalogueCache(storage, 0.05)
+        assert await revision(cache) == "1"
+        storage.revision, reads = "2", storage.reads
+        while storage.reads < reads + 3:  # without any request
             await asyncio.sleep(0.01)
-        with pytest.raises(StopIteration) as told:  # while a look is under way
-            listing.adapters().send(None)
-        assert told.value.value[PERSONA].revision == "2"
+        with pytest.raises(StopIteration) as returned:  # without waiting for the refresh
+            cache.adapters().send(None)
+        assert returned.value.value[PERSONA].revision == "2"
 
     asyncio.run(asyncio.wait_for(play(Storage()), 10))
 
 
-def test_storage_that_is_out_is_asked_once_and_takes_nothing_away(caplog):
+def test_adapters_keep_serving_while_storage_is_unavailable(caplog):
     async def play(storage: Storage):
-        listing = Listing(storage, 0.05)
-        storage.out = True
-        eight = (listing.adapters() for _ in range(8))
+        cache = CatalogueCache(storage, 0.05)
+        storage.unavailable = True
+        eight = (cache.adapters() for _ in range(8))
         first = await asyncio.gather(*eight, return_exceptions=True)
         assert [type(error) for error in first] == [OSError] * 8
-        assert storage.looks == 1
-        storage.out = False
-        assert await revision(listing) == "1"
-        storage.out, looks = True, storage.looks
-        while storage.looks < looks + 3:
-            assert await revision(listing) == "1"
+        assert storage.reads == 1
+        storage.unavailable = False
+        assert await revision(cache) == "1"
+        storage.unavailable, reads = True, storage.reads
+        while storage.reads < reads + 3:
+            assert await revision(cache) == "1"
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(play(Storage()), 10))
-    assert "storage cannot be looked at (OSError: storage is out)" in caplog.text
+    assert "cannot list adapters in storage (OSError: storage is unavailable)" in caplog.text
 
 
-def test_a_manifest_that_cannot_be_read_takes_no_other_persona_away(store, tmp_path, caplog):
+def test_a_broken_manifest_does_not_affect_other_personas(store, tmp_path, caplog):
     (tmp_path / "adapter").mkdir()
     jobs = [canary.job(recipe_of(ECHO_ROLE), store, name) for name in ("poeticism", "humor")]
     for job in jobs:
         canary.publish(job, tmp_path / "adapter")
     catalogue = Catalogue(store, "echo", "echo:")
-    seen = catalogue.adapters()
+    previous = catalogue.adapters()
     for manifest in ('{"format_version": 99}', "{bad"):
         Path(store.path(jobs[0].dataset, "manifest.json")).write_text(manifest)
         assert set(catalogue.adapters()) == {"echo:humor"}
-        assert catalogue.adapters(seen) == seen
-    assert f"{PERSONA}: its manifest cannot be read (UserError" in caplog.text
-    assert len(caplog.records) == 2  # and not at every look
+        assert catalogue.adapters(previous) == previous
+    assert f"cannot read the manifest of {PERSONA} (UserError" in caplog.text
+    assert len(caplog.records) == 2  # not one per refresh
 
 
-# ------------------------------------------------------------------------------- through the door
+# ---------------------------------------------------------------------------- through the ingress
 
 
 class Model:
-    """A handle of replicas that find some revisions in storage and no others."""
+    """Stands for a handle to replicas that find only some revisions in storage."""
 
     def __init__(self):
-        self.found, self.asked = {"1"}, []
+        self.revisions, self.requested = {"1"}, []
 
     def options(self, **_):
         return SimpleNamespace(answer=SimpleNamespace(remote=self.answer))
 
     def answer(self, _kind, payload):
-        self.asked.append(payload["model"])
-        return Shards(self.part(payload["model"]))
+        self.requested.append(payload["model"])
+        return ResponseStream(self.part(payload["model"]))
 
     def part(self, model):
-        if model.partition("@")[2] in self.found:
+        if model.partition("@")[2] in self.revisions:
             return {"body": {"model": model, "usage": {}}}
-        return ErrorBody(404, f"model {model!r} is not in storage, or no longer")
+        return ErrorBody(404, f"model {model!r} is not in storage")
 
 
-class Shards:
-    """Of an answer, as Ray's handles give them."""
+class ResponseStream:
+    """Stands for the response that a Serve handle streams."""
 
     def __init__(self, *parts):
-        self.left = list(parts)
+        self.remaining = list(parts)
 
     def __aiter__(self):
         return self
 
     async def __anext__(self):
-        if not self.left:
+        if not self.remaining:
             raise StopAsyncIteration
-        return self.left.pop()
+        return self.remaining.pop()
 
     def cancel(self):
         pass
 
 
 class Server:
-    """An entrance in this process."""
+    """An ingress in this process."""
 
     def __init__(self, monkeypatch):
         self.storage, self.model = Storage(), Model()
-        names = {"echo": protocol.Served("echo", Sampling(max_tokens=9))}
-        serving, access_policy = Serving(refresh_seconds=60), ingress.AccessPolicy()
-        self.entrance = ingress.Ingress(
-            {"echo": self.model}, names, self.storage, {}, serving, access_policy
+        base_models = {"echo": BaseModelEntry("echo", Sampling(max_tokens=9))}
+        serving, access_policy = Serving(refresh_seconds=60), AccessPolicy()
+        self.ingress = ingress.Ingress(
+            {"echo": self.model}, base_models, self.storage, {}, serving, access_policy
         )
-        context = SimpleNamespace(servable_object=self.entrance)
-        monkeypatch.setattr(application.serve, "get_replica_context", lambda: context)
+        context = SimpleNamespace(servable_object=self.ingress)
+        monkeypatch.setattr(ingress.serve, "get_replica_context", lambda: context)
 
-    async def ask(self, method: str, path: str, **options) -> httpx.Response:
-        transport = httpx.ASGITransport(ingress.http())
+    async def request(self, method: str, path: str, **options) -> httpx.Response:
+        transport = httpx.ASGITransport(ingress.build_http_app())
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **options)
 
-    async def say(self, model: str) -> httpx.Response:
-        said = [{"role": "user", "content": "hello"}]
-        body = {"model": model, "messages": said}
-        return await self.ask("POST", "/v1/chat/completions", json=body)
+    async def chat(self, model: str) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": "hello"}]}
+        return await self.request("POST", "/v1/chat/completions", json=body)
 
 
 @pytest.fixture
@@ -165,25 +165,25 @@ def server(monkeypatch, caplog):
     return Server(monkeypatch)
 
 
-def logged(caplog) -> list[int]:
-    """The statuses in the log's lines of requests."""
+def logged_statuses(caplog) -> list[int]:
+    """Return the HTTP statuses in the request log."""
     lines = (getattr(record, "ray_serve_extra_fields", None) for record in caplog.records)
     return [line["status"] for line in lines if line]
 
 
-def test_a_persona_trained_again_between_listing_and_load_is_asked_for_once_more(server):
+def test_a_request_is_retried_with_the_new_revision_if_the_persona_was_retrained(server):
     async def play():
-        assert (await server.say(PERSONA)).json()["model"] == f"{PERSONA}@1"
-        server.storage.revision, server.model.found = "2", {"2"}
-        full = await server.say(f"{PERSONA}@1")
-        assert (full.status_code, server.storage.looks) == (404, 1)
-        assert (await server.say(PERSONA)).json()["model"] == f"{PERSONA}@2"
-        server.model.found = set()  # and storage does not say more
-        later = await server.say(PERSONA)
+        assert (await server.chat(PERSONA)).json()["model"] == f"{PERSONA}@1"
+        server.storage.revision, server.model.revisions = "2", {"2"}
+        old = await server.chat(f"{PERSONA}@1")
+        assert (old.status_code, server.storage.reads) == (404, 1)
+        assert (await server.chat(PERSONA)).json()["model"] == f"{PERSONA}@2"
+        server.model.revisions = set()  # and storage does not show a newer one
+        later = await server.chat(PERSONA)
         assert (later.status_code, later.headers["retry-after"]) == (503, "1")
 
     asyncio.run(play())
-    assert server.model.asked == [f"{PERSONA}@{n}" for n in ("1", "1", "1", "2", "2")]
+    assert server.model.requested == [f"{PERSONA}@{n}" for n in ("1", "1", "1", "2", "2")]
 
 
 @pytest.mark.parametrize(
@@ -196,21 +196,21 @@ def test_a_persona_trained_again_between_listing_and_load_is_asked_for_once_more
         ("POST", "/ratings"),
     ],
 )
-def test_storage_that_refuses_is_503_as_openai_has_it(server, caplog, method, path):
+def test_unavailable_storage_is_a_503_in_openai_format(server, caplog, method, path):
     side = {"model": PERSONA, "system": "", "messages": [{"role": "user", "content": "a"}] * 2}
     rating = {"persona": "poeticism", "verdict": "same", "conversations": [side, side]}
     body = rating if path == "/ratings" else {"model": PERSONA, "messages": side["messages"]}
-    server.storage.out = True
-    answer = asyncio.run(server.ask(method, path, json=body))
+    server.storage.unavailable = True
+    answer = asyncio.run(server.request(method, path, json=body))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"]["type"] == "server_error"
-    assert logged(caplog) == [503]
+    assert logged_statuses(caplog) == [503]
 
 
-def test_a_fault_that_nobody_foresaw_is_500_as_openai_has_it(server, caplog, monkeypatch):
+def test_an_unexpected_exception_is_a_500_in_openai_format(server, caplog, monkeypatch):
     monkeypatch.setattr(chat_page, "page", lambda: json.loads("{bad"))
-    answer = asyncio.run(server.ask("GET", "/"))
+    answer = asyncio.run(server.request("GET", "/"))
     assert answer.status_code == 500
     assert "JSONDecodeError" in answer.json()["error"]["message"]
-    assert logged(caplog) == [500]
+    assert logged_statuses(caplog) == [500]
     assert "a request failed" in caplog.text
