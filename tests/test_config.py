@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from typing import Annotated
 
 import pytest
@@ -243,6 +244,11 @@ def test_old_fields_and_values_of_a_placement_are_rejected(text, message, write_
 def test_arguments_of_vllm_may_have_any_name(write_yaml):
     path = write_yaml("mine.yaml", "pools: {student: {engine_kwargs: {engine: 1, restarts: 2}}}")
     assert files.load_placement(path).pools.student.engine_kwargs == {"engine": 1, "restarts": 2}
+
+
+def test_the_version_of_the_package_is_that_of_its_project_file():
+    project = files.resource("", "pyproject.toml") or pytest.fail("no pyproject.toml")
+    assert tomllib.loads(project.read_text())["project"]["version"] == __version__
 
 
 def test_every_renamed_field_is_in_the_changelog():
