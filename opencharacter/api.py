@@ -1,5 +1,7 @@
 """The Python API, for notebooks and scripts.
 
+For example::
+
     import opencharacter as oc
 
     recipe = oc.load_recipe("demo", set={"distillation.dpo.beta": 0.2})
