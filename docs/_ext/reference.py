@@ -274,7 +274,7 @@ def stages_page() -> str:
 
 
 def stage_documentation(name: str, module: Any) -> str:
-    """Return a stage module's docstring; its last paragraph says what the stage reads and writes."""
+    """Return a stage module's docstring, whose last paragraph lists what the stage reads."""
     text = documentation(module).removeprefix(f"Stage {name}: ")
     *paragraphs, last = (text[:1].upper() + text[1:]).split("\n\n")
     last = re.sub(r"^Run: (.+)$", r"Run: `\1`", last, flags=re.MULTILINE)
@@ -332,28 +332,11 @@ CONSTITUTION_INTRODUCTION = """\
 Every field of a constitution, generated from `opencharacter/constitution/schema.py`.
 [Personas](../personas.md) explains how to write one.
 """
-INDEX = """\
-# Reference
-
-These pages are generated from the code when the documentation is built.
-
-```{toctree}
-recipe
-placement
-constitution
-cli
-stages
-metrics
-recipes
-placements
-```
-"""
 
 
 def pages() -> dict[str, str]:
     """Return the text of all pages by their name."""
     return {
-        "index": INDEX,
         "recipe": config_page("Recipe fields", RECIPE_INTRODUCTION, Recipe),
         "placement": config_page("Placement fields", PLACEMENT_INTRODUCTION, Placement),
         "constitution": config_page("Constitution fields", CONSTITUTION_INTRODUCTION, Constitution),
