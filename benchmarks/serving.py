@@ -229,7 +229,7 @@ def run_vllm(settings: Settings) -> Iterator[Run]:
     placement = Placement.model_validate(placement_data(settings))
     spec = EngineSpec(role, placement.pools.student)
     rank = models.allowed_rank(settings["rank"])
-    arguments = replica.llm_config(spec, placement.serving, rank).engine_kwargs
+    arguments = replica.build_llm_config(spec, placement.serving, rank).engine_kwargs
     with tempfile.TemporaryDirectory() as scratch:
         files = adapter(Path(scratch) / "adapter", settings)
         port = servers.free_port()
@@ -290,7 +290,7 @@ def run_soak(settings: Settings) -> Iterator[Run]:
             yield asyncio.run(soak(running, recipe.roles.student.name, settings))
 
 
-async def soak(running: servers.Running, student: str, settings: Settings) -> Run:
+async def soak(running: servers.RunningServer, student: str, settings: Settings) -> Run:
     """Load for so many seconds, with a kill half-way, and what came of it."""
     seconds = settings["soak_seconds"]
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The page in a real browser: Debian's chromium (`apt-get install -y chromium`) with Playwright."""
+"""The chat page in a real browser: Debian's chromium (`apt-get install chromium`), Playwright."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import server as servers
 from samples import ECHO_ROLE, recipe_of
 
 from opencharacter.runtime.store import Store
-from opencharacter.serving.chat_page import RATINGS
+from opencharacter.serving.chat_page import RATINGS_DATASET
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -41,16 +41,16 @@ def server(storage):
 
 @pytest.fixture
 def page(browser, server):
-    """The page with its key given; fails on an error of the console or a request elsewhere."""
+    """The chat page with its key entered; fails on console errors and requests to other hosts."""
     context = browser.new_context(viewport={"width": 1100, "height": 900}, accept_downloads=True)
     page = context.new_page()
-    faults = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda said: said.type == "error" and faults.append(said.text))
-    page.on("dialog", lambda dialog: faults.append(dialog.message))
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+    page.on("dialog", lambda dialog: errors.append(dialog.message))
     page.on(
         "request",
-        lambda r: r.url.startswith((server.url, "data:", "blob:")) or faults.append(r.url),
+        lambda r: r.url.startswith((server.url, "data:", "blob:")) or errors.append(r.url),
     )
     page.goto(server.url)
     page.get_by_label("API key of this server").fill(servers.KEY)
@@ -59,13 +59,13 @@ def page(browser, server):
     page.get_by_label("API key of this server").wait_for(state="hidden")
     yield page
     context.close()
-    assert faults == []
+    assert errors == []
 
 
-def ask(page, text: str) -> None:
-    page.get_by_label("Your message goes to both").fill(text)
+def send(page, text: str) -> None:
+    page.get_by_label("Message to both models").fill(text)
     page.keyboard.press("Enter")
-    page.get_by_text("Both have answered.").wait_for()
+    page.get_by_text("Both models have finished.").wait_for()
 
 
 def logs(page) -> list[str]:
@@ -75,29 +75,29 @@ def logs(page) -> list[str]:
 def test_two_models_answer_side_by_side_and_can_be_rated(page, storage):
     page.get_by_label("Left model").select_option("echo")
     page.get_by_label("Right model").select_option("echo:poeticism")
-    page.get_by_label("Your message goes to both").fill("one two three four five six seven")
+    page.get_by_label("Message to both models").fill("one two three four five six seven")
     page.keyboard.press("Enter")
-    seen = set()
-    while page.get_by_text("Both have answered.").count() == 0:
-        seen.add(tuple(len(log) for log in logs(page)))
-    assert len({left for left, _ in seen}) > 3  # it came in pieces
-    assert len({right for _, right in seen}) > 3
+    lengths = set()
+    while page.get_by_text("Both models have finished.").count() == 0:
+        lengths.add(tuple(len(log) for log in logs(page)))
+    assert len({left for left, _ in lengths}) > 3  # streamed
+    assert len({right for _, right in lengths}) > 3
     left, right = logs(page)
     assert "echo: one two" in left
     assert "echo:poeticism@" in right
     page.get_by_role("button", name="Right is more in character").click()
-    page.get_by_text("the rating is kept").wait_for()
+    page.get_by_text("rating has been saved").wait_for()
     page.reload()
     page.locator("#model-1 option").first.wait_for(state="attached")
     assert logs(page) == [left, right]
     assert page.get_by_label("Right model").input_value() == "echo:poeticism"
-    (row,) = ds.dataset(storage / "runs/echoes/echo" / RATINGS).to_table().to_pylist()
+    (row,) = ds.dataset(storage / "runs/echoes/echo" / RATINGS_DATASET).to_table().to_pylist()
     assert (row["verdict"], row["persona"]) == ("second", "humor")
     assert row["conversations"][1]["model"].startswith("echo:poeticism@")
     assert servers.KEY not in json.dumps(row, default=str)
 
 
-LEFT_IN_THE_MIDDLE = """(change) => {
+INTERRUPT = """(change) => {
     const log = document.querySelector(".log");
     new MutationObserver((_, observer) => {
         if (!log.textContent.includes("echo: word")) return;
@@ -111,21 +111,21 @@ LEFT_IN_THE_MIDDLE = """(change) => {
 
 @pytest.mark.parametrize("change", ["start over", "another model"])
 def test_a_conversation_left_during_generation_does_not_reappear(page, change):
-    ask(page, "the first question")
-    page.evaluate(LEFT_IN_THE_MIDDLE, change)
-    page.get_by_label("Your message goes to both").fill("word " * 40)
+    send(page, "the first question")
+    page.evaluate(INTERRUPT, change)
+    page.get_by_label("Message to both models").fill("word " * 40)
     page.keyboard.press("Enter")
     page.get_by_text("Stopped.").wait_for()
     assert logs(page) == ["", ""]
     assert page.locator(".rate:enabled").count() == 0
-    with page.expect_request("**/chat/completions") as sent:
-        ask(page, "the second question")
-    said = [message["content"] for message in sent.value.post_data_json["messages"]]
-    assert said == ["the second question"]
+    with page.expect_request("**/chat/completions") as request:
+        send(page, "the second question")
+    contents = [message["content"] for message in request.value.post_data_json["messages"]]
+    assert contents == ["the second question"]
 
 
 def test_model_output_is_shown_as_text_and_never_executed(page):
-    ask(page, HOSTILE)
+    send(page, HOSTILE)
     for log in logs(page):
         assert log.count(HOSTILE) == 2
     assert page.locator(".log script, .log img").count() == 0
@@ -138,22 +138,22 @@ def test_the_prompted_base_and_the_dpo_adapter_can_be_selected(page):
 
 
 def test_the_constitution_can_be_read(page):
-    page.get_by_label("Character", exact=True).select_option("poeticism")
-    page.get_by_text("The constitution of this character").click()
+    page.get_by_label("Persona", exact=True).select_option("poeticism")
+    page.get_by_text("Constitution of this persona").click()
     assert page.locator("#traits li").count() >= 8
 
 
-def test_a_conversation_can_be_exported(page, tmp_path):
-    ask(page, "hello")
+def test_conversations_can_be_exported(page, tmp_path):
+    send(page, "hello")
     with page.expect_download() as download:
-        page.get_by_role("button", name="Export conversation").click()
+        page.get_by_role("button", name="Export conversations").click()
     download.value.save_as(tmp_path / "out.json")
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert [len(side["messages"]) for side in found["conversations"]] == [2, 2]
+    exported = json.loads((tmp_path / "out.json").read_text())
+    assert [len(side["messages"]) for side in exported["conversations"]] == [2, 2]
 
 
 def test_every_control_has_a_name_and_is_reachable_by_keyboard(page):
-    ask(page, "hello")
+    send(page, "hello")
     unnamed = """() => [...document.querySelectorAll("select, textarea, input, button")]
         .filter(e => !(e.labels?.length || e.textContent.trim())).map(e => e.outerHTML)"""
     assert page.evaluate(unnamed) == []
@@ -178,7 +178,7 @@ def test_every_control_has_a_name_and_is_reachable_by_keyboard(page):
 
 def test_both_models_fit_a_phone_screen_without_horizontal_scrolling(page):
     page.set_viewport_size({"width": 360, "height": 740})
-    ask(page, "W" * 200)
+    send(page, "W" * 200)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     boxes = [page.get_by_label(f"{side} conversation").bounding_box() for side in ("Left", "Right")]
     assert boxes[0]["y"] == boxes[1]["y"]

@@ -1,6 +1,6 @@
-"""The server with the real embedded model: adapters by name, retrained, mixed, and a killed engine.
+"""The server with the embedded model: adapters by name, retraining, mixed load, a killed engine.
 
-Each persona is an adapter that says one word for ever, so that an answer tells who gave it.
+Each persona is an adapter that repeats one word, which identifies the adapter that responded.
 """
 
 import time
@@ -58,7 +58,7 @@ def test_the_serving_engine_uses_the_shared_spec_and_autoscales_with_the_placeme
     gpus = Pool(gpus=2, tensor_parallel=2, cpus=8, max_replicas=4, max_num_seqs=100)
     for pool in (Pool(), gpus):
         spec = EngineSpec(role, pool)
-        made = replica.llm_config(spec, Serving(), 64)
+        made = replica.build_llm_config(spec, Serving(), 64)
         arguments = made.get_engine_config().engine_kwargs
         same = {k: v for k, v in engine_arguments(spec).items() if k != "disable_log_stats"}
         assert same.items() <= arguments.items()
@@ -72,7 +72,7 @@ def test_an_engine_with_at_most_one_gpu_runs_inside_the_replica():
 
     role = files.load_recipe("demo").roles.student
     pool = Pool(gpus=0.5, cpus=2, memory_gib=4, accelerator="H100")
-    made = replica.llm_config(EngineSpec(role, pool), Serving(), 64)
+    made = replica.build_llm_config(EngineSpec(role, pool), Serving(), 64)
     (bundle,) = replica.PersonaServer.get_deployment_options(made)["placement_group_bundles"]
     asked = {"CPU": 2, "GPU": 0.5, "memory": 4 * 2**30, "accelerator_type:H100": 0.001}
     assert bundle == asked
