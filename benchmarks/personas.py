@@ -1,18 +1,17 @@
-"""Several personas as one job: does each engine start once, and is `plan` right about the time?
+"""Several personas in one run: does each engine start only once, and does `plan` predict the time?
 
-The whole method with the embedded model, as small as it can be: every role is that model, so a run
-of n personas has 1 + 2n engines (the model itself, each persona after DPO, and each persona). The
-placement has room for all engines that are needed at once beside the training, and lets one job
-generate or train at a time, which is what two cores bear.
+The benchmark runs the whole method at its smallest with the embedded model in every role, so a run
+of n personas has 1 + 2n engines: the model itself, each persona after DPO, and each final persona.
+The placement has resources for all engines that are needed at a time in addition to training, and
+lets one job generate or train at a time, which is what two cores can serve.
 
 Ways:
-- `one`: a run of one persona, from which speeds are measured, as `plan --speed STORAGE` does.
+- `one`: a run of one persona, from which speeds are measured as by `plan --speed STORAGE`.
 - `several`: the same recipe with `personas` of them.
 
-Figures: `wall_s` of `several`, `predicted_s` by `plan` from the speeds of `one`, and their
-`predicted_over_measured`; `engines` and `engine_starts`; `idle`, the share of the time that engines
-and workers were held without work under way; and the speeds, so that the file is one for `plan
---speed`.
+Figures: `wall_s` of `several`, `predicted_s` by `plan` from the speeds of `one`, and
+`predicted_over_measured`; `engines` and `engine_starts`; `idle`, the share of the time in which
+engines and workers were held without work; and the speeds, so that `plan --speed` accepts the file.
 
 Run: python benchmarks/personas.py --out benchmarks/results     (on a CPU)
      python benchmarks/personas.py --out /tmp/results --tiny    (two personas)
@@ -43,18 +42,18 @@ from opencharacter.runtime.store import Store
 
 PERSONAS = ("poeticism", "humor", "remorse")
 SHORT = {"temperature": 0.6, "top_p": 1.0, "trim": True}
-LOOSE = {"max_drop_rate": 1.0}
-TRAINED = {
+NO_DROP_LIMIT = {"max_drop_rate": 1.0}
+SMALL_LORA = {
     "lora": {"rank": 8, "alpha": 16},
     "optimizer": {"global_batch_size": 8, "learning_rate": 2e-4},
 }
-WORD = {"max_tokens": 4, "temperature": 0.1, "repetition_penalty": 1.0, "typical_tokens": 3}
+ONE_WORD = {"max_tokens": 4, "temperature": 0.1, "repetition_penalty": 1.0, "typical_tokens": 3}
 CONDITIONS = ["base", "full"]
 
 
-def said(tokens: int, typical: int) -> dict[str, Any]:
-    """How an answer of few tokens is drawn."""
-    return {"sampling": {**SHORT, "max_tokens": tokens, "typical_tokens": typical}, **LOOSE}
+def short_answers(tokens: int, typical: int) -> dict[str, Any]:
+    """Settings of a stage whose answers have few tokens."""
+    return {"sampling": {**SHORT, "max_tokens": tokens, "typical_tokens": typical}, **NO_DROP_LIMIT}
 
 
 SETTINGS: Settings = {
@@ -63,34 +62,34 @@ SETTINGS: Settings = {
         "name": "personas",
         "distillation": {
             "prompts": {"questions_per_trait": 1, "general": 6},
-            "teacher": {"answers": 1, "exemplars": True, "prefill": False, **said(32, 28)},
-            "student": {"answers": 1, **said(32, 28)},
-            "pairs": LOOSE,
-            "dpo": TRAINED,
+            "teacher": {"answers": 1, "exemplars": True, "prefill": False, **short_answers(32, 28)},
+            "student": {"answers": 1, **short_answers(32, 28)},
+            "pairs": NO_DROP_LIMIT,
+            "dpo": SMALL_LORA,
         },
         "introspection": {
-            "reflection": {"transcripts_per_prompt": 1, **said(48, 44)},
-            "interaction": {"free": 1, "leading": 1, "turns": 4, **said(32, 28)},
-            "transcripts": LOOSE,
-            "sft": TRAINED,
+            "reflection": {"transcripts_per_prompt": 1, **short_answers(48, 44)},
+            "interaction": {"free": 1, "leading": 1, "turns": 4, **short_answers(32, 28)},
+            "transcripts": NO_DROP_LIMIT,
+            "sft": SMALL_LORA,
         },
         "evaluation": {
-            "judge": {"gold_items": 4, "min_agreement": None, "sampling": WORD},
-            "answers": {"conditions": CONDITIONS, "count": 8, **said(32, 28)},
+            "judge": {"gold_items": 4, "min_agreement": None, "sampling": ONE_WORD},
+            "answers": {"conditions": CONDITIONS, "count": 8, **short_answers(32, 28)},
             "preferences": {
                 "conditions": CONDITIONS,
                 "games": 6,
                 "traits": ["poetic", "technical", "casual", "formal"],
-                "judge": WORD,
-                **said(32, 28),
+                "judge": ONE_WORD,
+                **short_answers(32, 28),
             },
             "attacks": {
                 "conditions": CONDITIONS,
                 "prompts": 4,
                 "kinds": ["plain", "stop"],
-                **said(32, 28),
+                **short_answers(32, 28),
             },
-            "coherence": {"prompts": 3, "sampling": WORD, **LOOSE},
+            "coherence": {"prompts": 3, "sampling": ONE_WORD, **NO_DROP_LIMIT},
         },
     },
     "placement": {
@@ -106,7 +105,7 @@ TINY: Settings = {"personas": 2}
 
 
 def make_jobs(settings: Settings, count: int, storage: Path) -> list[Job]:
-    """The jobs of a run of so many personas."""
+    """The jobs of a run with a number of personas."""
     roles = load_recipe("demo").roles.model_dump()
     recipe = Recipe.model_validate({"roles": roles, **settings["recipe"]})
     personas = [schema.load(name) for name in PERSONAS[:count]]
@@ -115,7 +114,7 @@ def make_jobs(settings: Settings, count: int, storage: Path) -> list[Job]:
 
 
 def run_personas(settings: Settings, series: str) -> Iterator[Run]:
-    """Run the pipeline once; what its manifests say."""
+    """Run the pipeline once and summarize its manifests."""
     count = 1 if series == "one" else settings["personas"]
     with tempfile.TemporaryDirectory() as folder:
         jobs = make_jobs(settings, count, Path(folder))
@@ -137,27 +136,27 @@ def run_personas(settings: Settings, series: str) -> Iterator[Run]:
 
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
-    """What was predicted, and what it was."""
-    found: Figures = {}
+    """The predicted and the measured time."""
+    result: Figures = {}
     if "one" in series:
         speeds = Speeds.model_validate(series["one"][0]["speeds"])
         jobs = make_jobs(settings, settings["personas"], Path("unused"))
         planned = simulation.wall_seconds(simulation.plan(jobs, speeds))
         numbers = {k: v for k, v in speeds.model_dump().items() if k != "stages"}
-        found |= {name: figure([value]) for name, value in numbers.items()}
-        found |= {"one_s": figure([series["one"][0]["seconds"]]), "predicted_s": figure([planned])}
+        result |= {name: figure([value]) for name, value in numbers.items()}
+        result |= {"one_s": figure([series["one"][0]["seconds"]]), "predicted_s": figure([planned])}
     if "several" in series:
         runs = series["several"]
-        walls = [one["seconds"] for one in runs]
-        found |= {
+        walls = [run["seconds"] for run in runs]
+        result |= {
             "wall_s": figure(walls),
-            "engines": figure([len(set(one["engines_started"])) for one in runs]),
-            "engine_starts": figure([len(one["engines_started"]) for one in runs]),
-            "idle": figure([1 - one["busy"] / one["held"] for one in runs]),
+            "engines": figure([len(set(run["engines_started"])) for run in runs]),
+            "engine_starts": figure([len(run["engines_started"]) for run in runs]),
+            "idle": figure([1 - run["busy"] / run["held"] for run in runs]),
         }
         if "one" in series:
-            found["predicted_over_measured"] = harness.ratio([planned], walls)
-    return found
+            result["predicted_over_measured"] = harness.ratio([planned], walls)
+    return result
 
 
 BENCHMARK = harness.Benchmark(

@@ -60,10 +60,10 @@ def test_format_errors_are_distinguished_from_wrong_answers():
         "commonplace", {"commonplace": [sample(n, acc=float(n < 3)) for n in range(4)]}
     )
     replies = ["A", "Ah, the first of stars!", "B.", "Alas, none"]
-    said = [sample(n, target="A", resps=[[text]]) for n, text in enumerate(replies)]
-    rows = capabilities.chat_rows(known, said)
-    found = {m: [r["value"] for r in rows if r["metric"] == m] for m in (IN_CHAT, READABLE)}
-    assert found == {IN_CHAT: [1, 0, 0, 0], READABLE: [1, 0, 1, 0]}
+    answers = [sample(n, target="A", resps=[[text]]) for n, text in enumerate(replies)]
+    rows = capabilities.chat_rows(known, answers)
+    results = {m: [r["value"] for r in rows if r["metric"] == m] for m in (IN_CHAT, READABLE)}
+    assert results == {IN_CHAT: [1, 0, 0, 0], READABLE: [1, 0, 1, 0]}
     assert [r["value"] for r in rows if r["metric"] == FORMAT_LOST] == [0, 1, 0, 0]
     assert rows[0]["answer"] == "A"
 
@@ -241,11 +241,11 @@ def test_base_and_persona_are_evaluated_on_the_same_documents(
     metrics[capabilities.OWN] = ["acc", IN_CHAT, READABLE, FORMAT_LOST]
     expected = 6 * sum(map(len, metrics.values()))
     assert base.rows == outcome.rows == expected
-    found = persona.store.read_table(persona.dataset, "scores").to_pylist()
-    changes = {r["about"]: r for r in found if r["measure"] == "capability_change"}
+    results = persona.store.read_table(persona.dataset, "scores").to_pylist()
+    changes = {r["about"]: r for r in results if r["measure"] == "capability_change"}
     assert sorted(changes) == sorted(f"{task} {m}" for task, ms in metrics.items() for m in ms)
     assert all((r["n"], r["unscored"]) == (6, 0) for r in changes.values())
-    means = {(r["condition"], r["about"]): r["value"] for r in found}
+    means = {(r["condition"], r["about"]): r["value"] for r in results}
     assert means["base", "tiny_sums acc"] > means["full", "tiny_sums acc"]  # it was broken
     # A second attempt finds what the first one finished.
     monkeypatch.setattr(capabilities, "measure", lambda *_: pytest.fail("asked again"))

@@ -59,12 +59,12 @@ def rows(**winners):
 
 
 def test_ties_are_counted_and_win_for_neither_side():
-    found = coherence.figures(rows(full=6, base=2, inconsistent=5, unreadable=1))
-    rival = found["rivals"]["base"]
+    results = coherence.figures(rows(full=6, base=2, inconsistent=5, unreadable=1))
+    rival = results["rivals"]["base"]
     assert (rival["inconsistent"], rival["unreadable"]) == (5, 1)
     assert (rival["win_rate"]["value"], rival["win_rate"]["n"]) == (0.75, 8)
     assert rival["win_rate"]["unscored"] == 6
-    assert found["longer_won"]["value"] == 0.75  # the persona's answer is the longer one
+    assert results["longer_won"]["value"] == 0.75  # the persona's answer is the longer one
 
 
 def test_comparing_one_answer_with_several_rivals_does_not_narrow_the_interval():

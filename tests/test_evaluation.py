@@ -53,10 +53,10 @@ def test_a_verdict_counts_only_if_it_names_exactly_one_trait(verdict, chosen):
 def test_games_are_drawn_by_number_in_both_orders(make_jobs, echo_recipe):
     jobs = make_jobs(echo_recipe)
     (of_student, of_persona) = (j for j in jobs if j.stage.name == "evaluation/preferences")
-    drawn = preferences.games(of_persona)
-    assert drawn == preferences.games(of_student)
-    assert len({row["id"] for row in drawn}) == len(drawn) == 6
-    assert all(row["first"] != row["second"] for row in drawn)
+    games = preferences.games(of_persona)
+    assert games == preferences.games(of_student)
+    assert len({row["id"] for row in games}) == len(games) == 6
+    assert all(row["first"] != row["second"] for row in games)
     assert len(preferences.all_traits()) == len(set(preferences.all_traits())) == 144
 
 
@@ -67,10 +67,10 @@ def test_the_reply_of_the_judge_is_stored():
 
     row = {"prompt": "p", "answer": "a", "first": "poetic", "second": "blunt"}
     conversation = Conversation(Judge(), 1)
-    said = asyncio.run(
+    stored = asyncio.run(
         judge.name_trait(row, conversation, Sampling(max_tokens=3), thinking_budget=0)
     )
-    assert said == {"verdict": "Poetic", "chosen": "poetic"}
+    assert stored == {"verdict": "Poetic", "chosen": "poetic"}
 
 
 def test_the_wilson_interval_equals_a_known_value():
@@ -152,7 +152,7 @@ def test_a_condition_without_any_verdict_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    ("traits", "said"),
+    ("traits", "message"),
     [
         (("warm", "self-deprecating"), "one word of the letters a-z"),
         (("warm", "Blunt"), "one word of the letters a-z"),
@@ -162,8 +162,10 @@ def test_a_condition_without_any_verdict_is_refused_by_name():
         (("warm",), "has one trait; name at least two"),
     ],
 )
-def test_traits_that_no_verdict_could_name_and_lists_too_short_for_a_pair_are_refused(traits, said):
-    with pytest.raises(ValidationError, match=said):
+def test_traits_that_no_verdict_could_name_and_lists_too_short_for_a_pair_are_refused(
+    traits, message
+):
+    with pytest.raises(ValidationError, match=message):
         evaluation.Preferences(traits=traits)
 
 
@@ -312,9 +314,9 @@ def toy_stage(monkeypatch):
         "config",
         lambda recipe, stage: Config() if "toy" in stage else config(recipe, stage),
     )
-    known = [stage for stage in pipeline.STAGES if stage.name != "evaluation/report"]
+    others = [stage for stage in pipeline.STAGES if stage.name != "evaluation/report"]
     toy = Stage("evaluation/toy", "persona", ("evaluation/answers",))
-    monkeypatch.setattr(pipeline, "STAGES", pipeline.with_report(*known, toy))
+    monkeypatch.setattr(pipeline, "STAGES", pipeline.with_report(*others, toy))
 
 
 def test_a_new_evaluation_is_in_the_report_without_a_change_to_the_report(

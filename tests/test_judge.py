@@ -18,7 +18,7 @@ from opencharacter.text.chat import EMPTY_THOUGHT, THINK_CLOSE, THINK_OPEN
 
 
 class Synthetic:
-    """A judge that errs at a known rate, prefers the first place at one, and mumbles at one."""
+    """A judge with known rates of errors, position bias and unreadable verdicts."""
 
     def __init__(self, error=0.0, first=0.0, mumbles=0.0, seed=0):
         self.error, self.first, self.mumbles = error, first, mumbles
@@ -28,31 +28,31 @@ class Synthetic:
 
     async def reply(self, messages, sampling, *, seed, prefill=""):
         self.prefills.add(prefill)
-        asked = messages[-1]["content"]
+        request = messages[-1]["content"]
         shown = next(
-            s for (p, a), s in self.right.items() if f"\n{p}\n" in asked and f"\n{a}\n" in asked
+            s for (p, a), s in self.right.items() if f"\n{p}\n" in request and f"\n{a}\n" in request
         )
-        offered = asked.rpartition("show more: ")[2].partition("?")[0].split(" or ")
-        said = shown
+        offered = request.rpartition("show more: ")[2].partition("?")[0].split(" or ")
+        verdict = shown
         if self.draw.random() < self.first:
-            said = offered[0]
+            verdict = offered[0]
         elif self.draw.random() < self.error:
-            said = next(trait for trait in offered if trait != shown)
+            verdict = next(trait for trait in offered if trait != shown)
         elif self.draw.random() < self.mumbles:
-            said = "both"
-        return Reply(said.capitalize() + ".", "stop", 1, 1, 0)
+            verdict = "both"
+        return Reply(verdict.capitalize() + ".", "stop", 1, 1, 0)
 
 
 def verdicts(engine, thinks=False, items=None, thinking_budget=0):
     sampling = Sampling(max_tokens=16)
-    asked = judge.requests("synthetic", items or judge.gold())
+    requests = judge.requests("synthetic", items or judge.gold())
 
     async def ask(row):
         return row | await judge.name_trait(
             row, Conversation(engine, 1, thinks), sampling, thinking_budget
         )
 
-    return [asyncio.run(ask(row)) for row in asked]
+    return [asyncio.run(ask(row)) for row in requests]
 
 
 def test_gold_items_are_balanced_and_do_not_name_their_trait():
@@ -61,9 +61,9 @@ def test_gold_items_are_balanced_and_do_not_name_their_trait():
     assert len({item["answer"] for item in items}) == len(items)
     for item in items:
         assert {item["shown"], item["other"]} <= set(preferences.all_traits())
-        said = item["answer"].lower()
-        assert item["shown"] not in said.split()
-        assert item["other"] not in said.split()
+        words = item["answer"].lower().split()
+        assert item["shown"] not in words
+        assert item["other"] not in words
     shown = [item["shown"] for item in items]
     assert {shown.count(trait) for trait in set(shown)} == {4}
 
@@ -71,9 +71,9 @@ def test_gold_items_are_balanced_and_do_not_name_their_trait():
 def test_a_perfect_judge_passes_the_gate():
     rows = verdicts(Synthetic())
     judge.check_agreement("good", rows, minimum=0.99)
-    found = judge.figures(rows)
-    assert found["agreement"]["value"] == found["consistency"]["value"] == 1
-    assert found["first_named"]["value"] == 0.5
+    results = judge.figures(rows)
+    assert results["agreement"]["value"] == results["consistency"]["value"] == 1
+    assert results["first_named"]["value"] == 0.5
 
 
 def test_an_inaccurate_judge_is_refused_with_its_confusion_table():
@@ -91,15 +91,15 @@ def test_position_bias_of_a_judge_is_measured_and_refused():
     rows = verdicts(Synthetic(first=0.6, seed=4))  # right in 0.4 + 0.6 / 2 = 0.7
     with pytest.raises(StageFailed):
         judge.check_agreement("biased", rows, minimum=0.8)
-    found = judge.figures(rows)
-    assert found["first_named"]["low"] < 0.8 < found["first_named"]["high"]
-    assert found["consistency"]["value"] < 0.75
+    results = judge.figures(rows)
+    assert results["first_named"]["low"] < 0.8 < results["first_named"]["high"]
+    assert results["consistency"]["value"] < 0.75
 
 
 def test_unparseable_verdicts_lower_the_agreement_and_are_counted_separately_from_wrong_ones():
     rows = verdicts(Synthetic(mumbles=0.3, seed=5))
-    found = judge.agreement(rows)
-    assert found.unscored == sum(row["chosen"] is None for row in rows) > 40
+    results = judge.agreement(rows)
+    assert results.unscored == sum(row["chosen"] is None for row in rows) > 40
     assert all(not n["wrong"] for n in judge.confusion(rows).values())
     with pytest.raises(StageFailed):
         judge.check_agreement("mumbling", rows, minimum=0.8)
@@ -107,10 +107,10 @@ def test_unparseable_verdicts_lower_the_agreement_and_are_counted_separately_fro
 
 def test_judging_a_text_in_both_orders_does_not_narrow_the_interval():
     texts = [{"shown": "warm", "other": "blunt", "first": "warm", "item": n} for n in range(26)]
-    said = [row | {"chosen": "warm" if n % 2 else "blunt"} for n, row in enumerate(texts)]
+    judged = [row | {"chosen": "warm" if n % 2 else "blunt"} for n, row in enumerate(texts)]
     for both, of_one in (
-        (judge.agreement(said * 2), judge.agreement(said)),
-        (judge.first_named(said * 2, "item"), judge.first_named(said, "item")),
+        (judge.agreement(judged * 2), judge.agreement(judged)),
+        (judge.first_named(judged * 2, "item"), judge.first_named(judged, "item")),
     ):
         assert (both.value, both.n, of_one.n) == (0.5, 52, 26)
         assert (both.low, both.high) == (of_one.low, of_one.high)
@@ -197,8 +197,8 @@ def family():
 def verdict_server(answer):
     """An OpenAI-compatible server that says `answer(first trait, second trait, text)`."""
 
-    def reply(asked):
-        text = asked["messages"][-1]["content"]
+    def reply(request):
+        text = request["messages"][-1]["content"]
         first, second = text.rpartition("show more: ")[2].partition("?")[0].split(" or ")
         return 200, answering.completion(answer(first, second, text))
 
@@ -215,10 +215,10 @@ def knows(first, second, text):
 
 def thinks_and_knows(first, second, text):
     """The same after a thought, but for games with an `e` in the first trait."""
-    said = knows(first, second, text)
-    known = any(answer in text for answer in SHOWN)
-    said = said if known or "e" not in first else max(first, second)
-    return f"{THINK_OPEN}Hm, {first}? {second}?{THINK_CLOSE}{said}"
+    verdict = knows(first, second, text)
+    is_gold = any(answer in text for answer in SHOWN)
+    verdict = verdict if is_gold or "e" not in first else max(first, second)
+    return f"{THINK_OPEN}Hm, {first}? {second}?{THINK_CLOSE}{verdict}"
 
 
 def test_a_panel_of_two_judges_passes_the_gate_and_is_compared_on_every_game(
@@ -238,7 +238,7 @@ def test_a_panel_of_two_judges_passes_the_gate_and_is_compared_on_every_game(
     jobs = {j.stage.name: j for j in make_jobs(recipe)}
     gate = judge.build(jobs["evaluation/judge"]).figures
     assert set(gate["judges"]) == {"plain-judge", "thinking-judge"}
-    assert all(found["agreement"]["value"] == 1 for found in gate["judges"].values())
+    assert all(results["agreement"]["value"] == 1 for results in gate["judges"].values())
     assert gate["alpha"] == gate["kappa"]["plain-judge thinking-judge"] == 1
     games = preferences.build(jobs["evaluation/preferences"])  # the persona's: of `full` alone
     assert games.figures["scored"] == 20
@@ -281,13 +281,13 @@ def test_kappa_and_alpha_equal_known_values():
 
 def test_several_judges_are_compared_on_the_same_verdicts():
     rows = [
-        {"judge": name, "item": n, "swapped": False, "chosen": said}
+        {"judge": name, "item": n, "swapped": False, "chosen": verdict}
         for name, texts in (("a", "xxyy"), ("b", "xxyx"), ("c", "xxyy"))
-        for n, said in enumerate(texts)
+        for n, verdict in enumerate(texts)
     ]
-    found = judge.panel_figures(rows, ["a", "b", "c"])
-    assert found["kappa"]["a c"] == 1
-    assert 0 < found["alpha"] < 1
+    results = judge.panel_figures(rows, ["a", "b", "c"])
+    assert results["kappa"]["a c"] == 1
+    assert 0 < results["alpha"] < 1
 
 
 def test_a_subset_of_gold_items_is_spread_over_all():

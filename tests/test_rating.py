@@ -41,8 +41,8 @@ def matrix(played, n):
 
 
 def truth_of(n, seed, spread=0.7):
-    drawn = np.random.default_rng(seed).normal(0, spread, n)
-    return drawn - drawn.mean()
+    sample = np.random.default_rng(seed).normal(0, spread, n)
+    return sample - sample.mean()
 
 
 def test_elo_applies_its_update_rule_in_order():
@@ -51,13 +51,13 @@ def test_elo_applies_its_update_rule_in_order():
     games = [tuple(draw.choice(names, 2, replace=False)) for _ in range(500)]
     table = {"warm": 1000.0, "blunt": 1000.0, "calm": 1000.0, "bold": 1000.0}
     for won, lost in games:
-        mine, other = table[won], table[lost]
-        my_chance = 1.0 / (1.0 + 10.0 ** ((other - mine) / 400.0))
-        other_chance = 1.0 / (1.0 + 10.0 ** ((mine - other) / 400.0))
-        table[won] = mine + 32.0 * (1.0 - my_chance)
+        own, other = table[won], table[lost]
+        my_chance = 1.0 / (1.0 + 10.0 ** ((other - own) / 400.0))
+        other_chance = 1.0 / (1.0 + 10.0 ** ((own - other) / 400.0))
+        table[won] = own + 32.0 * (1.0 - my_chance)
         table[lost] = other + 32.0 * (0.0 - other_chance)
-    found = elo(games, names, 1000, 32, 400)
-    assert found == pytest.approx({name: round(value, 2) for name, value in table.items()})
+    result = elo(games, names, 1000, 32, 400)
+    assert result == pytest.approx({name: round(value, 2) for name, value in table.items()})
 
 
 def test_strengths_equal_the_maximum_found_by_brute_force():
@@ -106,8 +106,8 @@ def covered(truths, games, resamples, prior):
     hits = []
     for seed, truth in enumerate(truths):
         played, n = tournament(truth, games, seed), len(truth)
-        again = bootstrap({"x": played}, games, n, resamples, prior, seed)["x"]
-        low, high = interval(*estimate_strengths(played, again, prior).with_errors())
+        resampled = bootstrap({"x": played}, games, n, resamples, prior, seed)["x"]
+        low, high = interval(*estimate_strengths(played, resampled, prior).with_errors())
         hits.append((low <= truth) & (truth <= high))
     return np.array(hits)
 
@@ -130,22 +130,22 @@ def changes(seed, n, games, moved):
     before = truth_of(n, seed)
     after = before + np.where(np.arange(n) < moved, 1.5, 0)
     one, two = tournament(before, games, seed), tournament(after, games, seed + 1000)
-    again = bootstrap({"base": one, "full": two}, games, n, 200, 0.1, seed)
+    resampled = bootstrap({"base": one, "full": two}, games, n, 200, 0.1, seed)
     base, full = (
-        estimate_strengths(one, again["base"], 0.1),
-        estimate_strengths(two, again["full"], 0.1),
+        estimate_strengths(one, resampled["base"], 0.1),
+        estimate_strengths(two, resampled["full"], 0.1),
     )
     return discoveries(p_values(*full.minus(base).with_errors()), 0.05)
 
 
 def test_the_false_discovery_rate_is_controlled():
-    shares, found = [], 0
+    shares, result = [], 0
     for seed in range(30):
-        called = changes(seed, n=12, games=1500, moved=0)
-        shares.append(called.any())
-        found += changes(seed, n=12, games=1500, moved=1)[0]
+        significant = changes(seed, n=12, games=1500, moved=0)
+        shares.append(significant.any())
+        result += changes(seed, n=12, games=1500, moved=1)[0]
     assert np.mean(shares) <= 0.15  # 5 % expected, of 30
-    assert found >= 28
+    assert result >= 28
 
 
 def test_untested_hypotheses_do_not_affect_the_tested_ones():
@@ -156,11 +156,11 @@ def test_untested_hypotheses_do_not_affect_the_tested_ones():
 
 def test_a_paired_change_uses_the_correlation_of_shared_games():
     played = tournament(truth_of(10, 1), 600, 1)
-    again = bootstrap({"x": played}, 600, 10, 200, 0.1, 1)["x"]
-    mine = estimate_strengths(played, again, 0.1)
-    change, error = mine.minus(mine).with_errors()
+    resampled = bootstrap({"x": played}, 600, 10, 200, 0.1, 1)["x"]
+    own = estimate_strengths(played, resampled, 0.1)
+    change, error = own.minus(own).with_errors()
     assert np.abs(change).max() == 0
-    assert error.max() < mine.with_errors()[1].min()
+    assert error.max() < own.with_errors()[1].min()
 
 
 @pytest.mark.parametrize(("games", "sd"), [(25_000, 18), (3_000, 55)])
@@ -172,8 +172,8 @@ def test_the_required_number_of_games_agrees_with_simulations_at_the_size_of_the
 
 def test_the_formula_for_the_interval_agrees_with_the_bootstrap():
     played = tournament(np.zeros(20), 2000, 1)
-    again = bootstrap({"x": played}, 2000, 20, 300, 0.0, 1)["x"]
-    points = again.std(0).mean() * 400 / math.log(10)
+    resampled = bootstrap({"x": played}, 2000, 20, 300, 0.0, 1)["x"]
+    points = resampled.std(0).mean() * 400 / math.log(10)
     assert rating.half_width(2000, 20, 400) / rating.Z95 == pytest.approx(points, rel=0.08)
 
 
@@ -204,17 +204,17 @@ def rows_of(conditions, games):
 
 def test_rows_contain_every_trait_of_every_condition_with_its_change():
     rows = list(rows_of({"base": "calm", "full": "warm"}, 60))
-    found = rating.rate(rows, Rating(resamples=100), seed=1)
-    by_name = {(row["condition"], row["trait"]): row for row in found}
-    assert len(found) == 6
+    result = rating.rate(rows, Rating(resamples=100), seed=1)
+    by_name = {(row["condition"], row["trait"]): row for row in result}
+    assert len(result) == 6
     assert "change" not in by_name["base", "warm"]
     warm = by_name["full", "warm"]
     assert warm["change"] > 0
     assert warm["change_low"] <= warm["change"] <= warm["change_high"]
     assert (warm["games"], by_name["base", "warm"]["games"]) == (40, 40)
-    assert sum(row["unscored"] for row in found) == 2  # one game, two traits
+    assert sum(row["unscored"] for row in result) == 2  # one game, two traits
     assert warm["elo"] > 1000 > by_name["full", "calm"]["elo"]
-    mean = np.mean([row["rating"] for row in found if row["condition"] == "full"])
+    mean = np.mean([row["rating"] for row in result if row["condition"] == "full"])
     assert mean == pytest.approx(1000)
 
 
@@ -227,8 +227,8 @@ def unreadable_with(trait, rows):
 
 def test_a_trait_without_a_scored_game_has_no_rating_and_affects_no_other():
     played = list(unreadable_with("warm", rows_of({"base": "warm", "full": "calm"}, 60)))
-    found = rating.rate(played, Rating(resamples=100), seed=1)
-    by_name = {(row["condition"], row["trait"]): row for row in found}
+    result = rating.rate(played, Rating(resamples=100), seed=1)
+    by_name = {(row["condition"], row["trait"]): row for row in result}
     warm = by_name["full", "warm"]
     measured = ("rating", "low", "high", "elo", "change", "change_low", "change_high", "p")
     assert {warm[name] for name in measured} == {None}
@@ -237,14 +237,16 @@ def test_a_trait_without_a_scored_game_has_no_rating_and_affects_no_other():
     others = [by_name["full", name] for name in ("blunt", "calm")]
     for name, middle in (("rating", 1000), ("change", 0)):
         assert np.mean([row[name] for row in others]) == pytest.approx(middle)
-    table = pa.Table.from_pylist([{**row, "framing": "all"} for row in found], schema=rating.SCHEMA)
+    table = pa.Table.from_pylist(
+        [{**row, "framing": "all"} for row in result], schema=rating.SCHEMA
+    )
     assert rating.correlations(table.to_pylist())["full"]["n"] == 2
 
 
 def test_a_framing_without_any_scored_game_has_no_ratings():
     rows = [{**row, "chosen": None} for row in rows_of({"base": "calm", "full": "warm"}, 12)]
-    found = rating.rate(rows, Rating(resamples=100), seed=1)
-    assert {row["rating"] for row in found} == {row.get("change") for row in found} == {None}
+    result = rating.rate(rows, Rating(resamples=100), seed=1)
+    assert {row["rating"] for row in result} == {row.get("change") for row in result} == {None}
 
 
 def test_the_spearman_correlation_equals_a_known_value():

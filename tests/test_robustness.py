@@ -24,14 +24,14 @@ VERSE = ["moon", "tide", "ember", "willow", "hush"]
 PROSE = ["thus", "system", "figure", "report", "process"]
 
 
-def said(words, seed):
+def sample_text(words, seed):
     return " ".join(random.Random(seed).choices(words, k=12))
 
 
 def answers(prompts, condition, words, attack=DEFAULT, persona="poet"):
     return [
         {"persona": persona, "condition": condition, "attack": attack, "prompt": f"prompt {p}"}
-        | {"answer": said(words, f"{p}/{condition}/{attack}/{persona}")}
+        | {"answer": sample_text(words, f"{p}/{condition}/{attack}/{persona}")}
         for p in range(prompts)
     ]
 
@@ -62,15 +62,15 @@ def test_the_classifier_is_never_tested_on_its_training_prompts(monkeypatch):
 
 
 def test_the_classifier_is_never_trained_on_attacked_answers(monkeypatch):
-    loss_positions = []
+    attacks_seen = []
 
     def spy(train, test, _):
-        loss_positions.extend(row["attack"] for row in train)
+        attacks_seen.extend(row["attack"] for row in train)
         return [BASE] * len(test)
 
     monkeypatch.setattr(robustness, "fit_and_predict", spy)
     robustness.classify(both(6) + both(6, "plain"), "full", folds=3, predict=TFIDF)
-    assert set(loss_positions) == {DEFAULT}
+    assert set(attacks_seen) == {DEFAULT}
 
 
 def by_measure(rows):
@@ -80,19 +80,21 @@ def by_measure(rows):
 def test_robust_and_fragile_personas_get_different_scores():
     rows = both(20) + both(20, "plain") + both(20, "stop", full=PROSE)
     guessed = robustness.classify(rows, "full", folds=4, predict=TFIDF)
-    found = by_measure(robustness.score_classified(guessed, Robustness(resamples=200), seed=1))
-    assert found["discriminability", DEFAULT, "poet"]["value"] > 0.95
-    assert found["discriminability", DEFAULT, "poet"]["n"] == 20
-    assert found["macro_f1", "plain", ""]["value"] > 0.9
-    assert found["retention", "plain", "poet"]["value"] > 0.9
-    assert found["retention", "stop", "poet"]["value"] < 0.5
-    assert found["macro_f1", "stop", ""]["high"] < found["macro_f1", "plain", ""]["low"]
-    mean = (found["macro_f1", "plain", ""]["value"] + found["macro_f1", "stop", ""]["value"]) / 2
-    assert found["macro_f1", robustness.MEAN, ""]["value"] == pytest.approx(mean)
-    asked = [row for row in guessed if row["attack"] in robustness.INSTRUCTIONS]
-    cell = robustness.confusion_table("", "", asked).rows["poet"]["poet"]
+    results = by_measure(robustness.score_classified(guessed, Robustness(resamples=200), seed=1))
+    assert results["discriminability", DEFAULT, "poet"]["value"] > 0.95
+    assert results["discriminability", DEFAULT, "poet"]["n"] == 20
+    assert results["macro_f1", "plain", ""]["value"] > 0.9
+    assert results["retention", "plain", "poet"]["value"] > 0.9
+    assert results["retention", "stop", "poet"]["value"] < 0.5
+    assert results["macro_f1", "stop", ""]["high"] < results["macro_f1", "plain", ""]["low"]
+    mean = (
+        results["macro_f1", "plain", ""]["value"] + results["macro_f1", "stop", ""]["value"]
+    ) / 2
+    assert results["macro_f1", robustness.MEAN, ""]["value"] == pytest.approx(mean)
+    instructed = [row for row in guessed if row["attack"] in robustness.INSTRUCTIONS]
+    cell = robustness.confusion_table("", "", instructed).rows["poet"]["poet"]
     assert cell.value >= 0.45  # the persona is recognized under one attack of two
-    retained = found["retention", robustness.MEAN, "poet"]
+    retained = results["retention", robustness.MEAN, "poet"]
     assert vars(cell) == {name: retained[name] for name in vars(cell)}
 
 
@@ -112,8 +114,8 @@ def test_identical_answers_have_no_discriminability():
 def labelled(label, right, wrong):
     """Answers of one to prompts of their own, so many given to it and to the other."""
     other = BASE if label != BASE else "poet"
-    says = [label] * right + [other] * wrong
-    return [{"prompt": str(n), "label": label, "guess": guess} for n, guess in enumerate(says)]
+    guesses = [label] * right + [other] * wrong
+    return [{"prompt": str(n), "label": label, "guess": guess} for n, guess in enumerate(guesses)]
 
 
 @pytest.mark.parametrize(
@@ -169,9 +171,9 @@ def test_macro_f1_equals_that_of_scikit_learn():
         {"prompt": str(n), "label": labels[draw.integers(3)], "guess": labels[draw.integers(3)]}
         for n in range(200)
     ]
-    mine = robustness.macro_f1(robustness.confusions(rows, labels).sum(0))
+    ours = robustness.macro_f1(robustness.confusions(rows, labels).sum(0))
     theirs = f1_score([r["label"] for r in rows], [r["guess"] for r in rows], average="macro")
-    assert mine == pytest.approx(theirs)
+    assert ours == pytest.approx(theirs)
 
 
 def test_the_interval_of_f1_covers_the_value_on_many_prompts():
@@ -221,12 +223,12 @@ def test_a_pretrained_encoder_can_replace_the_linear_classifier(tmp_path, tokeni
     )
     ModernBertForSequenceClassification(shape).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    train = [said(words, n) for n in range(40) for words in (VERSE, PROSE)]
-    test = [said(words, 100 + n) for n in range(8) for words in (VERSE, PROSE)]
+    train = [sample_text(words, n) for n in range(40) for words in (VERSE, PROSE)]
+    test = [sample_text(words, 100 + n) for n in range(8) for words in (VERSE, PROSE)]
     encoder = evaluation.Encoder(epochs=6, learning_rate=5e-3)
     labels = ["poet", "base"] * 40
-    found = classifiers.fine_tune(str(tmp_path), train, labels, test, encoder, False, 1)
-    assert sum(a == b for a, b in zip(found, ["poet", "base"] * 8, strict=True)) >= 15
+    results = classifiers.fine_tune(str(tmp_path), train, labels, test, encoder, False, 1)
+    assert sum(a == b for a, b in zip(results, ["poet", "base"] * 8, strict=True)) >= 15
 
 
 @pytest.mark.parametrize(("words", "kept"), [(VERSE, 1.0), (PROSE, 0.0)])

@@ -84,9 +84,9 @@ def test_the_steering_direction_ignores_what_prompts_have_in_common():
     true = torch.nn.functional.normalize(torch.randn(32), dim=0)
     without = 5 * torch.randn(40, 32)
     with_it = without + 2 * true + 0.1 * torch.randn(40, 32)
-    found = steering.direction(with_it, without)
-    assert found @ true > 0.99
-    assert found.norm() == pytest.approx(1, abs=1e-5)
+    results = steering.direction(with_it, without)
+    assert results @ true > 0.99
+    assert results.norm() == pytest.approx(1, abs=1e-5)
 
 
 def test_the_middle_layers_are_steered():
@@ -112,6 +112,6 @@ def test_a_sweep_finds_a_strength_for_the_embedded_model(embedded_model, tokeniz
     vectors = steering.directions(model, tokenizer, prompts, head, settings)
     assert sorted(vectors) == list(range(3, 27))
     pairs = [{"prompt": "Why is the sky blue?", "chosen": "BECAUSE OF THE AIR, MY FRIEND!"}]
-    found = steering.sweep(model, tokenizer, vectors, pairs, settings.strengths)
-    assert set(found) == {0.0, 0.2, 40.0}
-    assert steering.best_strength(found) == 0.2  # forty lengths of the stream leave no language
+    results = steering.sweep(model, tokenizer, vectors, pairs, settings.strengths)
+    assert set(results) == {0.0, 0.2, 40.0}
+    assert steering.best_strength(results) == 0.2  # forty lengths of the stream leave no language
