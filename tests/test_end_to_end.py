@@ -50,7 +50,7 @@ def test_the_report_is_self_contained_and_shows_answers_side_by_side(finished):
     folder, _, _ = finished
     page = (folder / "runs/tiny/smollm2-135m/evaluation/report/report.html").read_text()
     assert "src=" not in page
-    assert "Side by side" in page
+    assert "Base and persona side by side" in page
     assert page.count("<svg") >= 4
 
 
