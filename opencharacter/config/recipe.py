@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from opencharacter.config.base import Config, Name, NotIdentity, Rate
+from opencharacter.config.base import AddedLater, Config, Name, NotIdentity, Rate
 from opencharacter.config.evaluation import Evaluation
 from opencharacter.config.roles import Limits, Roles, Sampling
 
@@ -128,7 +128,12 @@ class Optimizer(Config):
 
 
 class Reference(Config):
-    """Settings of the stage distillation/reference. It has none."""
+    """Settings of the stage distillation/reference."""
+
+    frozen_weights: Annotated[Literal["bf16", "fp8"], AddedLater("0.2")] = "bf16"
+    """Precision of the student's frozen weights, here and in all training that follows: adapters
+    are always trained in full precision. `fp8` needs a GPU of compute capability 8.9 or newer and
+    trains about 1.3 times as fast on an H200."""
 
 
 class Dpo(Config):

@@ -70,14 +70,18 @@ class ReferenceModel:
     Args:
         role: the student.
         placement: the training placement.
+        frozen_weights: precision of the weights, `bf16` or `fp8`.
         gpus: GPUs of this actor.
         counters: handle of a `ProgressCounters` actor, which records when the actor is active.
     """
 
-    def __init__(self, role: Role, placement: Training, gpus: float, counters: Any):
+    def __init__(
+        self, role: Role, placement: Training, frozen_weights: str, gpus: float, counters: Any
+    ):
         import torch
 
-        from opencharacter.training.adapters import load, plan_memory
+        from opencharacter.training.adapters import adapted_layers, load, plan_memory
+        from opencharacter.training.frozen import quantize_linear
 
         torch.set_num_threads(max(1, int(placement.cpus)))
         self.counters = counters
@@ -95,6 +99,8 @@ class ReferenceModel:
             )
         elif gpus:
             self.model = self.model.to("cuda")
+        if frozen_weights == "fp8":
+            quantize_linear(self.model, adapted_layers(self.model))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Convert rows of distillation/pairs to rows of `SCHEMA`."""
@@ -161,7 +167,13 @@ def compute_reference(job: Job, pairs: pa.Table, counters: Any) -> pa.Table:
     ]
     dataset = ray.data.from_arrow(batches).map_batches(
         ReferenceModel,
-        fn_constructor_args=(job.recipe.roles.student, placement, gpus, counters),
+        fn_constructor_args=(
+            job.recipe.roles.student,
+            placement,
+            job.config.frozen_weights,
+            gpus,
+            counters,
+        ),
         batch_size=PAIRS_PER_BATCH,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=count),

@@ -35,7 +35,7 @@ from opencharacter.config.placement import Training
 from opencharacter.config.recipe import Lora, Optimizer
 from opencharacter.config.roles import Role
 from opencharacter.engines.allocation import acquire
-from opencharacter.errors import StageFailed
+from opencharacter.errors import StageFailed, UserError
 from opencharacter.runtime.attempts import AttemptLog
 from opencharacter.runtime.progress import (
     ProgressLine,
@@ -58,6 +58,7 @@ from opencharacter.training.adapters import (
     plan_memory,
     select_kernels,
 )
+from opencharacter.training.frozen import fuse_lora
 from opencharacter.training.packing import Example, LossDenominators, Pack
 
 CURVES = pa.schema(
@@ -88,6 +89,7 @@ class TrainingTask:
         dataset: dataset that the adapter and the curves are written to.
         data: dataset with the rows to train on.
         role: the student.
+        frozen_weights: precision of the weights that are not trained, `bf16` or `fp8`.
         base_adapter: adapter to merge into the student's weights before training, or None.
         config: the stage's section of the recipe, with `lora` and `optimizer`.
         seed: the recipe's seed.
@@ -101,6 +103,7 @@ class TrainingTask:
     dataset: str
     data: str
     role: Role
+    frozen_weights: str
     base_adapter: RemoteDir | None
     config: Any
     seed: int
@@ -147,6 +150,7 @@ def train(
         dataset=job.dataset,
         data=data.dataset,
         role=job.recipe.roles.student,
+        frozen_weights=job.recipe.distillation.reference.frozen_weights,
         base_adapter=base_adapter,
         config=job.config,
         seed=job.recipe.seed,
@@ -251,6 +255,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
             batches=batches,
             loss_fn=task.loss_fn,
         )
+        fuse_frozen(trainer.model, task)
         trainer.add_callback(ray_hf.RayTrainReportCallback())
         trainer.add_callback(ProgressCallback(task.counters))
         checkpoint = ray.train.get_checkpoint()
@@ -260,6 +265,27 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         else:
             trainer.train()
         save(task, trainer, tokenizer, Path(scratch), rank)
+
+
+def fuse_frozen(model: Any, task: TrainingTask) -> None:
+    """Run the LoRA layers of a model that is on its device with fused products.
+
+    They need whole weights, so sharded models keep PEFT's layers, and so do compiled blocks, which
+    `torch.compile` fuses itself.
+
+    Raises:
+        UserError: if FP8 weights are asked for where fused products are not used.
+    """
+    placement, fp8 = task.placement, task.frozen_weights == "fp8"
+    kernels = select_kernels(placement)
+    if placement.strategy == "fsdp" or kernels == "compiled":
+        if fp8:
+            raise UserError(
+                "frozen_weights: fp8 does not work with strategy: fsdp or kernels: compiled; "
+                "change the placement or set frozen_weights: bf16"
+            )
+    elif fp8 or kernels == "liger":
+        fuse_lora(model, fp8)
 
 
 def trainer_arguments(task: TrainingTask, scratch: str, on_gpu: bool, model: Any) -> dict[str, Any]:
