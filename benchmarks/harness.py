@@ -264,9 +264,9 @@ def write_result(
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that matter."""
-    from opencharacter.pipeline import installed
+    from opencharacter.runtime.manifests import package_versions
 
-    return {"python": platform.python_version(), **installed()}
+    return {"python": platform.python_version(), **package_versions()}
 
 
 # ---------------------------------------------------------------------------------------- figures

@@ -2,7 +2,10 @@
 
 It uses one GPU and the package's trainer without Ray. Ways:
 `opencharacter`  DPO with packing and a precomputed reference, whose time is recorded as `reference`
-`trl`            TRL's DPOTrainer: two padded pairs per microbatch, reference in every step
+`fp8`            the same with `frozen_weights: fp8`; the reference is recorded as `fp8_reference`
+`trl_tuned`      TRL's DPOTrainer with a precomputed reference, pairs sorted by length and
+                 microbatches of eight pairs
+`trl_liger`      the same with Liger's kernels and fused loss (sigmoid alone, as Liger has no NLL)
 `sft`            the package's SFT on conversations of 3,072 tokens
 `parity`         the losses of both DPO trainers on the same pairs with the same adapter
 `parity_float32` the same in float32, which shows differences other than rounding
@@ -46,7 +49,7 @@ SETTINGS: Settings = {
     "rank": 64,
     "conversation": {"mean": 390, "max": 1024},
     "sft_tokens": 3072,
-    "trl_micro_batch": 2,
+    "trl_micro_batch": 8,
     "placement": {"gpus": 1, "max_tokens_per_microbatch": 8192, "activation_checkpointing": False},
     "environment": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
 }
@@ -58,6 +61,7 @@ TINY: Settings = {
     "rank": 8,
     "conversation": {"mean": 40, "max": 100},
     "sft_tokens": 96,
+    "trl_micro_batch": 2,
     "placement": {"gpus": 0, "max_tokens_per_microbatch": 256},
 }
 VARIANTS: dict[str, Settings] = {
@@ -148,21 +152,34 @@ def ours(settings: Settings) -> Iterator[Run]:
     return dpo(settings, SUBJECT)
 
 
-def dpo(settings: Settings, series: str, rank: int = 0, world: int = 1) -> Iterator[Run]:
+def fp8(settings: Settings) -> Iterator[Run]:
+    """Train with the package's DPO over weights in FP8."""
+    return dpo(settings, "fp8", frozen_weights="fp8")
+
+
+def dpo(
+    settings: Settings, series: str, rank: int = 0, world: int = 1, frozen_weights: str = "bf16"
+) -> Iterator[Run]:
     """Compute the reference and train, on one worker of `world`."""
     from opencharacter.distillation.dpo import dpo_loss
+    from opencharacter.training.frozen import quantize_linear
 
     examples = pairs(settings, settings["steps"] * settings["batch"])
     model = model_of(settings, "packed")
+    if frozen_weights == "fp8":
+        quantize_linear(model, adapters.adapted_layers(model))
     warmup = examples[: 2 * settings["batch"]]
     with_reference(model, warmup, settings["placement"]["max_tokens_per_microbatch"])
     start = time.time()
     examples = with_reference(model, examples, settings["placement"]["max_tokens_per_microbatch"])
     tokens = sum(len(t.ids) for e in examples for t in e)
     if world == 1:
-        yield {"series": "reference", "seconds": time.time() - start, "tokens": tokens}
+        name = "reference" if series == SUBJECT else f"{series}_reference"
+        yield {"series": name, "seconds": time.time() - start, "tokens": tokens}
+    if frozen_weights == "fp8":  # the weights were released
+        model = model_of(settings, "packed")
     loss_fn = partial(dpo_loss, config=Dpo())
-    yield from steps_of(model, examples, loss_fn, settings, series, rank, world)
+    yield from steps_of(model, examples, loss_fn, settings, series, rank, world, frozen_weights)
 
 
 def two_gpus(settings: Settings) -> Iterator[Run]:
@@ -222,6 +239,7 @@ def steps_of(
     series: str,
     rank: int = 0,
     world: int = 1,
+    frozen_weights: str = "bf16",
 ) -> Iterator[Run]:
     """Train and yield one run per step after the warmup steps."""
     import transformers
@@ -233,7 +251,14 @@ def steps_of(
     peft_model = adapters.add_lora(
         model, lora(settings), memory.activation_checkpointing, adapters.select_kernels(placement)
     )
-    task = SimpleNamespace(optimizer=optimizer, placement=placement, seed=0, dataset=series)
+    task = SimpleNamespace(
+        optimizer=optimizer,
+        placement=placement,
+        seed=0,
+        dataset=series,
+        frozen_weights=frozen_weights,
+    )
+    frozen = frozen_parameters(peft_model)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = trainer.trainer_arguments(task, scratch, placement.gpus > 0, peft_model)
         arguments |= {"report_to": [], "save_strategy": "no"}
@@ -243,19 +268,33 @@ def steps_of(
             batches=trainer.PackedBatches(examples, optimizer, 0, memory.max_tokens, rank, world),
             loss_fn=loss_fn,
         )
+        trainer.fuse_frozen(runner.model, task)
         timer = Timer()
         runner.add_callback(timer)
         runner.train()
         batches: Any = runner.train_dataset
         sizes = [batches[step][1].tokens for step in range(len(batches))]
-    yield from runs(timer, sizes, series, world * runner.peak_flops, peft_model)
+    yield from runs(timer, sizes, series, world * runner.peak_flops, frozen)
 
 
-def trl(settings: Settings) -> Iterator[Run]:
-    """Train with TRL's DPO trainer in its default configuration."""
+def trl_tuned(settings: Settings) -> Iterator[Run]:
+    """Train with TRL's DPO trainer in the fastest configuration that was found."""
+    return trl(settings, "trl_tuned")
+
+
+def trl_liger(settings: Settings) -> Iterator[Run]:
+    """Train with TRL's DPO trainer, Liger's kernels and Liger's fused loss."""
+    liger = settings["placement"]["gpus"] > 0  # it has no kernels for CPUs
+    loss = {"loss_type": ["sigmoid"], "loss_weights": None}
+    return trl(settings, "trl_liger", use_liger_kernel=liger, **loss)
+
+
+def trl(settings: Settings, series: str, **options: Any) -> Iterator[Run]:
+    """Train with TRL's DPO trainer: precomputed reference, pairs sorted by length."""
     from trl import DPOConfig
 
     examples = pairs(settings, settings["trl_steps"] * settings["batch"])
+    examples.sort(key=lambda pair: -max(len(side.ids) for side in pair))
     model = model_of(settings, "sdpa")
     micro = settings["trl_micro_batch"]
     with tempfile.TemporaryDirectory() as scratch:
@@ -264,10 +303,13 @@ def trl(settings: Settings) -> Iterator[Run]:
             examples,
             settings,
             DPOConfig(
-                **trl_arguments(settings, scratch),
+                **trl_arguments(settings, scratch) | options,
                 per_device_train_batch_size=micro,
                 gradient_accumulation_steps=settings["batch"] // micro,
                 num_train_epochs=1,
+                precompute_ref_log_probs=True,
+                precompute_ref_batch_size=micro,
+                train_sampling_strategy="sequential",
             ),
         )
         timer = Timer()
@@ -278,7 +320,12 @@ def trl(settings: Settings) -> Iterator[Run]:
     from opencharacter.training.trainer import matmul_peak_flops
 
     peak = matmul_peak_flops(trainer.args.device, True)
-    yield from runs(timer, sizes, "trl", peak, trainer.model)
+    yield from runs(timer, sizes, series, peak, frozen_parameters(trainer.model))
+
+
+def frozen_parameters(model: Any) -> int:
+    """Return the number of parameters that are not trained."""
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
 def trl_arguments(settings: Settings, scratch: str) -> dict[str, Any]:
@@ -444,11 +491,10 @@ def clock() -> float:
     return time.monotonic()
 
 
-def runs(timer: Timer, sizes: list[int], series: str, peak: float, model: Any) -> Iterator[Run]:
+def runs(timer: Timer, sizes: list[int], series: str, peak: float, frozen: int) -> Iterator[Run]:
     """Yield one run per step after the warmup steps."""
     import torch
 
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else 0
     for seconds, tokens in itertools.islice(
         zip(timer.seconds, sizes, strict=True), WARMUP_STEPS, None
@@ -466,15 +512,15 @@ def runs(timer: Timer, sizes: list[int], series: str, peak: float, model: Any) -
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     """Return speeds, their ratios, fractions of the device's peak, and memory."""
-    names = {SUBJECT: "dpo", "sft": "sft", "trl": "trl"}
+    names = {SUBJECT: "dpo"} | {way: way for way in ("fp8", "sft", "trl_tuned", "trl_liger")}
     results: Figures = {}
     for key, name in names.items():
         if key in series:
             results[f"{name}_tokens_per_s"] = harness.figure(harness.speeds(series[key]))
             for kind in ("peak_fraction", "peak_gb"):
                 results[f"{name}_{kind}"] = harness.figure([run[kind] for run in series[key]])
-    if "reference" in series:
-        results["reference_tokens_per_s"] = harness.figure(harness.speeds(series["reference"]))
+    for name in {"reference", "fp8_reference"} & series.keys():
+        results[f"{name}_tokens_per_s"] = harness.figure(harness.speeds(series[name]))
     measured = [run["matmul_tflops"] for key in names for run in series.get(key, ())]
     if measured:
         results["matmul_tflops"] = harness.figure(measured)
@@ -482,7 +528,14 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
         if key in series:
             differences = [run["difference"] for run in series[key]]
             results[f"{name}_difference"] = harness.figure(differences)
-    ratios = {"dpo_ratio_to_trl": (SUBJECT, "trl"), "two_gpu_scaling": ("two_gpus", SUBJECT)}
+    ratios = {
+        "dpo_ratio_to_trl_tuned": (SUBJECT, "trl_tuned"),
+        "dpo_ratio_to_trl_liger": (SUBJECT, "trl_liger"),
+        "fp8_ratio": ("fp8", SUBJECT),
+        "fp8_ratio_to_trl_tuned": ("fp8", "trl_tuned"),
+        "fp8_reference_ratio": ("fp8_reference", "reference"),
+        "two_gpu_scaling": ("two_gpus", SUBJECT),
+    }
     return results | harness.ratios(series, ratios)
 
 
@@ -493,7 +546,10 @@ BENCHMARK = harness.Benchmark(
     tiny=TINY,
     ways={
         SUBJECT: ours,
-        **{way.__name__: way for way in (trl, sft, parity, parity_float32, two_gpus)},
+        **{
+            way.__name__: way
+            for way in (fp8, trl_tuned, trl_liger, sft, parity, parity_float32, two_gpus)
+        },
     },
     figures=figures,
     extra=("two_gpus",),

@@ -94,6 +94,13 @@ def test_an_input_is_quantized_again_once_it_has_changed():
     assert cache.quantized(x) is not first
 
 
+def test_a_model_that_is_only_read_may_run_in_inference_mode():
+    cache = InputCache()
+    with torch.inference_mode():
+        x = torch.randn(4, 16)
+        assert cache.quantized(x) is not cache.quantized(x)
+
+
 def test_peft_layers_keep_their_outputs_and_gradients_when_they_are_fused(tiny_model):
     model, fused = peft_model(tiny_model), peft_model(tiny_model)
     fuse_lora(fused, fp8=False)

@@ -171,6 +171,8 @@ class InputCache:
 
     def quantized(self, x: torch.Tensor) -> Quantized:
         """`quantize_rows`, or the value of the last call for the same memory, unchanged since."""
+        if x.is_inference():  # such a tensor does not record whether it has changed
+            return quantize_rows(x)
         base = x._base if x._base is not None else x
         state = (base._version, x.data_ptr(), x.shape, x.stride())
         if self.value is None or self.base is not base or self.state != state:
