@@ -94,8 +94,8 @@ def test_a_tiny_training_benchmark_writes_all_figures_and_matches_the_loss_of_tr
     ran = subprocess.run(script, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     figures = json.loads((tmp_path / "training.json").read_text())["figures"]
-    names = ("dpo_tokens_per_s", "dpo_ratio_to_trl", "dpo_peak_fraction", "sft_peak_fraction")
-    for name in (*names, "trl_tokens_per_s", "reference_tokens_per_s"):
+    names = ("dpo_tokens_per_s", "dpo_ratio_to_trl_tuned", "dpo_peak_fraction", "fp8_ratio")
+    for name in (*names, "sft_peak_fraction", "trl_liger_tokens_per_s", "reference_tokens_per_s"):
         assert figures[name]["median"] > 0
     assert figures["loss_difference"]["median"] < 1e-3
 

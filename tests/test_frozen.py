@@ -68,7 +68,7 @@ def test_each_row_keeps_its_largest_value_whatever_the_scale_of_the_others():
 
 def test_the_fused_layer_and_its_gradients_equal_the_separate_operations(layer):
     x, weight, a, b = layer
-    fused, exact = LoraProduct.apply(x, a, b, PlainWeight(weight), SCALING), plain(*layer)
+    fused, exact = LoraProduct.apply(x, a, b, PlainWeight(weight), x.dtype, SCALING), plain(*layer)
     assert torch.allclose(fused, exact, atol=1e-5)
     for mine, theirs in zip(gradients(fused, (x, a, b)), gradients(exact, (x, a, b)), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-4)
@@ -76,7 +76,7 @@ def test_the_fused_layer_and_its_gradients_equal_the_separate_operations(layer):
 
 def test_an_fp8_layer_is_off_by_rounding_alone(layer):
     x, weight, a, b = layer
-    quantized = LoraProduct.apply(x, a, b, Fp8Weight(weight, InputCache()), SCALING)
+    quantized = LoraProduct.apply(x, a, b, Fp8Weight(weight, InputCache()), x.dtype, SCALING)
     exact = plain(*layer)
     assert 0 < relative(quantized, exact) < 0.05
     mine, theirs = gradients(quantized, (x, a, b)), gradients(exact, (x, a, b))

@@ -112,10 +112,14 @@ def multiply(left: Quantized, right: Quantized, dtype: torch.dtype) -> torch.Ten
     )
 
 
-class FrozenWeight(Protocol):
-    """A frozen (n, k) weight as `LoraProduct` uses it."""
+def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """Return the precision of a product: autocast's where it is enabled, else the weight's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
-    dtype: torch.dtype
+
+class FrozenWeight(Protocol):
+    """A frozen (n, k) weight as `LoraProduct` uses it; products have the dtype of their input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ w.T``: (m, k) -> (m, n)."""
@@ -130,13 +134,13 @@ class PlainWeight:
     """A frozen weight in its own precision."""
 
     def __init__(self, weight: torch.Tensor):
-        self.weight, self.dtype = weight.detach(), weight.dtype
+        self.weight = weight.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight.T
+        return x @ self.weight.T.to(x.dtype)
 
     def backward(self, grad: torch.Tensor) -> torch.Tensor:
-        return grad @ self.weight
+        return grad @ self.weight.to(grad.dtype)
 
 
 class Fp8Weight:
@@ -149,16 +153,15 @@ class Fp8Weight:
     """
 
     def __init__(self, weight: torch.Tensor, inputs: InputCache):
-        self.dtype = weight.dtype
         self.by_output = quantize_rows(weight.detach())
         self.by_input = quantize_rows(weight.detach().T.contiguous())
         self.inputs = inputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return multiply(self.inputs.quantized(x), self.by_output, self.dtype)
+        return multiply(self.inputs.quantized(x), self.by_output, x.dtype)
 
     def backward(self, grad: torch.Tensor) -> torch.Tensor:
-        return multiply(quantize_rows(grad), self.by_input, self.dtype)
+        return multiply(quantize_rows(grad), self.by_input, grad.dtype)
 
 
 class InputCache:
@@ -193,6 +196,7 @@ class LoraProduct(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         weight: FrozenWeight,
+        dtype: torch.dtype,
         scaling: float,
     ) -> torch.Tensor:
         """Compute the layer's output.
@@ -203,13 +207,14 @@ class LoraProduct(torch.autograd.Function):
             a: (r, k).
             b: (n, r).
             weight: (n, k), frozen.
+            dtype: precision of the products.
             scaling: alpha / r, or alpha / sqrt(r).
 
         Returns:
-            (..., n), in the weight's dtype.
+            (..., n), in that precision.
         """
-        flat = x.to(weight.dtype).reshape(-1, x.shape[-1])
-        low_a, low_b = a.to(weight.dtype), b.to(weight.dtype)
+        flat = x.to(dtype).reshape(-1, x.shape[-1])
+        low_a, low_b = a.to(dtype), b.to(dtype)
         hidden = flat @ low_a.T
         product = weight.forward(flat).addmm_(hidden, low_b.T, alpha=scaling)
         ctx.save_for_backward(flat, hidden, low_a, low_b)
@@ -229,7 +234,7 @@ class LoraProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = ctx.weight.backward(grad).addmm_(grad_hidden, a)
             grad_x = grad_x.reshape(ctx.shape).to(ctx.dtypes[0])
-        return grad_x, grad_a.to(ctx.dtypes[1]), grad_b.to(ctx.dtypes[2]), None, None
+        return grad_x, grad_a.to(ctx.dtypes[1]), grad_b.to(ctx.dtypes[2]), None, None, None
 
 
 class FusedLora:
@@ -243,11 +248,12 @@ class FusedLora:
     def __init__(self, layer: Any, weight: FrozenWeight):
         (name,) = layer.active_adapters
         self.a, self.b = layer.lora_A[name], layer.lora_B[name]
-        self.scaling, self.bias, self.weight = layer.scaling[name], layer.base_layer.bias, weight
+        self.scaling, self.base, self.weight = layer.scaling[name], layer.base_layer, weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        product: Any = LoraProduct.apply(x, self.a.weight, self.b.weight, self.weight, self.scaling)
-        return product if self.bias is None else product + self.bias
+        dtype, (a, b) = compute_dtype(x, self.base.weight), (self.a.weight, self.b.weight)
+        product: Any = LoraProduct.apply(x, a, b, self.weight, dtype, self.scaling)
+        return product if self.base.bias is None else product + self.base.bias.to(dtype)
 
 
 class QuantizedLinear:
@@ -259,12 +265,13 @@ class QuantizedLinear:
     """
 
     def __init__(self, layer: torch.nn.Linear, inputs: InputCache):
-        self.weight, self.bias = Fp8Weight(layer.weight, inputs), layer.bias
+        self.layer, self.weight = layer, Fp8Weight(layer.weight, inputs)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.to(self.weight.dtype).reshape(-1, x.shape[-1])
+        dtype = compute_dtype(x, self.layer.weight)
+        flat = x.to(dtype).reshape(-1, x.shape[-1])
         product = self.weight.forward(flat).reshape(*x.shape[:-1], -1)
-        return product if self.bias is None else product + self.bias
+        return product if self.layer.bias is None else product + self.layer.bias.to(dtype)
 
 
 def fuse_lora(model: torch.nn.Module, fp8: bool) -> None:
