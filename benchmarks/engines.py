@@ -1,7 +1,7 @@
-"""What the two benchmarks of generation share: engines without weights, and how they are driven.
+"""Shared code of the two generation benchmarks: engines with random weights and their workloads.
 
-Every way gets its engine's arguments from `engines.backends.engine_arguments`, so they are
-the same for all.
+All ways take the engine arguments from `opencharacter.engines.backends.engine_arguments`, so that
+they are equal.
 """
 
 from __future__ import annotations
@@ -66,26 +66,26 @@ TINY: Settings = {
         "engine_kwargs": {"load_format": "dummy", "distributed_executor_backend": "uni"},
     },
     "placement": {"object_store_gib": 0.25, "ray_cpus": 2},
-    # With "uni" above: fewer processes, each of which would import torch for many seconds.
+    # Together with "uni" this starts fewer processes, each of which would import torch for seconds.
     "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
 }
 
 SPREAD = 0.6
-"""Standard deviation of the logarithm of an answer's length."""
+"""Standard deviation of the logarithm of the answers' lengths."""
 
-OBSERVED = [pa.field(name, pa.float64()) for name in ("began", "ended", "context")]
-"""Columns that `observed` makes."""
+MEASUREMENT_FIELDS = [pa.field(name, pa.float64()) for name in ("began", "ended", "context")]
+"""Columns that `measurements` adds."""
 
 
 def variants() -> dict[str, Settings]:
-    """Settings that may cost or gain speed; those of requests are series of one engine."""
-    plain, whole = {"repetition_penalty": 1.0}, {"top_p": 1.0}
+    """Return settings that may affect speed; variants of sampling are series of one engine."""
+    no_penalty, no_top_p = {"repetition_penalty": 1.0}, {"top_p": 1.0}
     graphs = {"max_cudagraph_capture_size": 1024}
     requests = {
         "seeded": {"seeded": True},
-        "no_penalty": {"sampling": plain},
-        "no_top_p": {"sampling": whole},
-        "no_penalty_no_top_p": {"sampling": plain | whole},
+        "no_penalty": {"sampling": no_penalty},
+        "no_top_p": {"sampling": no_top_p},
+        "no_penalty_no_top_p": {"sampling": no_penalty | no_top_p},
     }
     return {
         "base": {},
@@ -94,12 +94,12 @@ def variants() -> dict[str, Settings]:
         **{f"batched_{n}": engine_with(max_num_batched_tokens=n) for n in (2048, 16384)},
         # vLLM 0.26 uses FlashInfer's sampler by default, so here it is turned off.
         "no_flashinfer_sampler": {"environment": {"VLLM_USE_FLASHINFER_SAMPLER": "0"}},
-        # By default vLLM captures graphs for steps of up to twice the sequences in tokens.
+        # By default vLLM captures graphs for up to twice max_num_seqs tokens per step.
         "graphs_1024": engine_with(compilation_config=graphs),
         "full_graphs_1024": engine_with(compilation_config=graphs | {"cudagraph_mode": "FULL"}),
         "async_scheduling": engine_with(async_scheduling=True),
         "no_async_scheduling": engine_with(async_scheduling=False),
-        # Its penalties and seeds are computed on the GPU, those of the first runner are not.
+        # It applies penalties and seeds on the GPU, unlike the first model runner.
         "second_runner": {
             "environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"},
             "series": {"seeded": {"seeded": True}},
@@ -108,7 +108,7 @@ def variants() -> dict[str, Settings]:
 
 
 def engine_with(**arguments: Any) -> Settings:
-    """What differs when vLLM's engine gets these arguments."""
+    """Return the settings that pass these arguments to vLLM's engine."""
     return {"pool": {"engine_kwargs": arguments}}
 
 
@@ -116,23 +116,31 @@ def engine_with(**arguments: Any) -> Settings:
 
 
 def lengths(draw: random.Random, count: int, mean: float, low: int, high: int) -> list[int]:
-    """Lengths of answers in tokens, log-normal about `mean` and clipped."""
-    middle = math.log(mean) - SPREAD**2 / 2
-    drawn = (round(draw.lognormvariate(middle, SPREAD)) for _ in range(count))
+    """Draw answer lengths in tokens from a log-normal distribution and clip them.
+
+    Args:
+        draw: source of randomness.
+        count: number of lengths.
+        mean: of the distribution, before clipping.
+        low: smallest length.
+        high: greatest length.
+    """
+    mu = math.log(mean) - SPREAD**2 / 2
+    drawn = (round(draw.lognormvariate(mu, SPREAD)) for _ in range(count))
     return [min(max(length, low), high) for length in drawn]
 
 
 def words(draw: random.Random, count: int, settings: Settings) -> str:
-    """Text of `count` tokens."""
-    there = settings["shape"]["vocab_size"] - len(RESERVED)
-    return " ".join(f"w{draw.randrange(there)}" for _ in range(count))
+    """Draw a text of `count` tokens."""
+    vocabulary = settings["shape"]["vocab_size"] - len(RESERVED)
+    return " ".join(f"w{draw.randrange(vocabulary)}" for _ in range(count))
 
 
 # --------------------------------------------------------------------------------- the package's
 
 
 def make_job(settings: Settings, stage: str, storage: Path, series: str = SUBJECT) -> Job:
-    """A stage's job whose roles are all the model without weights."""
+    """Return a stage's job in which all roles use the model with random weights."""
     role = {
         "model": str(model_folder(settings["shape"])),
         "name": "benchmark",
@@ -145,9 +153,9 @@ def make_job(settings: Settings, stage: str, storage: Path, series: str = SUBJEC
         "name": "benchmark",
         "seeded_sampling": settings["series"].get(series, {}).get("seeded", False),
         "roles": dict.fromkeys(roles, role),
-        group: {name: {"limits": {"after": 10**9}}},  # random words are measured, not judged
+        group: {name: {"limits": {"min_texts": 10**9}}},  # no quality limits for random words
     }
-    found = pipeline.jobs(
+    jobs = pipeline.jobs(
         Recipe.model_validate(recipe),
         [schema.load("poeticism")],
         Placement.model_validate(
@@ -155,22 +163,22 @@ def make_job(settings: Settings, stage: str, storage: Path, series: str = SUBJEC
         ),
         Store.at(str(storage)),
     )
-    return next(job for job in found if job.stage.name == stage and job.constitution)
+    return next(job for job in jobs if job.stage.name == stage and job.constitution)
 
 
 def make_spec(settings: Settings) -> EngineSpec:
-    """The engine that the package would start."""
+    """Return the spec of the engine that the package would start."""
     return engine_spec(make_job(settings, "distillation/student", Path("unused")), "student")
 
 
 def sampling_of(settings: Settings, series: str) -> dict[str, Any]:
-    """How a series draws."""
+    """Return the sampling parameters of a series."""
     return settings["sampling"] | settings["series"].get(series, {}).get("sampling", {})
 
 
 @contextmanager
 def ray_running(settings: Settings) -> Iterator[None]:
-    """The package's Ray for as long as the block; its engines end with it."""
+    """Run Ray as the package does while the block runs, and stop its engines at the end."""
     import ray
 
     set_environment(settings)
@@ -178,30 +186,31 @@ def ray_running(settings: Settings) -> Iterator[None]:
     try:
         yield
     finally:
-        allocation.stop_hosts()
+        allocation.stop_unused_engines()
         ray.shutdown()
 
 
-def observed(began: float, replies: list[Reply]) -> Row:
-    """What a row function tells beside its own fields.
+def measurements(began: float, replies: list[Reply]) -> Row:
+    """Return the measurements that a row function adds to its own fields.
 
     Args:
-        began: when it was called, in seconds since the epoch.
-        replies: what it was answered.
+        began: when the row function was called, in seconds since the epoch.
+        replies: the replies that it received.
 
     Returns:
-        The two times, and `context`: over all tokens generated, the tokens that stood before.
+        The times at which it began and ended, and `context`: the number of preceding tokens,
+        summed over all generated tokens.
     """
     context = sum(r.tokens_out * (r.tokens_in + r.tokens_out / 2) for r in replies)
     return {"began": began, "ended": time.time(), "context": context}
 
 
 def run_package(
-    job: Job, requests: list[Row], talk: RowFn, fields: list[pa.Field], series: str
+    job: Job, requests: list[Row], row_fn: RowFn, fields: list[pa.Field], series: str
 ) -> tuple[Run, pa.Table]:
-    """Time one call of `generate`, all that it does included."""
+    """Time one whole call of `generate`; return the run and the generated rows."""
     began = time.time()
-    rows = generate(job, requests, talk, "student", [*OBSERVED, *fields])
+    rows = generate(job, requests, row_fn, "student", [*MEASUREMENT_FIELDS, *fields])
     ended = time.time()
     table = rows.table()
     sums = {name: sum(table[name].to_pylist()) for name in ("tokens_out", "tokens_in", "context")}
@@ -222,18 +231,18 @@ def run_package(
 
 
 def set_environment(settings: Settings) -> None:
-    """Give this process, and what it starts, the environment of the package's engines."""
+    """Set the environment of the package's engines in this process and its children."""
     os.environ.update(backends.environment(make_spec(settings)))
 
 
 def engine_arguments(settings: Settings) -> dict[str, Any]:
-    """What the package gives vLLM, less one argument that only its asynchronous engine knows."""
+    """Return the package's engine arguments, except one that only the asynchronous engine has."""
     arguments = backends.engine_arguments(make_spec(settings))
     return {k: v for k, v in arguments.items() if k != "enable_log_requests"}
 
 
 def offline_engine(settings: Settings, prefix_caching: bool) -> Any:
-    """A `vllm.LLM` with the package's arguments."""
+    """Return a `vllm.LLM` with the package's engine arguments."""
     set_environment(settings)
     from vllm import LLM
 
@@ -242,7 +251,7 @@ def offline_engine(settings: Settings, prefix_caching: bool) -> Any:
 
 
 def sampling_parameters(settings: Settings, lengths: list[int]) -> list[Any]:
-    """VLLM's parameters for answers of these lengths."""
+    """Return vLLM's sampling parameters for answers of these lengths."""
     from vllm import SamplingParams
 
     return [SamplingParams(max_tokens=length, **settings["sampling"]) for length in lengths]
@@ -252,14 +261,14 @@ def sampling_parameters(settings: Settings, lengths: list[int]) -> list[Any]:
 
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
-    """The speed of every series, and how the package's own path spends its time."""
-    found = {f"{name}_tokens_per_s": figure(speeds(runs)) for name, runs in sorted(series.items())}
+    """Return the speed of every series, and a breakdown of the package's own way."""
+    result = {f"{name}_tokens_per_s": figure(speeds(runs)) for name, runs in sorted(series.items())}
     runs = series.get(SUBJECT)
     if not runs:
-        return found
+        return result
     bounds = [roofline(settings, each, machine["bytes_per_s"]) for each in runs]
     shares = [speed / bound for speed, bound in zip(speeds(runs), bounds, strict=True)]
-    return found | {
+    return result | {
         "roofline_fraction": figure(shares),
         "prefix_hit_rate": figure([each["cached_tokens"] / each["tokens_in"] for each in runs]),
         "seconds_before_first_request": figure([each["before"] for each in runs]),
@@ -268,19 +277,20 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
 
 
 def roofline(settings: Settings, run: Run, bytes_per_s: float) -> float:
-    """Tokens per second if decoding only had to read memory, once a step.
+    """Return the upper bound of tokens per second that memory bandwidth allows.
 
-    A step makes one token for each of n sequences. It reads all weights but the input embedding
-    (of which it reads n rows), and the keys and values of each sequence's context of c tokens:
+    A decoding step generates one token for each of n sequences. It reads all weights except the
+    input embedding (of which it reads n rows), and the keys and values of each sequence's context
+    of c tokens:
 
         n / ((weights + n * c * kv) / bandwidth)
         weights = 2 bytes * (layers * (2 h q + 2 h k + 3 h f) + v h)
         kv      = 2 bytes * 2 * layers * k
 
     with h the hidden size, q and k the widths of all query and of all key heads, f the
-    feed-forward width, v the vocabulary. n is the engine's limit, or all rows if those are fewer;
-    c is the mean over generated tokens. Reading prompts and sampling are free in this bound, and
-    so are the last moments, when fewer than n sequences are left.
+    feed-forward width, v the vocabulary. n is `max_num_seqs`, or the number of rows if that is
+    smaller; c is the mean over generated tokens. The bound neglects prefill, sampling, and the end
+    of the run, when fewer than n sequences are left.
     """
     shape = settings["shape"]
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]

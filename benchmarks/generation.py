@@ -1,28 +1,29 @@
-"""How fast single answers are made: the package's path, bare vLLM, and `ray.data.llm`.
+"""Throughput of single-turn generation: the package, bare vLLM, and `ray.data.llm`.
 
 Many prompts share a system prompt; each asks for an answer of a given length, drawn once from a
-log-normal. The model has the shape of Llama 3.1 8B and random weights, which take as long as
-trained ones. Prompts differ from repeat to repeat, so that a prefix cache keeps only the system
-prompt. All ways have the same engine settings, prompts, lengths and sampling.
+log-normal distribution. The model has the shape of Llama 3.1 8B and random weights, which are as
+fast as trained ones. Prompts differ between repeats, so that the prefix cache holds only the
+system prompt. All ways have the same engine settings, prompts, lengths and sampling.
 
 Ways:
-- `opencharacter`: `generation.generate` with its engine warm; everything from the call to the
-  table that it returns is timed: Ray Data, actors, Parquet. Without and with a seed per request,
-  in turn, as `opencharacter` and `opencharacter_seeded`. The other ways have no seeds.
-- `two_replicas`: the same on two GPUs, with twice the prompts. Only when `--ways` names it.
-- `vllm_generate`: `LLM.generate` on prompts that are rendered beforehand.
-- `ray_data_llm`: `build_processor` with chat template, tokenisation and detokenisation, its own
-  defaults for batches. It starts an engine for every dataset; that time is not counted: a repeat
-  begins when the first row enters the engine (when a row leaves, less `time_taken_llm`; the
-  earliest of all rows) and ends when the last row reaches the driver. Nothing would stay warm
-  from one dataset to the next, so it has no warm-up but what the other ways left on disk.
-- `ray_data_llm_wide`: the same with twice the engine's sequences in its concurrent batches, which
-  keeps the engine full; by default they are just as many as the engine has, and a batch leaves
-  with its longest answer. Only when `--ways` names it.
+- `opencharacter`: `generate` with a running engine. The time is that of the whole call, including
+  Ray Data, tasks and Parquet. Runs without and with a seed per request alternate, as
+  `opencharacter` and `opencharacter_seeded`. The other ways use no seeds.
+- `two_replicas`: the same on two GPUs, with twice the prompts. Runs only if `--ways` names it.
+- `vllm_generate`: `LLM.generate` on prompts that were rendered beforehand.
+- `ray_data_llm`: `build_processor` with chat template, tokenization and detokenization, and its
+  default batch settings. It starts an engine for every dataset; that time is excluded: a repeat
+  begins when the first row enters the engine (the time at which a row leaves minus
+  `time_taken_llm`, the minimum over all rows) and ends when the last row reaches the driver.
+  There is no warm-up, because the engine does not outlive its dataset; only the other ways'
+  compilation caches on disk are reused.
+- `ray_data_llm_wide`: the same with concurrent batches for twice the engine's sequences, which
+  keeps the engine full. The default is just as many as the engine has, and a batch ends with its
+  longest answer. Runs only if `--ways` names it.
 
 Figures: `<way>_tokens_per_s` (generated tokens), `ratio_to_<way>`, `seeded_ratio` (with seeds over
-without), `two_replicas_ratio` (over one), `prefix_hit_rate` (cached prompt tokens over prompt
-tokens), `roofline_fraction` (of the bound in `engines.roofline`), and seconds that `generate` takes
+without), `two_replicas_ratio` (over one), `prefix_hit_rate` (cached over all prompt tokens),
+`roofline_fraction` (of the bound in `engines.roofline`), and the seconds that `generate` takes
 before its first request and after its last reply.
 
 Run: python benchmarks/generation.py --out benchmarks/results
@@ -45,7 +46,7 @@ import harness
 import pyarrow as pa
 from harness import SUBJECT, Figures, Machine, Run, Series, Settings
 
-from opencharacter.config.recipe import Sampling
+from opencharacter.config.roles import Sampling
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.text.chat import Message, system, user
 
@@ -80,14 +81,14 @@ FIELDS = [pa.field("answer", pa.string())]
 
 
 def shared_prompt(settings: Settings) -> Message:
-    """The system prompt of all."""
+    """Return the system prompt that all requests share."""
     return system(engines.words(random.Random("system"), settings["system_tokens"], settings))
 
 
 def workload(settings: Settings, repeat: str, count: int) -> list[Row]:
-    """Rows of one repeat: their lengths are the same in every repeat, their prompts are not."""
+    """Return the requests of one repeat: the same lengths in every repeat, but other prompts."""
     limits = (settings[f"answer_{name}"] for name in ("mean", "low", "high"))
-    drawn = engines.lengths(random.Random("lengths"), count, *limits)
+    answer_lengths = engines.lengths(random.Random("lengths"), count, *limits)
     draw = random.Random(f"prompts/{repeat}")
     return [
         {
@@ -95,50 +96,52 @@ def workload(settings: Settings, repeat: str, count: int) -> list[Row]:
             "prompt": engines.words(draw, settings["user_tokens"], settings),
             "max_tokens": length,
         }
-        for at, length in enumerate(drawn)
+        for at, length in enumerate(answer_lengths)
     ]
 
 
 # -------------------------------------------------------------------------------------- the ways
 
 
-async def answer(row: Row, talk: Conversation, head: Message, sampling: dict[str, Any]) -> Row:
-    """The package's row function."""
+async def answer(
+    row: Row, conversation: Conversation, head: Message, sampling: dict[str, Any]
+) -> Row:
+    """Generate one answer of the given length; the package's row function."""
     began = time.time()
-    drawn = Sampling(max_tokens=row["max_tokens"], **sampling)
-    reply = await talk.reply([head, user(row["prompt"])], drawn)
-    return {"answer": reply.text, **engines.observed(began, [reply])}
+    parameters = Sampling(max_tokens=row["max_tokens"], **sampling)
+    reply = await conversation.reply([head, user(row["prompt"])], parameters)
+    return {"answer": reply.text, **engines.measurements(began, [reply])}
 
 
 def opencharacter(settings: Settings) -> Iterator[Run]:
-    """The package's path, its series in turn."""
-    kinds = [*settings["series"]]
+    """The package, with its series alternating."""
+    names = [*settings["series"]]
 
     def once(series: str, repeat: str, count: int) -> Run:
         rows = workload(settings, f"{series} {repeat}", count)
-        drawn = engines.sampling_of(settings, series)
-        talk = partial(answer, head=shared_prompt(settings), sampling=drawn)
+        sampling = engines.sampling_of(settings, series)
+        row_fn = partial(answer, head=shared_prompt(settings), sampling=sampling)
         with tempfile.TemporaryDirectory() as storage:
             job = engines.make_job(settings, STAGE, Path(storage), series)
-            return engines.run_package(job, rows, talk, FIELDS, series)[0]
+            return engines.run_package(job, rows, row_fn, FIELDS, series)[0]
 
     with engines.ray_running(settings):
-        for series in kinds:
+        for series in names:
             once(series, "warm-up", settings["warmup"])
         for repeat in range(settings["repeats"]):
-            for series in kinds if repeat % 2 == 0 else kinds[::-1]:
+            for series in names if repeat % 2 == 0 else names[::-1]:
                 yield once(series, str(repeat), settings["prompts"])
 
 
 def two_replicas(settings: Settings) -> Iterator[Run]:
-    """The package's path on two replicas, with twice the work."""
-    more = {
+    """The package on two replicas, with twice the work."""
+    changes = {
         "pool": {**settings["pool"], "replicas": 2},
         "series": {SUBJECT: {}},
         "prompts": 2 * settings["prompts"],
         "warmup": 2 * settings["warmup"],
     }
-    for run in opencharacter(settings | more):
+    for run in opencharacter(settings | changes):
         yield run | {"series": "two_replicas"}
 
 
@@ -155,9 +158,9 @@ def vllm_generate(settings: Settings) -> Iterator[Run]:
             )
             for row in rows
         ]
-        asked = engines.sampling_parameters(settings, [row["max_tokens"] for row in rows])
+        parameters = engines.sampling_parameters(settings, [row["max_tokens"] for row in rows])
         began = time.time()
-        outputs = llm.generate(prompts, asked, use_tqdm=False)
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
         seconds = time.time() - began
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         return {"series": "vllm_generate", "seconds": seconds, "tokens": tokens}
@@ -168,33 +171,33 @@ def vllm_generate(settings: Settings) -> Iterator[Run]:
 
 
 def ray_data_llm(settings: Settings) -> Iterator[Run]:
-    """Ray's own batch inference, with its defaults."""
+    """Ray's batch inference with its defaults."""
     return run_processor(settings, "ray_data_llm", {})
 
 
 def ray_data_llm_wide(settings: Settings) -> Iterator[Run]:
-    """Ray's own batch inference, with batches for twice the engine's sequences."""
+    """Ray's batch inference with concurrent batches for twice the engine's sequences."""
     batches = -(-2 * settings["pool"]["max_num_seqs"] // 32)
     return run_processor(settings, "ray_data_llm_wide", {"max_concurrent_batches": batches})
 
 
 def run_processor(settings: Settings, series: str, options: dict[str, Any]) -> Iterator[Run]:
-    """Every repeat is a dataset of its own, with an engine of its own."""
+    """Run every repeat as a dataset, which starts its own engine."""
     with engines.ray_running(settings):
         for repeat in range(settings["repeats"]):
-            harness.wait_for_device()  # the engine of the repeat before
+            harness.wait_for_device()  # until the previous engine has released it
             rows = workload(settings, f"{series} {repeat}", settings["prompts"])
             yield {"series": series, **process(settings, rows, options)}
 
 
 def process(settings: Settings, rows: list[Row], options: dict[str, Any]) -> Run:
-    """Time one dataset from the first row in the engine to the last row here."""
+    """Time one dataset, from its first row in the engine to its last row in the driver."""
     import ray.data
     from ray.data.llm import build_processor
 
-    from opencharacter.engines.generate import quieten
+    from opencharacter.engines.generate import silence_ray_data
 
-    quieten()
+    silence_ray_data()
     processor = build_processor(
         processor_config(settings, options),
         preprocess=partial(as_request, head=shared_prompt(settings), sampling=settings["sampling"]),
@@ -208,7 +211,7 @@ def process(settings: Settings, rows: list[Row], options: dict[str, Any]) -> Run
 
 
 def processor_config(settings: Settings, options: dict[str, Any]) -> Any:
-    """One engine with the package's arguments."""
+    """Return the configuration of one engine with the package's arguments."""
     from ray.data.llm import vLLMEngineProcessorConfig
 
     gpus = settings["pool"].get("gpus", 0)
@@ -223,13 +226,13 @@ def processor_config(settings: Settings, options: dict[str, Any]) -> Any:
 
 
 def light(settings: Settings, *stages: str) -> dict[str, Any]:
-    """CPUs of stages: Ray's default on a GPU host; on two CPUs that would leave it waiting."""
-    few = "ray_cpus" in settings["placement"]
-    return {stage: {"num_cpus": 0.1} for stage in stages} if few else {}
+    """Return fewer CPUs per stage if Ray has so few that its defaults would never be placed."""
+    few_cpus = "ray_cpus" in settings["placement"]
+    return {stage: {"num_cpus": 0.1} for stage in stages} if few_cpus else {}
 
 
 def as_request(row: Row, head: Message, sampling: dict[str, Any]) -> Row:
-    """A row as the processor wants it."""
+    """Convert a row to the processor's format."""
     return {
         "messages": [head, user(row["prompt"])],
         "sampling_params": {**sampling, "max_tokens": int(row["max_tokens"])},
@@ -237,7 +240,7 @@ def as_request(row: Row, head: Message, sampling: dict[str, Any]) -> Row:
 
 
 def as_result(row: Row) -> Row:
-    """What is kept of a row, and when it left."""
+    """Keep the needed fields of a finished row, and the time at which it left the engine."""
     return {
         "id": row["id"],
         "answer": row["generated_text"],
@@ -251,12 +254,12 @@ def as_result(row: Row) -> Row:
 
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
-    """All figures that the runs allow."""
+    """Return all figures that can be computed from the runs."""
     others = ("vllm_generate", "ray_data_llm", "ray_data_llm_wide")
-    wanted = {f"ratio_to_{other}": (SUBJECT, other) for other in others}
-    wanted["seeded_ratio"] = ("opencharacter_seeded", SUBJECT)
-    wanted["two_replicas_ratio"] = ("two_replicas", SUBJECT)
-    return engines.figures(series, settings, machine) | harness.ratios(series, wanted)
+    pairs = {f"ratio_to_{other}": (SUBJECT, other) for other in others}
+    pairs["seeded_ratio"] = ("opencharacter_seeded", SUBJECT)
+    pairs["two_replicas_ratio"] = ("two_replicas", SUBJECT)
+    return engines.figures(series, settings, machine) | harness.ratios(series, pairs)
 
 
 BENCHMARK = harness.Benchmark(

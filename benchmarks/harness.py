@@ -1,15 +1,16 @@
-"""What the benchmarks share: processes that end, a model without weights, figures, the result file.
+"""Shared code of the benchmarks: isolated processes, a model without weights, figures, results.
 
 A benchmark does the same work in several *ways*. Each way runs in a process of its own, which the
-script starts by calling itself, so that nothing of one way (engine, Ray, device memory) is left
-when the next one starts. A way yields *runs*, from settings: one mapping a repeat, with at least
-`series` (what it is a repeat of), `seconds` and `tokens`.
+script starts by calling itself, so that no engine, Ray cluster or device memory of one way remains
+when the next one starts. A way is a generator that takes settings and yields one *run* per repeat:
+a mapping with at least `series` (the group of repeats that it belongs to), `seconds` and `tokens`.
 
-What a way yielded is kept in `<out>/<name>-parts/`, also when it did not finish. `--ways A B` runs
-these anew and takes the others from there, if they were made with the same settings: so a benchmark
-can be run in pieces, and pieces can run at once on devices of their own (CUDA_VISIBLE_DEVICES).
+The runs of a way are stored in `<out>/<name>-parts/`, even if the way did not finish. `--ways A B`
+runs only these ways and takes the others from there if they were measured with the same settings.
+So a benchmark can be run piece by piece, and pieces can run concurrently on different devices
+(CUDA_VISIBLE_DEVICES).
 
-Run: python benchmarks/harness.py FILE   writes this machine's device and its memory's bandwidth
+Run: python benchmarks/harness.py FILE   measures this machine: device and memory bandwidth
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ sys.path.insert(0, str(FOLDER.parent))
 Settings = dict[str, Any]
 Run = dict[str, Any]
 Series = dict[str, list[Run]]
-"""Runs by what they are repeats of."""
+"""Runs by series."""
 Machine = dict[str, Any]
-"""`device` and `bytes_per_s`, the memory's bandwidth."""
+"""`device` and `bytes_per_s`, the memory bandwidth."""
 Figure = dict[str, float]
 Figures = dict[str, Figure]
 
 SUBJECT = "opencharacter"
-"""The way that the others are compared with, and its first series."""
+"""The way that is compared with all others, and the name of its first series."""
 
 LOG_TAIL = 3000
-"""Characters of a failed process's log that are told."""
+"""Characters at the end of a failed process's log that its error quotes."""
 
 
 # ------------------------------------------------------------------------------------ a benchmark
@@ -59,18 +60,18 @@ LOG_TAIL = 3000
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A script.
+    """A benchmark script.
 
     Args:
-        name: of its result file.
-        script: its path.
-        settings: on a GPU; every whole number at the top of them is also an option, and what is
-            under `environment` is set in the ways' processes.
-        tiny: what differs on a CPU, where only that it works is of interest.
-        ways: from settings to runs.
-        figures: from runs, settings and machine to figures.
-        extra: ways that run only when `--ways` names them.
-        variants: settings that differ in a line of the sweep, which runs the first way.
+        name: name of the result file.
+        script: path of the script.
+        settings: settings on a GPU. Every top-level integer is also a command-line option, and
+            `environment` holds variables that are set in the ways' processes.
+        tiny: changes to the settings for a functional test on a CPU.
+        ways: functions from settings to runs.
+        figures: function from runs, settings and machine to figures.
+        extra: ways that run only if `--ways` names them.
+        variants: changes to the settings for `--sweep`, which runs the first way with each.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Task:
-    """A process to run: a way under settings."""
+    """A way with its settings, to be run in a process of its own."""
 
     label: str
     way: str
@@ -93,7 +94,7 @@ class Task:
 
 
 def main(benchmark: Benchmark, description: str) -> None:
-    """The command line of a benchmark, and of the processes that it starts."""
+    """Run the command line of a benchmark, or a task in a process that it started."""
     if sys.argv[1:2] == ["--task"]:
         return do_task(benchmark, Path(sys.argv[2]))
     options = parse(benchmark, description)
@@ -106,16 +107,16 @@ def main(benchmark: Benchmark, description: str) -> None:
 
 
 def parse(benchmark: Benchmark, description: str) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--tiny", action="store_true", help="a small model on a CPU")
-    usual = [way for way in benchmark.ways if way not in benchmark.extra]
-    parser.add_argument("--ways", nargs="+", choices=[*benchmark.ways], default=usual)
+    default_ways = [way for way in benchmark.ways if way not in benchmark.extra]
+    parser.add_argument("--ways", nargs="+", choices=[*benchmark.ways], default=default_ways)
     parser.add_argument("--sweep", nargs="*", choices=[*benchmark.variants], metavar="VARIANT")
-    parser.add_argument("--limit", type=float, default=600, help="seconds that a way may take")
+    parser.add_argument("--limit", type=float, default=600, help="time limit of a way in seconds")
     for name, value in benchmark.settings.items():
         if type(value) is int:
             parser.add_argument(f"--{name.replace('_', '-')}", type=int)
@@ -123,7 +124,7 @@ def parse(benchmark: Benchmark, description: str) -> argparse.Namespace:
 
 
 def chosen_settings(benchmark: Benchmark, options: argparse.Namespace) -> Settings:
-    """The settings of a command line, as JSON gives them back."""
+    """Return the settings of a command line, in the types that JSON has."""
     settings = benchmark.settings | (benchmark.tiny if options.tiny else {})
     given = {k: v for k, v in vars(options).items() if k in settings and v is not None}
     return json.loads(json.dumps(settings | given))
@@ -132,7 +133,7 @@ def chosen_settings(benchmark: Benchmark, options: argparse.Namespace) -> Settin
 def measure(
     benchmark: Benchmark, options: argparse.Namespace, settings: Settings
 ) -> dict[str, str]:
-    """Run the ways that are wanted and write `<out>/<name>.json`; returns errors by way."""
+    """Run the requested ways and write `<out>/<name>.json`; return errors by way."""
     tasks = [Task(way, way, settings) for way in benchmark.ways]
 
     def figures(done: dict[str, list[Run]], machine: Machine) -> Figures:
@@ -142,7 +143,7 @@ def measure(
 
 
 def sweep(benchmark: Benchmark, options: argparse.Namespace, settings: Settings) -> dict[str, str]:
-    """Run the variants that are wanted, one repeat each; write `<out>/<name>-sweep.json`."""
+    """Run one repeat of each requested variant and write `<out>/<name>-sweep.json`."""
     tasks = variant_tasks(benchmark, settings)
 
     def figures(done: dict[str, list[Run]], machine: Machine) -> Figures:
@@ -154,12 +155,12 @@ def sweep(benchmark: Benchmark, options: argparse.Namespace, settings: Settings)
             ).items()
         }
 
-    name, wanted = f"{benchmark.name}-sweep", options.sweep or list(tasks)
-    return run_tasks(benchmark, name, [*tasks.values()], wanted, options, settings, figures)
+    name, requested = f"{benchmark.name}-sweep", options.sweep or list(tasks)
+    return run_tasks(benchmark, name, [*tasks.values()], requested, options, settings, figures)
 
 
 def variant_tasks(benchmark: Benchmark, settings: Settings) -> dict[str, Task]:
-    """The sweep's tasks by label."""
+    """Return the tasks of a sweep by label."""
     way, plain = next(iter(benchmark.ways)), {SUBJECT: {}}
     once = settings | {"repeats": 1, "series": plain}
     return {
@@ -168,7 +169,7 @@ def variant_tasks(benchmark: Benchmark, settings: Settings) -> dict[str, Task]:
 
 
 def merged(settings: Settings, changes: Settings) -> Settings:
-    """Settings with changes; a mapping's entries are changed one by one."""
+    """Return settings with changes; nested mappings are merged."""
     return settings | {
         name: merged(settings.get(name, {}), value) if isinstance(value, dict) else value
         for name, value in changes.items()
@@ -179,21 +180,21 @@ def run_tasks(
     benchmark: Benchmark,
     name: str,
     tasks: list[Task],
-    wanted: list[str],
+    requested: list[str],
     options: argparse.Namespace,
     settings: Settings,
     figures: Callable[[dict[str, list[Run]], Machine], Figures],
 ) -> dict[str, str]:
-    """Run the wanted tasks one after another; after each write what is known so far.
+    """Run the requested tasks one after another and update the result file after each.
 
     Returns:
-        The errors of those that failed, by label.
+        The errors of the failed tasks, by label.
     """
     folder = options.out / f"{name}-parts"
     folder.mkdir(parents=True, exist_ok=True)
     machine = measure_machine(folder, options.limit)
     errors: dict[str, str] = {}
-    for task in (t for t in tasks if t.label in wanted):
+    for task in (t for t in tasks if t.label in requested):
         try:
             start_task(benchmark, task, folder, options.limit)
         except (ProcessFailed, TimeoutError) as error:
@@ -204,18 +205,18 @@ def run_tasks(
 
 
 def start_task(benchmark: Benchmark, task: Task, folder: Path, seconds: float) -> None:
-    """Run a task in a process of its own; its runs are in `folder` afterwards."""
+    """Run a task in a process of its own, which writes its runs to `folder`."""
     file = folder / f"{task.label}.json"
     file.write_text(json.dumps({"way": task.way, "settings": task.settings}))
     command = [sys.executable, str(benchmark.script), "--task", str(file)]
     began = time.monotonic()
     wait_for_device()
     run(command, file.with_suffix(".log"), seconds)
-    print(f"{task.label}: {time.monotonic() - began:.0f} s in all", flush=True)
+    print(f"{task.label}: {time.monotonic() - began:.0f} s in total", flush=True)
 
 
 def do_task(benchmark: Benchmark, file: Path) -> None:
-    """Do a task in this process."""
+    """Run a task in this process."""
     task = json.loads(file.read_text())
     os.environ.update(task["settings"].get("environment", {}))
     runs = []
@@ -225,16 +226,16 @@ def do_task(benchmark: Benchmark, file: Path) -> None:
 
 
 def kept_runs(folder: Path, task: Task) -> list[Run] | None:
-    """Runs of a task that were made with the same settings, or None."""
+    """Return the stored runs of a task, or None if there are none with the same settings."""
     file = folder / f"{task.label}.json"
     kept = json.loads(file.read_text()) if file.is_file() else {}
     return kept.get("runs") if kept.get("settings") == task.settings else None
 
 
-def by_series(found: Any) -> Series:
-    """Group runs by what they are repeats of."""
+def by_series(tasks: Any) -> Series:
+    """Group the runs of all tasks by series."""
     series: Series = {}
-    for runs in found:
+    for runs in tasks:
         for each in runs:
             series.setdefault(each["series"], []).append(each)
     return series
@@ -263,7 +264,7 @@ def write_result(
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter."""
+    """Return the versions of Python and of the main packages."""
     from opencharacter.runtime.manifests import package_versions
 
     return {"python": platform.python_version(), **package_versions()}
@@ -273,12 +274,12 @@ def versions() -> dict[str, str]:
 
 
 def figure(values: list[float]) -> Figure:
-    """Median, least and greatest of the repeats."""
+    """Return the median, minimum and maximum over repeats."""
     return summary(statistics.median(values), min(values), max(values), len(values))
 
 
 def ratio(values: list[float], others: list[float]) -> Figure:
-    """Ratio of the medians; its least and greatest are those of any two repeats."""
+    """Return the ratio of the medians, and the minimum and maximum over all pairs of repeats."""
     return summary(
         statistics.median(values) / statistics.median(others),
         min(values) / max(others),
@@ -288,22 +289,22 @@ def ratio(values: list[float], others: list[float]) -> Figure:
 
 
 def summary(median: float, least: float, greatest: float, repeats: int) -> Figure:
-    """A figure, to five significant digits."""
+    """Return a figure, rounded to five significant digits."""
     spread = {"median": median, "min": least, "max": greatest}
     return {**{name: float(f"{value:.5g}") for name, value in spread.items()}, "repeats": repeats}
 
 
 def speeds(runs: list[Run]) -> list[float]:
-    """Tokens per second of each repeat."""
+    """Return the tokens per second of each repeat."""
     return [each["tokens"] / each["seconds"] for each in runs]
 
 
-def ratios(series: Series, wanted: dict[str, tuple[str, str]]) -> Figures:
-    """Ratios of speed, by their names: of the first series to the second, where both are there."""
+def ratios(series: Series, pairs: dict[str, tuple[str, str]]) -> Figures:
+    """Return the ratio of speeds for each pair of series that was measured, by name."""
     return {
-        name: ratio(speeds(series[one]), speeds(series[other]))
-        for name, (one, other) in wanted.items()
-        if one in series and other in series
+        name: ratio(speeds(series[first]), speeds(series[second]))
+        for name, (first, second) in pairs.items()
+        if first in series and second in series
     }
 
 
@@ -311,34 +312,34 @@ def ratios(series: Series, wanted: dict[str, tuple[str, str]]) -> Figures:
 
 
 class ProcessFailed(Exception):
-    """A process failed or took too long; says so with the end of its log."""
+    """A process failed or exceeded its time limit; the message ends with its log."""
 
 
 def run(command: list[str], log: Path, seconds: float) -> None:
-    """Run a command in a session of its own, and leave nothing of that session behind.
+    """Run a command in a new session and kill all processes of that session at the end.
 
-    Ray gives its processes groups of their own, so ending the command's group would not be
-    enough; but they stay in its session. A Ray that the command starts has a folder of its own,
-    and so neither joins nor is joined by another one of this machine.
+    Killing the process group would not be enough: Ray gives its processes groups of their own, but
+    they stay in the session. A Ray cluster that the command starts has its own temporary folder,
+    so it does not connect to other clusters on this machine.
 
     Args:
-        command: what to run.
+        command: the command and its arguments.
         log: file for its output.
-        seconds: time after which it is ended.
+        seconds: time limit.
 
     Raises:
-        ProcessFailed: if it failed or took longer.
+        ProcessFailed: if the command failed or exceeded the time limit.
     """
     with (
         log.open("wb") as output,
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as ray_folder,
     ):
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **child_environment(), "RAY_TMPDIR": own},
+            env={**os.environ, **child_environment(), "RAY_TMPDIR": ray_folder},
         )
         try:
             ended = f"exit code {process.wait(seconds)}"
@@ -352,7 +353,7 @@ def run(command: list[str], log: Path, seconds: float) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """What every process finds, Ray's workers too: folders to import from, and no network."""
+    """Return variables for all processes, including Ray's workers: import paths, and no network."""
     paths = [str(FOLDER.parent), str(FOLDER), os.environ.get("PYTHONPATH")]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -364,17 +365,17 @@ def child_environment() -> dict[str, str]:
 
 
 def end_session(session: int, seconds: float = 30) -> None:
-    """End every process of a session, by its id, and wait until they are gone."""
-    until = time.monotonic() + seconds
-    while (left := members(session)) and time.monotonic() < until:
-        for process in left:
+    """Kill every process of a session by its id and wait until all have ended."""
+    deadline = time.monotonic() + seconds
+    while (processes := members(session)) and time.monotonic() < deadline:
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=1)
+        psutil.wait_procs(processes, timeout=1)
 
 
 def apart(work: Callable[[], None]) -> None:
-    """Do some work in a process of its own, so that its memory is not this process's."""
+    """Call a function in a forked process, so that its memory does not count for this one."""
     import multiprocessing
 
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -385,45 +386,48 @@ def apart(work: Callable[[], None]) -> None:
 
 
 def members(session: int) -> list[psutil.Process]:
-    """The processes of a session, less those that only wait to be forgotten."""
-    found = []
+    """Return the processes of a session, without zombies."""
+    processes = []
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def wait_for_device(seconds: float = 60) -> None:
-    """Return when the GPU's memory is free, a moment after its last process ended.
+    """Wait until the GPU's memory is free, which takes a moment after its last process ended.
 
     Raises:
-        TimeoutError: if something holds it.
+        TimeoutError: if another process holds it for longer.
     """
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while (used := device_memory_used()) > 2048:
-        if time.monotonic() > until:
-            raise TimeoutError(f"{used} MiB of the GPU's memory are in use by something else")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{used} MiB of the GPU's memory are used by another process")
         time.sleep(0.5)
 
 
 def device_memory_used() -> int:
-    """MiB in use on the fullest visible GPU, 0 without one. Torch itself would use some."""
+    """Return the used memory of the fullest visible GPU in MiB, or 0 without a GPU.
+
+    Asks nvidia-smi, because torch would allocate memory itself.
+    """
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         query.append(f"--id={visible}")
     try:
-        found = subprocess.run(query, capture_output=True, text=True, check=True)
+        output = subprocess.run(query, capture_output=True, text=True, check=True)
     except FileNotFoundError:
         return 0
-    return max(map(int, found.stdout.split()))
+    return max(map(int, output.stdout.split()))
 
 
 # ---------------------------------------------------------------------------------------- machine
 
 
 def measure_machine(folder: Path, seconds: float) -> Machine:
-    """The device and its bandwidth, measured in a process that ends and so frees the device."""
+    """Measure the device and its bandwidth in a process that frees the device when it ends."""
     file = folder / "machine.json"
     command = [sys.executable, str(FOLDER / "harness.py"), str(file)]
     wait_for_device()
@@ -432,7 +436,7 @@ def measure_machine(folder: Path, seconds: float) -> Machine:
 
 
 def machine() -> Machine:
-    """This machine."""
+    """Return the device of this machine and its measured memory bandwidth."""
     import torch
 
     if torch.cuda.is_available():
@@ -443,7 +447,7 @@ def machine() -> Machine:
 
 
 def processor() -> str:
-    """What the CPU calls itself."""
+    """Return the CPU's model name."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -451,7 +455,12 @@ def processor() -> str:
 
 
 def copy_speed(device: str, size: int) -> float:
-    """Bytes read and written per second by the fastest of ten copies of `size` bytes."""
+    """Return the bytes read and written per second in the fastest of ten copies.
+
+    Args:
+        device: torch device.
+        size: bytes per copy.
+    """
     import torch
 
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -495,7 +504,7 @@ TINY_LLAMA = LLAMA_8B | {
 OPEN, CLOSE, END = "<|open|>", "<|close|>", "<|end|>"
 UNKNOWN = "<|unknown|>"
 RESERVED = (UNKNOWN, OPEN, CLOSE, END, "system", "user", "assistant")
-"""First entries of the vocabulary; the others are the words w0, w1, ..."""
+"""First entries of the vocabulary; the rest are the words w0, w1, ..."""
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -504,18 +513,18 @@ TEMPLATE = (
     f"{{% if add_generation_prompt %}}{OPEN} assistant {CLOSE}\n{{% endif %}}"
 )
 OVERHEAD = 4
-"""Tokens of a message beside its content."""
+"""Tokens of a message in addition to its content."""
 
 
 def model_folder(shape: dict[str, Any]) -> Path:
-    """A folder with a Llama's configuration and a tokenizer, but no weights.
+    """Return a folder with a Llama configuration and a tokenizer, but no weights.
 
-    It is in the user's cache, made once per shape, so that vLLM finds what it compiled for it.
-    No end token is declared: an answer of random weights then has exactly the length asked for.
+    It is created in the user's cache once per shape, so that vLLM's compilation cache applies. It
+    declares no end-of-sequence token, so every answer has exactly the requested length.
     """
     from transformers import LlamaConfig
 
-    from opencharacter.models import atomic_directory, cache_dir
+    from opencharacter.cache import atomic_directory, cache_dir
     from opencharacter.runtime.store import fingerprint
 
     kind = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
@@ -537,7 +546,7 @@ def model_folder(shape: dict[str, Any]) -> Path:
 
 
 def make_tokenizer(size: int) -> Any:
-    """A fast tokenizer with a chat template: each word between spaces is a token."""
+    """Return a fast tokenizer with a chat template, in which each word is one token."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -547,9 +556,9 @@ def make_tokenizer(size: int) -> Any:
     tokenizer = Tokenizer(WordLevel({n: i for i, n in enumerate(names)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens([UNKNOWN, OPEN, CLOSE, END])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN)
-    made.chat_template = TEMPLATE
-    return made
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN)
+    fast.chat_template = TEMPLATE
+    return fast
 
 
 if __name__ == "__main__":

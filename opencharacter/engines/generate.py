@@ -188,11 +188,11 @@ def _stream(
     )
     with ExitStack() as stack:
         with ProgressLine(console, title, progress):
-            held = stack.enter_context(
+            allocated = stack.enter_context(
                 acquire(job.dataset, engines, job.placement.autoscaling_resources)
             )
-            refs = [EngineRef(first, held.replicas(first))]
-            refs += [EngineRef(spec.shared_by(tasks), held.replicas(spec)) for spec in others]
+            refs = [EngineRef(first, allocated.replicas(first))]
+            refs += [EngineRef(spec.shared_by(tasks), allocated.replicas(spec)) for spec in others]
             progress.begin()
         settings = {
             "engine_ref": refs[0],
@@ -209,7 +209,7 @@ def _stream(
                 if progress.fault:
                     raise StageFailed(job.quality_failure(progress.fault))
         progress()  # once more, for what the tasks reported last
-        held.work_seconds = active_seconds(counters)
+        allocated.work_seconds = active_seconds(counters)
     counters.end.remote()
 
 
