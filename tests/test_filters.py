@@ -13,13 +13,79 @@ from opencharacter.text import filters
         ("Verse that ends in a dash —", "stop", None),
         ("Quoted “end.”", "stop", None),
         ("  \n ", "stop", "empty"),
-        ("no end", "stop", "unfinished"),
+        ("no end,", "stop", "unfinished"),
         ("An end.", "length", "unfinished"),
         ("round and round we go " * 8 + ".", "stop", "looping"),
     ],
 )
 def test_a_drop_reason_is_the_first_rule_that_fails(text, finish, reason):
     assert filters.drop_reason(text, finish, RULES) == reason
+
+
+FENCED = "Run this:\n\n```python\nprint('a',\n```"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "That made my day \U0001f602",
+        "Well done \u2764\ufe0f",
+        "Sure :smile:",
+        "I miss him :(",
+        "So do I <3",
+        FENCED,
+        FENCED.replace("```", "~~~"),
+        "````markdown\n```\n````",
+        "The area is\n$$\\pi r^2$$",
+        "x = 4",
+        "f maps to (0, 1]",
+        "| a | b |\n|---|---|\n| 1 | 2 |",
+        "It is 21 \u00b0C",
+        "See https://example.com/rock-and-roll/and",
+        "The woods are lovely, dark and deep,\nbut I have promises to keep",
+        "Sie sagte \u201eja\u201c",
+        "Han sagde \u00bbja\u00ab",
+        "\u597d\u7684\u3002",
+        "\u597d\u5417\uff1f\u300d",
+        "\u06a9\u06cc\u0627 \u062d\u0627\u0644 \u06c1\u06d2\u061f",
+        "\u062a\u0645\u0627\u0645\u06d4",
+        "\u092f\u0939 \u0920\u0940\u0915 \u0939\u0948\u0964",
+        "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u0e04\u0e23\u0e31\u0e1a",
+    ],
+)
+def test_an_answer_that_the_model_ended_is_finished_whatever_its_last_character(text):
+    assert filters.is_finished(text, "stop")
+    assert filters.drop_reason(text, "stop", RULES) is None
+    assert not filters.is_finished(text, "length")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "First the flour,",
+        "\u9996\u5148\uff0c",
+        "\u0623\u0648\u0644\u0627\u060c",
+        "Here are the steps:",
+        "She went out (",
+        "She went out (as always",
+        "He said \u201c",
+        'He said "',
+        "\u5979\u8bf4\u300c",
+        "Il dit \u00ab",
+        "The flour and",
+        "Run this:\n\n```python\nprint('a')",
+    ],
+)
+def test_an_answer_that_visibly_lacks_its_end_is_unfinished(text):
+    assert filters.drop_reason(text, "stop", RULES) == "unfinished"
+
+
+def test_without_a_known_finish_reason_the_last_character_decides():
+    for unknown in ("", None):
+        assert filters.is_finished("A whole answer.", unknown)
+        assert not filters.is_finished("A whole", unknown)
+    for cut in ("length", "content_filter", "abort"):
+        assert not filters.is_finished("A whole answer.", cut)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +210,13 @@ def test_the_repeated_share_counts_repeated_words():
         ("Version 2.5 is out. Then", "Version 2.5 is out."),
         ("Nothing ends here", ""),
         ("line one,\nline two.\nline thr", "line one,\nline two."),
+        ("\u597d\u3002\u518d\u89c1\u3002\u6211", "\u597d\u3002\u518d\u89c1\u3002"),
+        ("\u300c\u597d\u3002\u300d\u6211", "\u300c\u597d\u3002\u300d"),
+        (
+            "\u0920\u0940\u0915 \u0939\u0948\u0964 \u092e\u0948\u0902",
+            "\u0920\u0940\u0915 \u0939\u0948\u0964",
+        ),
+        ("\u062a\u0645\u0627\u0645\u06d4 \u067e\u06be\u0631", "\u062a\u0645\u0627\u0645\u06d4"),
     ],
 )
 def test_text_is_cut_after_its_last_whole_sentence(text, whole):

@@ -127,7 +127,7 @@ def test_a_reflection_is_trained_on_without_a_system_prompt():
     [
         ([user("a"), assistant("Good."), user("b")], "stop", "ends_on_user"),
         ([user("a"), assistant("Good."), assistant("Good.")], "stop", "roles_repeat"),
-        ([user("a"), assistant("not finished")], "stop", "unfinished"),
+        ([user("a"), assistant("not finished,")], "stop", "unfinished"),
         ([user("a"), assistant("Cut.")], "length", "unfinished"),
         ([user("a"), assistant(" ")], "stop", "empty"),
         ([user("a"), assistant("ha ha ha ha " * 9 + ".")], "stop", "looping"),

@@ -7,14 +7,37 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
-VERSION = 1
+VERSION = 2
 """Version of the rules in this module that decide which answers are kept and how they are edited.
 
 Increase it with every change of such a rule: datasets that were made by other rules become stale.
 """
 
 WORDS = re.compile(r"\w+(?:['\u2019]\w+)?")
-SENTENCE = re.compile(r".*[.!?\u2026](?:[\"'\u201d\u2019)\]*]+)?(?=\s|$)", re.DOTALL)
+SENTENCE = re.compile(
+    r".*(?:[.!?\u2026\u061f\u06d4\u0964\u0965\u0589\u1362\u17d4\u104b]"
+    r"(?:[\"'\u201c\u201d\u2019\u00bb)\]*]+)?(?=\s|$)"
+    r"|[\u3002\uff01\uff1f\uff61](?:[\"'\u201d\u2019\u300d\u300f\uff09\u3011\u300b)\]*]+)?)",
+    re.DOTALL,
+)
+"""Everything up to the end of the last sentence.
+
+Latin, Arabic, Indic, Armenian, Ethiopic, Khmer and Burmese full stops need a space after them;
+full-width stops of Chinese and Japanese do not.
+"""
+
+CUT_OFF = frozenset({"length", "content_filter", "abort"})
+"""Finish reasons of a reply that something ended before the model did."""
+ENDED = frozenset({"stop", "trimmed"})
+"""Finish reasons of a reply that the model ended, or that was cut back to whole sentences."""
+COMMAS = ",\uff0c\u3001\u060c\uff64"
+DANGLING = frozenset({"and", "or", "but", "nor", "because", "although", "the", "an", "und", "oder"})
+"""Words in lower case that need another word after them."""
+OPENING = "([{\uff08\u300c\u300e\u3010\u300a"
+CLOSING = ")]}\uff09\u300d\u300f\u3011\u300b"
+EMOTICON = re.compile(r"(?<!\w)[:;=]['\u2019]?-?[(\[{]+")
+EMOJI_CODE = re.compile(r":[\w+-]+:$")
+FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")
 
 NOT = (
     r"(?:can(?:no|['\u2019])t|can not|won['\u2019]t|will not|am not able to|['\u2019]m not able to)"
@@ -88,7 +111,7 @@ def drop_reason(text: str, finish_reason: str, rules: AnswerRules) -> str | None
     """
     if not text.strip():
         return "empty"
-    if finish_reason == "length" or not ends_in_punctuation(text):
+    if not is_finished(text, finish_reason):
         return "unfinished"
     checks = {
         "reasoning_leak": leaks_reasoning(text),
@@ -139,10 +162,68 @@ def foreign_names(names: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, ..
     )
 
 
-def ends_in_punctuation(text: str) -> bool:
-    """Whether the last character is punctuation (any Unicode category P)."""
-    last = text.rstrip()[-1:]
-    return bool(last) and unicodedata.category(last).startswith("P")
+def is_finished(text: str, finish_reason: str | None) -> bool:
+    """Whether an answer is complete.
+
+    The engine's finish reason decides, unless the text contradicts it. If the finish reason says
+    neither that the model ended nor that it was cut off, the last character must be punctuation.
+
+    Args:
+        text: the answer, not empty.
+        finish_reason: why generation ended, or `trimmed`.
+    """
+    if finish_reason in CUT_OFF:
+        return False
+    if finish_reason in ENDED:
+        return not breaks_off(text)
+    return unicodedata.category(text.rstrip()[-1]).startswith("P")
+
+
+def breaks_off(text: str) -> bool:
+    """Whether a text visibly lacks its end.
+
+    It does if a code fence was never closed, or if the last line ends in a comma, a colon, an
+    opening quotation mark, an unclosed bracket or a word such as `and`. Other endings without
+    punctuation are valid: verse, emoji, formulas, table rows, URLs.
+    """
+    if open_fence(text):
+        return True
+    line = text.rstrip().rsplit("\n", 1)[-1]
+    if FENCE.match(line):
+        return False
+    last, before = line[-1], line[-2:-1]
+    opens_quote = last == '"' or unicodedata.category(last) == "Pi"  # closing in some languages
+    return (
+        last in COMMAS
+        or (last in ":\uff1a" and not EMOJI_CODE.search(line))
+        or (opens_quote and not before.strip())
+        or line.split()[-1] in DANGLING
+        or unclosed_brackets(line)
+    )
+
+
+def unclosed_brackets(line: str) -> bool:
+    """Whether a line ends in an opening bracket, or within brackets without any punctuation."""
+    line = EMOTICON.sub("", line).rstrip()
+    if line.endswith(tuple(OPENING)):
+        return True
+    if not line or unicodedata.category(line[-1]).startswith("P"):
+        return False
+    return sum((c in OPENING) - (c in CLOSING) for c in line) > 0
+
+
+def open_fence(text: str) -> bool:
+    """Whether a Markdown code fence is never closed."""
+    fence = ""
+    for line in text.split("\n"):
+        match = FENCE.match(line)
+        if match is None:
+            continue
+        if not fence:
+            fence = match.group(1)
+        elif match.group(1).startswith(fence) and not match.group(2).strip():
+            fence = ""
+    return bool(fence)
 
 
 def repeated_share(text: str, n: int = 4) -> float:
