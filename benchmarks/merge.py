@@ -21,7 +21,7 @@ from typing import Any
 import harness
 from harness import LLAMA_8B, TINY_LLAMA, Figures, Machine, Run, Series, Settings
 
-from opencharacter.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA_A, LORA_B, PEFT_PREFIX
+from opencharacter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA_A, LORA_B, PEFT_PREFIX
 from opencharacter.persona.merge import WeightedAdapter, merge
 
 SETTINGS: Settings = {"repeats": 3, "shape": LLAMA_8B, "rank": 64, "environment": {}}

@@ -34,7 +34,7 @@ import psutil
 from harness import LLAMA_8B, SUBJECT, TINY_LLAMA, Figures, Machine, Run, Series, Settings
 from merge import linear_layers, write_adapter
 
-from opencharacter import models
+from opencharacter import lora, models
 from opencharacter.config import files
 from opencharacter.config.files import resource_names
 from opencharacter.config.recipe import Recipe
@@ -196,7 +196,7 @@ def adapter(folder: Path, settings: Settings) -> Path:
     names = sorted({name.rpartition(".")[2] for name in linear_layers(settings["shape"])})
     made = {"peft_type": "LORA", "r": settings["rank"], "lora_alpha": settings["rank"] * 1e-4}
     made |= {"target_modules": names, "bias": "none"}
-    (folder / models.ADAPTER_CONFIG).write_text(json.dumps(made))
+    (folder / lora.ADAPTER_CONFIG).write_text(json.dumps(made))
     return folder
 
 
@@ -228,7 +228,7 @@ def run_vllm(settings: Settings) -> Iterator[Run]:
     role = Recipe.model_validate(recipe_data(settings)).roles.student
     placement = Placement.model_validate(placement_data(settings))
     spec = EngineSpec(role, placement.pools.student)
-    rank = models.allowed_rank(settings["rank"])
+    rank = lora.allowed_rank(settings["rank"])
     arguments = replica.build_llm_config(spec, placement.serving, rank).engine_kwargs
     with tempfile.TemporaryDirectory() as scratch:
         files = adapter(Path(scratch) / "adapter", settings)

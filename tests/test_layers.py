@@ -13,7 +13,7 @@ PACKAGE = Path(opencharacter.__file__).parent
 LAYERS = (
     ("errors",),
     ("config",),
-    ("text", "constitution", "models"),
+    ("text", "constitution", "models", "lora", "cache"),
     ("runtime",),
     ("engines",),
     ("training",),

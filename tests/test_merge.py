@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from samples import cli
 
-from opencharacter import models
+from opencharacter import cache, lora, models
 from opencharacter.errors import UserError
-from opencharacter.models import allowed_rank
+from opencharacter.lora import allowed_rank
 from opencharacter.persona.merge import WeightedAdapter, merge
 
-PREFIX = models.PEFT_PREFIX
+PREFIX = lora.PEFT_PREFIX
 SHAPES = {"model.layers.0.q_proj": (8, 12), "model.layers.0.up_proj": (16, 8)}
 
 
@@ -28,9 +28,9 @@ def write_adapter(path, rank, seed, shapes=None, alpha=None):
 
 
 def update(path, module):
-    config, updates = models.adapter_updates(path)
+    config, updates = lora.adapter_updates(path)
     a, b = updates[module]
-    return models.scale(config) * (b.double() @ a.double())
+    return lora.scale(config) * (b.double() @ a.double())
 
 
 def test_the_merge_is_the_exact_weighted_sum(tmp_path):
@@ -133,10 +133,10 @@ def test_unmergeable_adapters_are_refused(tmp_path):
 def unusual_adapter(path, extra=None, **config):
     """An adapter with additional tensors, or another configuration."""
     write_adapter(path, 4, 1)
-    tensors = load_file(path / models.ADAPTER_WEIGHTS)
-    save_file(tensors | (extra or {}), path / models.ADAPTER_WEIGHTS)
-    original = json.loads((path / models.ADAPTER_CONFIG).read_text())
-    (path / models.ADAPTER_CONFIG).write_text(json.dumps(original | config))
+    tensors = load_file(path / lora.ADAPTER_WEIGHTS)
+    save_file(tensors | (extra or {}), path / lora.ADAPTER_WEIGHTS)
+    original = json.loads((path / lora.ADAPTER_CONFIG).read_text())
+    (path / lora.ADAPTER_CONFIG).write_text(json.dumps(original | config))
     return path
 
 
@@ -162,10 +162,10 @@ def test_an_incomplete_or_foreign_adapter_is_refused(tmp_path):
             [WeightedAdapter(unusual_adapter(tmp_path / "other", peft_type="IA3"), 1.0)], tmp_path
         )
     empty = unusual_adapter(tmp_path / "empty")
-    save_file({}, empty / models.ADAPTER_WEIGHTS)
+    save_file({}, empty / lora.ADAPTER_WEIGHTS)
     with pytest.raises(UserError, match="nothing is"):
         merge([WeightedAdapter(empty, 1.0)], tmp_path)
-    (empty / models.ADAPTER_WEIGHTS).unlink()
+    (empty / lora.ADAPTER_WEIGHTS).unlink()
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
         merge([WeightedAdapter(empty, 1.0)], tmp_path)
 
@@ -243,4 +243,4 @@ def test_a_damaged_embedded_model_is_converted_again(embedded_model, tmp_path, m
     weights = load_file(embedded_model / models.WEIGHTS)
     assert all(t.dtype == torch.bfloat16 for t in weights.values())
     record = json.loads((embedded_model / "conversion.json").read_text())
-    assert record["weights_sha256"] == models.file_hash(embedded_model / models.WEIGHTS)
+    assert record["weights_sha256"] == cache.file_hash(embedded_model / models.WEIGHTS)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from opencharacter import models
+from opencharacter import cache, models
 from opencharacter.config.placement import Training
 from opencharacter.config.recipe import Lora
 from opencharacter.config.roles import Role
@@ -99,7 +99,7 @@ def test_concurrent_requests_create_a_folder_once(tmp_path):
         created.append(folder)
 
     threads = [
-        threading.Thread(target=models.create_once, args=(tmp_path / "target", make))
+        threading.Thread(target=cache.create_once, args=(tmp_path / "target", make))
         for _ in range(4)
     ]
     for thread in threads:
@@ -112,6 +112,6 @@ def test_concurrent_requests_create_a_folder_once(tmp_path):
 
 def test_a_failed_folder_is_created_by_the_next_request(tmp_path):
     with pytest.raises(ZeroDivisionError):
-        models.create_once(tmp_path / "target", lambda _: 1 / 0)
+        cache.create_once(tmp_path / "target", lambda _: 1 / 0)
     assert list(tmp_path.iterdir()) == []
-    assert models.create_once(tmp_path / "target", lambda _: None).is_dir()
+    assert cache.create_once(tmp_path / "target", lambda _: None).is_dir()

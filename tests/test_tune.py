@@ -12,7 +12,7 @@ from opencharacter.config.placement import Placement
 from opencharacter.distillation import teacher
 from opencharacter.engines.conversations import ROW_FIELDS
 from opencharacter.evaluation import conditions
-from opencharacter.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from opencharacter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from opencharacter.persona import tune
 from opencharacter.runtime.stage import StageResult
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from opencharacter import models
+from opencharacter import cache
 from opencharacter.api import MERGE
 from opencharacter.cli import constitution
 from opencharacter.cli.chat import chat
@@ -108,6 +108,10 @@ def merge(
         typer.Argument(metavar="DIR[:WEIGHT]...", help="Adapters and their weights (default 1)."),
     ],
     to: Annotated[Path, typer.Option(help="Folder of the new adapter; must not exist.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model to record. Needed if the adapters name it differently."),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Reduce the rank by SVD. Default: exact sum.")
     ] = None,
@@ -121,9 +125,9 @@ def merge(
 
     if to.exists():
         raise UserError(f"--to {to}: it exists already; choose another folder")
-    with explain_write_errors(str(to)), models.atomic_directory(to) as scratch:
+    with explain_write_errors(str(to)), cache.atomic_directory(to) as scratch:
         weighted = [stage.parse_weighted_adapter(text) for text in adapters]
-        result = stage.merge(weighted, scratch, rank=rank, peft_linear=peft_linear)
+        result = stage.merge(weighted, scratch, base, rank, peft_linear)
     console.print(
         f"{to}: rank {result['rank']} (stored as {result['padded_to']}), relative error "
         f"{result['relative_error']:.2%}",

@@ -95,7 +95,7 @@ def engine_line(run: Run, role_name: str) -> str:
         f"{pool.max_num_seqs} sequences of {role.max_model_len:,} tokens, "
         f"{batched_tokens:,} tokens a step"
     )
-    path = models.local_weights(role.model)
+    path = models.local_weights(role.model, role.revision)
     if path is None:
         return line
     footprint = models.memory_footprint(path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from opencharacter.config.base import ECHO, Config, Name, NotIdentity, Rate
+from opencharacter.config.base import ECHO, AddedLater, Config, Name, NotIdentity, Rate
 
 
 def validate_endpoint(url: str) -> str:
@@ -23,13 +24,33 @@ def validate_endpoint(url: str) -> str:
     return url
 
 
+def read_chat_template(template: str) -> str:
+    """Return a chat template, which is read from a file unless it is Jinja source already."""
+    if "{" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{template!r} is neither a readable file ({error}) nor Jinja source"
+        ) from None
+
+
 class Role(Config):
     """A model in one of the roles: teacher, student, judge or prompt generator."""
 
     model: str
-    """The weights: a local directory, a Hugging Face id, `embedded:smollm2-135m` (a small model
-    that is installed with the package), or `echo:SECONDS` (no model; repeats its input, for
-    tests)."""
+    """The weights: a local directory or `.gguf` file, a Hugging Face id, `embedded:smollm2-135m` (a
+    small model that is installed with the package), or `echo:SECONDS` (no model; repeats its input,
+    for tests). The content of local files is part of the identity of what they produce."""
+    revision: Annotated[str | None, AddedLater("0.2")] = None
+    """Commit, branch or tag of a model on the Hugging Face Hub; its default branch if null. Only a
+    commit pins the weights. The manifest records the commit that was used."""
+    chat_template: Annotated[
+        Annotated[str, AfterValidator(read_chat_template)] | None, AddedLater("0.2")
+    ] = None
+    """Chat template that replaces the model's, or that a base model lacks: Jinja source, or the
+    path of a file with it."""
     name: Name
     """Short name of the model. The student's name is also the folder of its results in storage and
     the name of the base model on a server."""

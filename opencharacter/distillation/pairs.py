@@ -121,7 +121,7 @@ def token_counter(role: Role) -> TokenCounter:
     """Return a function that counts tokens with a role's chat template, or words for `echo:`."""
     if role.model.startswith(ECHO):
         return lambda messages: sum(len(m["content"].split()) for m in messages)
-    tokenizer = load_tokenizer(models.resolve(role.model), role)
+    tokenizer = load_tokenizer(models.resolve_role(role), role)
     return lambda messages: len(
         tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     )

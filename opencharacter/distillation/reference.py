@@ -85,7 +85,7 @@ class ReferenceModel:
 
         torch.set_num_threads(max(1, int(placement.cpus)))
         self.counters = counters
-        path = models.resolve(role.model)
+        path = models.resolve_role(role)
         self.tokenizer = load_tokenizer(path, role)
         self.model: Any = load(path, role, gpus > 0)
         # Without a backward pass, whatever fits in training fits here; no example sets a minimum.

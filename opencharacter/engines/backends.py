@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
-from opencharacter import models
+from opencharacter import lora, models
 from opencharacter.config.base import ECHO
 from opencharacter.config.roles import Sampling
 from opencharacter.engines.spec import Engine, EngineSpec, Reply
@@ -40,12 +40,12 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        base, adapter = models.resolve(spec.role.model), spec.adapter and spec.adapter.local()
+        base, adapter = models.resolve_role(spec.role), spec.adapter and spec.adapter.local()
         models.check_parallel(base, spec.pool.tensor_parallel)
         arguments, self.adapter = engine_arguments(spec), None
         runtime_adapter = spec.pool.adapters == "runtime"
         if adapter and runtime_adapter and not models.is_steering(adapter):
-            arguments |= {"enable_lora": True, "max_lora_rank": models.engine_rank(adapter)}
+            arguments |= {"enable_lora": True, "max_lora_rank": lora.engine_rank(adapter)}
             self.adapter = LoRARequest(adapter.name, 1, str(adapter))
         elif adapter:
             base = models.merge_into_base(base, adapter)

@@ -26,7 +26,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter import models
+from opencharacter import cache, models
 from opencharacter.config.evaluation import Capabilities, Capability
 from opencharacter.config.files import resource
 from opencharacter.config.placement import Resources
@@ -161,7 +161,7 @@ def measure(
     from lm_eval.models import huggingface
 
     torch.set_num_threads(threads)
-    base = models.resolve(role.model)
+    base = models.resolve_role(role)
     path = models.merge_into_base(base, adapter.local()) if adapter else base
     harness_model: Any = huggingface.HFLM
     # In bfloat16 the likelihoods of options often tie; on the CPU float32 costs little.
@@ -392,8 +392,8 @@ def identity(job: Job) -> dict[str, Any]:
     own = any(task.task == OWN for task in settings.tasks)
     folder = Path(settings.include) if settings.include else None
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
-    return {str(path.relative_to(folder or "")): models.file_hash(path) for path in files} | (
-        {OWN: models.file_hash(questions())} if own else {}
+    return {str(path.relative_to(folder or "")): cache.file_hash(path) for path in files} | (
+        {OWN: cache.file_hash(questions())} if own else {}
     )
 
 

@@ -212,7 +212,7 @@ def find_vectors(
     import torch
     from transformers import AutoModelForCausalLM
 
-    path = models.resolve(role.model)
+    path = models.resolve_role(role)
     models.check_steerable(path)
     tokenizer = load_tokenizer(path, role)
     model: Any = AutoModelForCausalLM.from_pretrained(

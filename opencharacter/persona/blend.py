@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opencharacter import models
+from opencharacter import lora
 from opencharacter.constitution import schema
 from opencharacter.errors import UserError
 from opencharacter.evaluation.conditions import uses_condition
@@ -65,7 +65,7 @@ def check(job: Job) -> None:
                 f"{merge.state()[0]}; add --constitution {name}, or train that persona first"
             )
     ranks = [sum(p.config.lora.rank for p in merge.parents) for merge in jobs.values()]
-    models.allowed_rank(job.config.rank or sum(job.recipe.persona.merge.rank or r for r in ranks))
+    lora.allowed_rank(job.config.rank or sum(job.recipe.persona.merge.rank or r for r in ranks))
 
 
 def identity(job: Job) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from opencharacter import models
+from opencharacter import cache, lora, models
 from opencharacter.config.base import ECHO, EMBEDDED
 from opencharacter.config.roles import Role
 from opencharacter.errors import UserError
@@ -154,7 +154,7 @@ def export(jobs: list[Job], to: str, form: Form) -> str:
     target = Path(to).expanduser()
     if target.exists():
         raise UserError(f"--to {to}: it exists already; choose another folder")
-    with models.atomic_directory(target) as scratch:
+    with cache.atomic_directory(target) as scratch:
         write_persona(jobs, merge_job, adapter, scratch, form)
     return str(target)
 
@@ -171,14 +171,15 @@ def write_persona(jobs: list[Job], merge_job: Job, adapter: Path, target: Path, 
     """
     role = merge_job.recipe.roles.student
     if form == "merged":
-        weights = models.merge_into_base(models.resolve(role.model), adapter)
+        weights = models.merge_into_base(models.resolve_role(role), adapter)
         shutil.copytree(weights, target, dirs_exist_ok=True)
     else:
         shutil.copytree(adapter, target, dirs_exist_ok=True)
-        config = json.loads((target / models.ADAPTER_CONFIG).read_text())
+        config = json.loads((target / lora.ADAPTER_CONFIG).read_text())
         # A path on this machine would be meaningless to others.
         config["base_model_name_or_path"] = published(role)[0] or role.name
-        (target / models.ADAPTER_CONFIG).write_text(json.dumps(config, indent=1))
+        config["revision"] = role.revision
+        (target / lora.ADAPTER_CONFIG).write_text(json.dumps(config, indent=1))
     # Written last, because the weights' folder may contain the card of the base model.
     (target / CARD_FILE).write_text(model_card(jobs, merge_job, form), encoding="utf-8")
 
@@ -273,7 +274,7 @@ def published(role: Role) -> tuple[str | None, str | None]:
         return None, None
     if role.model.startswith(EMBEDDED):
         return PUBLISHED.get(role.model.removeprefix(EMBEDDED), (None, None))
-    folder = models.local_weights(role.model)
+    folder = models.local_weights(role.model, role.revision)
     name = None if models.looks_local(role.model) else role.model
     return name, read_license(folder) if folder else None
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opencharacter import models
+from opencharacter import cache, lora
 from opencharacter.errors import UserError
 from opencharacter.runtime.stage import Estimate, Job, StageResult
 from opencharacter.runtime.store import RemoteDir, explain_write_errors
@@ -63,7 +63,7 @@ class LoraWeights(NamedTuple):
     @property
     def factor(self) -> float:
         """Factor of `B @ A` in the sum: the weight times LoRA's scale."""
-        return self.source.weight * models.scale(self.config)
+        return self.source.weight * lora.scale(self.config)
 
 
 def merge(
@@ -93,17 +93,20 @@ def merge(
     """
     from safetensors.torch import save_file
 
-    loaded = [read_adapter(adapter) for adapter in adapters]
+    loaded = [LoraWeights(each, *lora.adapter_updates(each.folder)) for each in adapters]
     modules = shared_modules(loaded)
     bases = {str(adapter.config.get("base_model_name_or_path")) for adapter in loaded}
     if base is None and len(bases) > 1:
-        raise UserError(f"the adapters have different base models: {' and '.join(sorted(bases))}")
+        raise UserError(
+            f"the adapters have different base models: {' and '.join(sorted(bases))}; if these are "
+            "names of the same weights, choose one with --base NAME"
+        )
     ranks = [adapter.config["r"] for adapter in loaded]
     if peft_linear and len(set(ranks)) > 1:
         raise UserError(f"peft_linear needs adapters of equal rank, and these have ranks {ranks}")
     full_rank = ranks[0] if peft_linear else sum(ranks)
     result_rank = min(rank or full_rank, full_rank)
-    stored_rank = models.allowed_rank(result_rank)
+    stored_rank = lora.allowed_rank(result_rank)
     tensors, squared_error, squared_total = {}, 0.0, 0.0
     for module in modules:
         # Popping frees the summands while the result grows.
@@ -116,8 +119,8 @@ def merge(
             squared_total += squared_norm(*exact)
             squared_error += squared_norm(*concatenate([(*exact, 1.0), (*merged, -1.0)]))
         a, b = pad(*merged, stored_rank)
-        tensors[models.PEFT_PREFIX + module + models.LORA_A] = a
-        tensors[models.PEFT_PREFIX + module + models.LORA_B] = b
+        tensors[lora.PEFT_PREFIX + module + lora.LORA_A] = a
+        tensors[lora.PEFT_PREFIX + module + lora.LORA_B] = b
     error = math.sqrt(max(squared_error, 0) / squared_total) if squared_total else 0.0
     composition = {
         "rank": result_rank,
@@ -126,7 +129,7 @@ def merge(
         "relative_error": error,
         "adapters": [describe(adapter) for adapter in loaded],
     }
-    save_file(tensors, target / models.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, target / lora.ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (target / "composition.json").write_text(json.dumps(composition, indent=1))
     write_config(loaded[0], target, base, stored_rank)
     return composition
@@ -135,7 +138,7 @@ def merge(
 def describe(adapter: LoraWeights) -> dict[str, Any]:
     """Return the record of an adapter in `composition.json`."""
     return {
-        "sha256": models.file_hash(adapter.source.folder / models.ADAPTER_WEIGHTS),
+        "sha256": cache.file_hash(adapter.source.folder / lora.ADAPTER_WEIGHTS),
         "weight": adapter.source.weight,
         "rank": adapter.config["r"],
     }
@@ -152,28 +155,10 @@ def write_config(adapter: LoraWeights, target: Path, base: str | None, rank: int
     """
     changes = {"r": rank, "lora_alpha": rank, "use_rslora": False}
     changes["base_model_name_or_path"] = base or adapter.config.get("base_model_name_or_path")
-    (target / models.ADAPTER_CONFIG).write_text(json.dumps(adapter.config | changes, indent=1))
+    (target / lora.ADAPTER_CONFIG).write_text(json.dumps(adapter.config | changes, indent=1))
     for path in adapter.source.folder.iterdir():
         if path.name.startswith(TOKENIZER_FILES):
             shutil.copy(path, target / path.name)
-
-
-def read_adapter(source: WeightedAdapter) -> LoraWeights:
-    """Read an adapter and check that it is plain LoRA with one rank and one scale.
-
-    Raises:
-        UserError: if there is no adapter in the folder, or it cannot be merged.
-    """
-    adapter = LoraWeights(source, *models.adapter_updates(source.folder))
-    peft_type = adapter.config.get("peft_type")
-    if peft_type != "LORA":
-        raise UserError(
-            f"adapter {source.folder}: peft_type {peft_type!r} cannot be merged, only LORA can"
-        )
-    for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
-        if adapter.config.get(name):
-            raise UserError(f"adapter {source.folder}: adapters with {name} cannot be merged")
-    return adapter
 
 
 def shared_modules(adapters: list[LoraWeights]) -> list[str]:
@@ -277,11 +262,14 @@ def parse_weighted_adapter(text: str) -> WeightedAdapter:
     if not folder or Path(text).is_dir():
         return WeightedAdapter(Path(text), 1.0)
     try:
-        return WeightedAdapter(Path(folder), float(weight))
+        number = float(weight)
     except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
         raise UserError(
             f"{text}: weight {weight!r} is not a number; use DIR:WEIGHT, such as DIR:0.5"
-        ) from None
+        )
+    return WeightedAdapter(Path(folder), number)
 
 
 def estimate(job: Job) -> Estimate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opencharacter import models
+from opencharacter import lora, models
 from opencharacter.errors import UserError
 from opencharacter.runtime.rebuild import is_rebuilt
 from opencharacter.runtime.stage import Job
@@ -31,7 +31,7 @@ def check_training(selected: list[Job]) -> None:
             )
         if job.stage.name == "persona/merge":
             ranks = sum(parent.config.lora.rank for parent in job.parents)
-            models.allowed_rank(job.config.rank or ranks)
+            lora.allowed_rank(job.config.rank or ranks)
 
 
 def check_stages(selected: list[Job], rebuild: str | None) -> None:

@@ -8,6 +8,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from opencharacter import models
 from opencharacter.runtime.stage import Job, StageResult
 from opencharacter.runtime.store import SHARDS
 
@@ -48,6 +49,7 @@ def finish(job: Job, result: StageResult, seconds: float, usage: dict[str, Any])
         "schema": result.schema,
         "seed": job.recipe.seed,
         "recipe": job.recipe.model_dump(mode="json"),
+        "model_commits": model_commits(job),
         "versions": package_versions(),
         "git_commit": git_commit(),
         "placement": job.placement.model_dump(mode="json"),
@@ -64,6 +66,16 @@ def finish(job: Job, result: StageResult, seconds: float, usage: dict[str, Any])
     job.store.write_manifest(job.dataset, manifest)
     job.store.delete(f"{job.dataset}/{SHARDS}")
     return manifest
+
+
+def model_commits(job: Job) -> dict[str, str | None]:
+    """Return the commits of those models of a job that are on the Hugging Face Hub, by role."""
+    roles = {name: getattr(job.recipe.roles, name) for name in job.stage.roles}
+    return {
+        name: models.commit(role.model, role.revision)
+        for name, role in roles.items()
+        if role.has_weights and models.is_hub(role.model)
+    }
 
 
 def package_versions() -> dict[str, str]:

@@ -21,9 +21,10 @@ begins with `Stage <group>/<name>:`.
     RULES: tuple[module, ...]       modules whose rules decide the result; each has a `VERSION`.
 
 The fingerprint of a job covers everything that decides its result: the stage's section of the
-recipe, the seed, its roles' models, its constitution, `identity`, `TEMPLATES`, the versions of its
-`RULES`, and the fingerprints of its parents. `Job.payload` holds these values, and the manifest
-stores them, so that a dataset that no longer matches can be explained field by field.
+recipe, the seed, its roles' models and the content of those on this machine's disk, its
+constitution, `identity`, `TEMPLATES`, the versions of its `RULES`, and the fingerprints of its
+parents. `Job.payload` holds these values, and the manifest stores them, so that a dataset that no
+longer matches can be explained field by field.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from opencharacter import models
 from opencharacter.config.placement import Placement, Resources
 from opencharacter.config.recipe import Recipe
 from opencharacter.constitution.schema import Constitution
@@ -257,7 +259,7 @@ class Job:
             "config": self.config.identity(),
             "seed": self.recipe.seed,
             "seeded_sampling": self.recipe.seeded_sampling,
-            "roles": {r: getattr(self.recipe.roles, r).identity() for r in self.stage.roles},
+            "roles": {r: models.identity(getattr(self.recipe.roles, r)) for r in self.stage.roles},
             "constitution": self.constitution.digest() if self.constitution else None,
             "inputs": identity(self) if identity else {},
             "templates": row_id(*getattr(module, "TEMPLATES", ())),

@@ -5,6 +5,8 @@ from __future__ import annotations
 FORMAT_FIELD = "format_version"
 RECIPE_FIELDS = ("config", "seed", "seeded_sampling", "roles")
 """Keys of the payload whose values come from the recipe."""
+WEIGHTS = ".weights"
+"""Key, below a role, of the content of its local files."""
 
 
 def explain_stale(differences: list[str]) -> str:
@@ -21,8 +23,14 @@ def explain_stale(differences: list[str]) -> str:
         return (
             f"written by opencharacter 0.1 (manifest format {old}; this version reads format {new})"
         )
+    weights = [line for line in by_field.get("roles", ()) if WEIGHTS in line.partition(": ")[0]]
+    if weights:
+        by_field["roles"] = [line for line in by_field["roles"] if line not in weights]
     recipe = [line for name in RECIPE_FIELDS for line in by_field.pop(name, ())]
     causes = [f"made from another recipe ({'; '.join(recipe[:4])})"] if recipe else []
+    if weights:
+        changed = dict.fromkeys(map(_changed_weights, weights))
+        causes.append(f"made from other weights ({'; '.join([*changed][:4])})")
     if "constitution" in by_field:
         causes.append("made from another version of its constitution")
     if "rules" in by_field:
@@ -38,6 +46,14 @@ def explain_stale(differences: list[str]) -> str:
         ]
         causes.append(f"made from another version of {', '.join(datasets[:4])}")
     return " and ".join(causes) or f"made from other inputs ({'; '.join(differences[:4])})"
+
+
+def _changed_weights(line: str) -> str:
+    """Name the file that differs, for a line such as `roles.student.weights.config.json: ...`."""
+    role, _, file = line.partition(": ")[0].removeprefix("roles.").partition(WEIGHTS)
+    if file:
+        return f"{file.removeprefix('.')} of the {role} has changed"
+    return f"the content of the {role}'s files is known only then or only now"
 
 
 def _rule_change(line: str) -> str:

@@ -34,7 +34,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
-from opencharacter import models
+from opencharacter import cache
 from opencharacter.errors import StageFailed, UserError
 
 FORMAT_VERSION = 2
@@ -397,7 +397,7 @@ class RemoteDir:
                 address = self.store.address(self.relative)
                 raise LookupError(f"{address} was replaced while it was copied; try again")
 
-        return models.create_once(models.cache_dir() / "copies" / key, download)
+        return cache.create_once(cache.cache_dir() / "copies" / key, download)
 
     def _files(self) -> list[list[Any]]:
         """Path, size and modification time of each file, which identify the contents."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray import serve
 
-from opencharacter import models
+from opencharacter import lora
 from opencharacter.config.base import ECHO
 from opencharacter.config.placement import Placement, Serving
 from opencharacter.config.recipe import Recipe
@@ -137,4 +137,4 @@ def max_lora_rank(recipe: Recipe) -> int:
     """
     dpo = recipe.distillation.dpo.lora.rank
     sft = recipe.introspection.sft.lora.rank
-    return models.allowed_rank(max(dpo, recipe.persona.merge.rank or dpo + sft))
+    return lora.allowed_rank(max(dpo, recipe.persona.merge.rank or dpo + sft))

@@ -26,7 +26,7 @@ import ray
 from pydantic import Field
 from ray import serve
 
-from opencharacter import models
+from opencharacter import cache, models
 from opencharacter.config.base import Config
 from opencharacter.config.files import load_placement, load_recipe
 from opencharacter.config.placement import Placement
@@ -234,7 +234,7 @@ def deployed(app: serve.Application, address: Address) -> Iterator[None]:
 
 def record_path(port: int) -> Path:
     """Return the path of the record of the server at a port."""
-    return models.cache_dir() / "serving" / f"{port}.json"
+    return cache.cache_dir() / "serving" / f"{port}.json"
 
 
 def application_status() -> str:

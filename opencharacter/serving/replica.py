@@ -80,7 +80,10 @@ def build_llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -
         "max_loras": min(serving.max_loras, serving.max_adapters),
         "max_cpu_loras": serving.max_adapters,
     }
-    source = role.model if models.is_hub(role.model) else str(models.resolve(role.model))
+    by_name = models.is_hub(role.model) and not role.chat_template  # each node downloads it
+    source = role.model if by_name else str(models.resolve_role(role))
+    if by_name and role.revision:
+        arguments |= dict.fromkeys(("revision", "tokenizer_revision"), role.revision)
     return LLMConfig(
         model_loading_config={"model_id": role.name, "model_source": source},
         engine_kwargs=arguments | (lora if max_rank else {}),

@@ -232,7 +232,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     placement = task.placement
     on_gpu = placement.gpus > 0
     torch.set_num_threads(max(1, int(placement.cpus)))
-    base = models.resolve(task.role.model)
+    base = models.resolve_role(task.role)
     path = models.merge_into_base(base, task.base_adapter.local()) if task.base_adapter else base
     tokenizer = load_tokenizer(path, task.role)
     rows = without_dropped(task.store.read_table(task.data)).sort_by("id")
