@@ -182,7 +182,7 @@ CASES = {
             ),
             *POET,
         ],
-        "every row needs a string field 'prompt'",
+        "every row needs a text field 'prompt'",
     ),
     "storage that is a file": lambda t: (
         [recipe(t), *POET, "--storage", write(t / "file", "x") + "/runs"],

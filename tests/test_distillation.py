@@ -1,4 +1,5 @@
 import asyncio
+import json
 import math
 import random
 from dataclasses import replace
@@ -13,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from opencharacter.config.placement import Training
 from opencharacter.config.recipe import Dpo, Lora, Prompts, Student, Teacher
 from opencharacter.config.roles import Role, Sampling
-from opencharacter.distillation import dpo, pairs, prompts, reference, student, teacher
+from opencharacter.distillation import dpo, pairs, prompts, reference, sources, student, teacher
 from opencharacter.engines.backends import EchoEngine
 from opencharacter.engines.conversations import Conversation
 from opencharacter.engines.spec import Reply
-from opencharacter.errors import RowFailed
+from opencharacter.errors import RowFailed, UserError
 from opencharacter.text import filters
 from opencharacter.training import adapters, packing
 from opencharacter.training.packing import Example, Tokens
@@ -110,18 +111,42 @@ def test_expansion_stops_after_its_maximum_rounds():
     assert len({seed for _, seed, _ in engine.calls}) == 6  # every sample has its own seed
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+
+
 @pytest.mark.parametrize(
     "row",
     [
         {"prompt": " hi "},
+        {"prompt": None, "messages": [{"role": "user", "content": "hi"}]},
+        {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]},
+        {"messages": [{"role": "user", "content": ["hi"]}]},
         {"conversations": ["hi", "answer"]},
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "Human", "value": "hi"}]},
         {"conversation": [{"role": "user", "content": "hi"}]},
-        {"messages": [{"from": "human", "value": "hi"}]},
         {"conversation": [{"input": "hi", "output": "x"}]},
     ],
 )
-def test_the_first_turn_is_read_from_common_dataset_layouts(row):
-    assert prompts.first_user_turn(row) == "hi"
+def test_the_first_user_turn_is_read_from_common_dataset_layouts(row):
+    assert sources.first_user_turn(row) == "hi"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "hi"},
+        {"prompt": 3},
+        {"prompt": []},
+        {"messages": [{"role": "system", "content": "s"}]},
+        {"messages": [{"role": "assistant", "content": "hello"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, IMAGE]}]},
+        {"messages": [{"role": "user", "content": ""}, {"role": "user", "content": "later"}]},
+    ],
+)
+def test_a_row_without_a_user_turn_in_text_has_no_prompt(row):
+    assert sources.first_user_turn(row) == ""
 
 
 def test_prompts_are_read_from_parquet_and_jsonl(tmp_path):
@@ -129,7 +154,63 @@ def test_prompts_are_read_from_parquet_and_jsonl(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     pq.write_table(pa.table({"prompt": [" one ", "two", "one"]}), tmp_path / "p.parquet")
     for name in ("p.jsonl", "p.parquet"):
-        assert prompts.read_source(str(tmp_path / name), "")[0] == ["one", "two"]
+        assert sources.read_source(str(tmp_path / name), "").prompts == ["one", "two"]
+
+
+def prompt_file(folder, *lines):
+    (folder / "p.jsonl").write_bytes(b"\n".join(line.encode() for line in lines))
+    return str(folder / "p.jsonl")
+
+
+def test_lines_of_a_prompt_file_end_only_at_a_line_feed(tmp_path):
+    texts = ["one\u2028two", "one\x85two", "one\x0btwo"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts[:2]]
+    lines.append(json.dumps({"prompt": texts[2]}) + "\r")
+    assert sources.read_source(prompt_file(tmp_path, *lines), "").prompts == texts
+
+
+def test_rows_without_a_prompt_are_skipped_and_counted(tmp_path, make_jobs):
+    file = prompt_file(tmp_path, '{"prompt": "one"}', '{"text": "x"}', "3", "", '{"prompt": " "}')
+    source = sources.read_source(file, "")
+    assert (source.prompts, source.skipped) == (["one"], 3)
+    settings = {"prompts": {"general_prompts": file, "general": 1, "questions_per_trait": 1}}
+    job = make_jobs(recipe_of(ECHO_ROLE, distillation=settings))[0]
+    assert prompts.notes(job) == [f"general prompts: {file} has 3 rows without a prompt (skipped)"]
+    assert prompts.build(job).figures["skipped_rows"] == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        (['{"text": "x", "label": 1}'], r"none of the 1 rows .*fields: 'text', 'label'"),
+        ([""], "contains no rows"),
+        (['{"prompt": "one"}', '{"prompt": "half \\ud83d"}'], "line 2: .*lone surrogate"),
+        (['{"prompt": "one"}', "", "{"], "line 3: not valid JSON"),
+    ],
+)
+def test_an_unusable_prompt_file_is_refused_at_plan(lines, error, tmp_path, make_jobs):
+    settings = {"prompts": {"general_prompts": prompt_file(tmp_path, *lines)}}
+    with pytest.raises(UserError, match=error):
+        _ = make_jobs(recipe_of(ECHO_ROLE, distillation=settings))[0].fingerprint
+
+
+def test_a_prompt_file_that_is_not_text_is_refused_with_its_line(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "one"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(UserError, match="line 2: not valid UTF-8"):
+        sources.read_source(str(tmp_path / "p.jsonl"), "")
+
+
+def test_a_dataset_of_the_hub_gives_its_first_user_turns(monkeypatch):
+    rows = [
+        {"prompt": [{"role": "user", "content": "one"}], "chosen": []},
+        {"prompt": [{"role": "system", "content": "s"}], "chosen": []},
+    ]
+    monkeypatch.setattr(sources, "load_hub_rows", lambda name: rows)
+    source = sources.read_source("hf:a/b", "")
+    assert (source.prompts, source.skipped) == (["one"], 1)
+    monkeypatch.setattr(sources, "load_hub_rows", lambda name: [{"text": "one"}])
+    with pytest.raises(UserError, match=r"hf:a/b: none of the 1 rows .*'text'"):
+        sources.read_source("hf:a/b", "")
 
 
 def test_a_plan_downloads_nothing_and_reports_missing_prompts(make_jobs):
@@ -153,8 +234,8 @@ def test_general_prompts_have_the_same_ids_for_every_constitution():
 
 
 def test_packaged_training_and_evaluation_prompts_are_disjoint():
-    general, _ = prompts.read_source("embedded", "general.jsonl")
-    held_out, _ = prompts.read_source("embedded", "evaluation.jsonl")
+    general = sources.read_source("embedded", "general.jsonl").prompts
+    held_out = sources.read_source("embedded", "evaluation.jsonl").prompts
     assert len(general) >= 400
     assert len(held_out) >= 300
     from opencharacter.text.filters import words

@@ -16,7 +16,7 @@ from opencharacter.config.base import Config
 from opencharacter.config.recipe import Recipe
 from opencharacter.config.roles import Sampling
 from opencharacter.constitution import schema
-from opencharacter.distillation import prompts
+from opencharacter.distillation import sources
 from opencharacter.engines.conversations import Conversation
 from opencharacter.engines.spec import Reply
 from opencharacter.errors import StageFailed
@@ -181,8 +181,8 @@ def test_training_prompts_are_excluded_from_evaluation():
 
 @pytest.mark.parametrize("file", ["evaluation.jsonl"])
 def test_packaged_evaluation_prompts_occur_in_no_constitution(file):
-    held_out, _ = prompts.read_source("embedded", file)
-    general, _ = prompts.read_source("embedded", "general.jsonl")
+    held_out = sources.read_source("embedded", file).prompts
+    general = sources.read_source("embedded", "general.jsonl").prompts
     personas = schema.load_all(["all"])
     questions = [q for p in personas for trait in p.traits for q in trait.questions]
     assert answers.unseen(held_out, [*general, *questions]) == held_out

@@ -33,8 +33,9 @@ class Prompts(Config):
     """Number of questions per trait: the hand-written ones first, then generated ones."""
     general_prompts: str = "embedded"
     """Source of the general prompts: `embedded` (528 prompts of this package), a .jsonl or .parquet
-    file with a text column `prompt`, or `hf:DATASET` (the first user turns of a Hugging Face
-    dataset). The paper uses LIMA."""
+    file, or `hf:DATASET` (a Hugging Face dataset). A row's prompt is its text field `prompt`, or
+    the first user turn of its conversation (`prompt`, `messages`, `conversations` or
+    `conversation`); rows without one are skipped. The paper uses LIMA."""
     general: NonNegativeInt = 1330
     """Number of general prompts, taken from the beginning of the source; all of them if the source
     has fewer."""

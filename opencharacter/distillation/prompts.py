@@ -9,22 +9,18 @@ Run: opencharacter run RECIPE --constitution NAME --only distillation/prompts
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import math
 import re
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from opencharacter.config.files import resource
 from opencharacter.config.recipe import Prompts
+from opencharacter.distillation.sources import HUB, num_available, read_source, source_digest
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import Reply, engine_spec
-from opencharacter.errors import RowFailed, UserError
+from opencharacter.errors import RowFailed
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text import filters, statistics
 from opencharacter.text.chat import Message, fill, row_id, system, user
@@ -48,7 +44,6 @@ LIST_PREFILL = "1."
 
 TEMPLATES = (SYSTEM, EXPAND, LIST_PREFILL)
 RULES = (statistics,)
-HUB = "hf:"
 GENERAL_FILE = "general.jsonl"
 NUMBERED = re.compile(r"^\s*\d+[.):]\s*(.+?)\s*$")
 
@@ -161,87 +156,9 @@ def drop_repeated(written: list[list[str]], expanded: list[list[str]]) -> list[l
     return unique
 
 
-def source_digest(source: str, file: str) -> str:
-    """Return the hash that identifies a source in fingerprints.
-
-    It is the hash of the content, or of the name for `hf:` sources, which are not downloaded.
-    """
-    if source.startswith(HUB):
-        return hashlib.sha256(source.encode()).hexdigest()
-    return read_source(source, file)[1]
-
-
-def num_available(source: str, file: str, requested: int) -> int:
-    """Return how many of the requested prompts a source has; all are assumed for `hf:` sources."""
-    if source.startswith(HUB):
-        return requested
-    return min(requested, len(read_source(source, file)[0]))
-
-
-def read_source(source: str, file: str) -> tuple[list[str], str]:
-    """Read the prompts of a source.
-
-    Args:
-        source: `embedded`, a .jsonl or .parquet file with a column `prompt`, or `hf:DATASET`.
-        file: name of the packaged file that `embedded` refers to.
-
-    Returns:
-        The distinct prompts, and the hash from `source_digest`.
-
-    Raises:
-        UserError: if the source cannot be read or contains no prompts.
-    """
-    if source.startswith(HUB):
-        return load_hub_prompts(source.removeprefix(HUB)), source_digest(source, file)
-    path = resource("prompts", file) if source == "embedded" else Path(source)
-    if path is None or not path.is_file():
-        raise UserError(
-            f"prompts {source!r}: file not found; use 'embedded', a .jsonl or .parquet file, or "
-            "hf:DATASET"
-        )
-    data = path.read_bytes()
-    try:
-        if path.suffix == ".parquet":
-            rows = pq.read_table(path).to_pylist()
-        else:
-            rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line]
-        prompts = [row["prompt"].strip() for row in rows]
-    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"prompts {path}: every row needs a string field 'prompt' ({error!r})"
-        ) from None
-    prompts = [text for text in dict.fromkeys(prompts) if text]
-    if not prompts:
-        raise UserError(f"prompts {path}: the file contains no prompts")
-    return prompts, hashlib.sha256(data).hexdigest()
-
-
-def load_hub_prompts(name: str) -> list[str]:
-    """Return the first user turns of the training split of a dataset on the Hugging Face Hub."""
-    from datasets import load_dataset
-
-    try:
-        rows: Any = load_dataset(name, split="train")
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"prompts 'hf:{name}' could not be loaded ({reason}); use a file") from None
-    return [text for text in dict.fromkeys(map(first_user_turn, rows)) if text]
-
-
-def first_user_turn(row: dict[str, Any]) -> str:
-    """Return the first user turn of a row in any of the common chat formats."""
-    if "prompt" in row:
-        return str(row["prompt"]).strip()
-    turns = row.get("conversations") or row.get("conversation") or row.get("messages") or [""]
-    first = turns[0]
-    if isinstance(first, dict):
-        first = first.get("content") or first.get("value") or first.get("input") or ""
-    return str(first).strip()
-
-
 def general_rows(config: Prompts) -> list[Row]:
     """Return the general prompts as rows, with the same ids for every constitution."""
-    prompts, _ = read_source(config.general_prompts, GENERAL_FILE)
+    prompts = read_source(config.general_prompts, GENERAL_FILE).prompts
     return [
         {"id": row_id("general", text), "kind": "general", "trait": None, "prompt": text}
         for text in prompts[: config.general]
@@ -281,10 +198,14 @@ def notes(job: Job) -> list[str]:
     source, requested = job.config.general_prompts, job.config.general
     if source.startswith(HUB):
         return [f"general prompts: up to {requested:,} from {source} (not downloaded for a plan)"]
-    count = general_count(job.config)
-    if count >= requested:
-        return []
-    return [f"general prompts: {source} has only {count:,} of the {requested:,} requested"]
+    contents = read_source(source, GENERAL_FILE)
+    count, skipped = len(contents.prompts), contents.skipped
+    lines = []
+    if count < requested:
+        lines.append(f"general prompts: {source} has only {count:,} of the {requested:,} requested")
+    if skipped:
+        lines.append(f"general prompts: {source} has {skipped:,} rows without a prompt (skipped)")
+    return lines
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
@@ -344,6 +265,9 @@ def build(job: Job) -> StageResult:
             for trait, texts in zip(traits, questions, strict=True)
             if len(texts) < target
         }
+    skipped = read_source(config.general_prompts, GENERAL_FILE).skipped
+    if skipped:
+        figures["skipped_rows"] = skipped
     rows = constitution_rows(job.persona.name, questions) + general_rows(config)
     by_id = {row["id"]: row for row in rows}
     table = pa.Table.from_pylist(list(by_id.values()), schema=SCHEMA).sort_by("id")

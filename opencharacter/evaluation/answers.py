@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from opencharacter.config.evaluation import Answers
 from opencharacter.config.roles import Sampling
-from opencharacter.distillation.prompts import num_available, read_source, source_digest
+from opencharacter.distillation.sources import num_available, read_source, source_digest
 from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.evaluation.conditions import engines, under_each_condition
@@ -49,7 +49,7 @@ async def answer(
 
 def held_out(settings: Answers) -> list[str]:
     """The evaluation prompts."""
-    return read_source(settings.prompts, EVALUATION_FILE)[0]
+    return read_source(settings.prompts, EVALUATION_FILE).prompts
 
 
 def unseen(prompts: list[str], trained: list[str]) -> list[str]:
