@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from samples import cli
 from opencharacter import cache, lora, models
 from opencharacter.errors import UserError
 from opencharacter.lora import allowed_rank
-from opencharacter.persona.merge import WeightedAdapter, merge
+from opencharacter.persona.merge import WeightedAdapter, merge, parse_weighted_adapter
 
 PREFIX = lora.PEFT_PREFIX
 SHAPES = {"model.layers.0.q_proj": (8, 12), "model.layers.0.up_proj": (16, 8)}
@@ -93,12 +94,12 @@ def test_the_merge_equals_that_of_peft(tmp_path):
             super().__init__()
             self.q_proj = torch.nn.Linear(12, 8)
 
-    def lora():
+    def config():
         return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
 
     torch.manual_seed(3)
-    net = get_peft_model(Net(), lora(), "one")
-    net.add_adapter("two", lora())
+    net = get_peft_model(Net(), config(), "one")
+    net.add_adapter("two", config())
     net.save_pretrained(str(tmp_path / "peft"))
     net.add_weighted_adapter(["one", "two"], [1.0, -0.5], "both", combination_type="linear")
     expected = net.base_model.model.q_proj.get_delta_weight("both").double()
@@ -170,6 +171,133 @@ def test_an_incomplete_or_foreign_adapter_is_refused(tmp_path):
         merge([WeightedAdapter(empty, 1.0)], tmp_path)
 
 
+UNSUPPORTED = {
+    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "init_lora_weights": "pissa",
+    "alora_invocation_tokens": [1, 2],
+    "rank_pattern": {"q_proj": 8},
+    "alpha_pattern": {"q_proj": 8},
+    "use_dora": True,
+    "bias": "all",
+    "lora_bias": True,
+    "modules_to_save": ["lm_head"],
+    "layer_replication": [[0, 4], [2, 5]],
+    "trainable_token_indices": [3],
+    "fan_in_fan_out": True,
+    "loftq_config": {"loftq_bits": 4},
+    "a_field_of_the_future": 1,
+}
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_a_field_that_could_change_the_update_is_refused(tmp_path, field):
+    odd = unusual_adapter(tmp_path / "odd", **{field: UNSUPPORTED[field]})
+    with pytest.raises(UserError, match=rf"adapter {odd}: adapters with {field} = "):
+        merge([WeightedAdapter(odd, 1.0)], tmp_path)
+
+
+@pytest.mark.parametrize("initialization", ["olora", "pissa_niter_4", "corda", "loftq", "lora_ga"])
+def test_an_initialization_that_changes_the_base_model_is_refused(tmp_path, initialization):
+    odd = unusual_adapter(tmp_path / "odd", init_lora_weights=initialization)
+    with pytest.raises(UserError, match="init_lora_weights"):
+        merge([WeightedAdapter(odd, 1.0)], tmp_path)
+
+
+@pytest.mark.parametrize("initialization", [True, False, "gaussian", "orthogonal", "eva"])
+def test_an_initialization_that_keeps_the_base_model_is_merged(tmp_path, initialization):
+    adapter = unusual_adapter(
+        tmp_path / "one", init_lora_weights=initialization, eva_config={"rho": 1}
+    )
+    if initialization != "eva":
+        config = json.loads((adapter / lora.ADAPTER_CONFIG).read_text()) | {"eva_config": None}
+        (adapter / lora.ADAPTER_CONFIG).write_text(json.dumps(config))
+    assert merged(tmp_path / "out", [WeightedAdapter(adapter, 1.0)])[0]["rank"] == 4
+
+
+def test_every_default_of_peft_is_supported(tmp_path):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapter = write_adapter(tmp_path / "one", 4, 1)
+    config.save_pretrained(str(adapter))
+    assert lora.read_config(adapter)["r"] == 4
+
+
+INVALID_CONFIGS = {
+    "broken JSON": ('{"r": 4,', "is not valid JSON"),
+    "a list": ("[1]", "contains a list"),
+    "an LFS pointer": ("version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+    "no rank": ({"r": None}, "r = None must be a positive integer"),
+    "rank 0": ({"r": 0}, "r = 0 must be a positive integer"),
+    "a text as rank": ({"r": "8"}, "r = '8' must be a positive integer"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha = None must be a number"),
+    "another rank than the weights": ({"r": 8}, r"r = 8, but .*lora_A.* has shape \(4, "),
+}
+
+
+@pytest.mark.parametrize("case", INVALID_CONFIGS)
+def test_an_invalid_configuration_is_one_line(tmp_path, case):
+    text, message = INVALID_CONFIGS[case]
+    odd = unusual_adapter(tmp_path / "odd", **(text if isinstance(text, dict) else {}))
+    if isinstance(text, str):
+        (odd / lora.ADAPTER_CONFIG).write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        merge([WeightedAdapter(odd, 1.0)], tmp_path)
+    assert str(odd) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    one = write_adapter(tmp_path / "one", 4, 1)
+    tensors = load_file(one / lora.ADAPTER_WEIGHTS)
+    tensors[f"{PREFIX}model.layers.0.up_proj.lora_B.weight"][3, 2] = value
+    save_file(tensors, one / lora.ADAPTER_WEIGHTS)
+    message = r"up_proj\.lora_B\.weight in adapter_model\.safetensors contains nan or inf"
+    with pytest.raises(UserError, match=message):
+        merge([WeightedAdapter(one, 1.0)], tmp_path)
+
+
+def test_damaged_weights_are_reported_with_their_file_and_size(tmp_path):
+    one = write_adapter(tmp_path / "one", 4, 1)
+    path = one / lora.ADAPTER_WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{path} \([\d,]+ bytes\) is truncated or damaged"):
+        merge([WeightedAdapter(one, 1.0)], tmp_path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    ran = cli("merge", "one", "--to", "out", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert "Git LFS pointer" in ran.stdout
+    assert "git lfs pull" in ran.stdout
+
+
+def test_a_damaged_base_model_is_reported_with_its_file(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / models.WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n")
+    adapter = write_adapter(tmp_path / "one", 4, 1)
+    with pytest.raises(UserError, match=rf"{base / models.WEIGHTS} .*Git LFS pointer"):
+        models.merge_into_base(base, adapter)
+
+
+def test_one_base_model_with_two_names_is_merged_with_the_base_option(tmp_path):
+    unusual_adapter(tmp_path / "one", base_model_name_or_path="/models/llama")
+    unusual_adapter(tmp_path / "two", base_model_name_or_path="meta/llama")
+    ran = cli("merge", "one", "two", "--to", "out", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert "choose one with --base NAME" in ran.stdout
+    ran = cli("merge", "one", "two", "--to", "out", "--base", "meta/llama", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout
+    config = json.loads((tmp_path / "out" / lora.ADAPTER_CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "meta/llama"
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "much"])
+def test_a_weight_that_is_no_finite_number_is_refused(weight):
+    with pytest.raises(UserError, match="is not a number"):
+        parse_weighted_adapter(f"folder:{weight}")
+
+
 def test_a_merge_that_fills_the_disk_names_it(tmp_path, small_disk):
     wide = {"model.layers.0.q_proj": (1000, 1000)}
     write_adapter(tmp_path / "one", 512, 1, shapes=wide)
@@ -214,8 +342,8 @@ def test_merging_into_the_base_equals_the_model_with_its_adapter(tiny_model, tmp
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         fresh = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -227,6 +355,9 @@ def test_merging_into_the_base_equals_the_model_with_its_adapter(tiny_model, tmp
         models.merge_into_base(tiny_model, tmp_path / "adapter") == folder
     )  # the second call reuses the result
     assert (folder / "chat_template.jinja").is_file()
+    config = tmp_path / "adapter" / lora.ADAPTER_CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 32}))
+    assert models.merge_into_base(tiny_model, tmp_path / "adapter") != folder
 
 
 def test_merging_into_the_base_refuses_an_adapter_of_another_model(

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from opencharacter import models
 from opencharacter.config.evaluation import Condition, Robustness
 from opencharacter.engines.allocation import acquire
 from opencharacter.engines.conversations import Row
@@ -276,6 +278,12 @@ def read_answers(job: Job) -> list[Row]:
                 fields = {name: row[name] for name in ("condition", "prompt", "answer")}
                 rows.append({"persona": persona, "attack": attack, **fields})
     return rows
+
+
+def identity(job: Job) -> dict[str, Any]:
+    classifier = job.config.classifier
+    local = models.looks_local(classifier) and Path(classifier).expanduser().exists()
+    return {"classifier": models.content(Path(classifier).expanduser())} if local else {}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:

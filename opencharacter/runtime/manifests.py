@@ -70,10 +70,9 @@ def finish(job: Job, result: StageResult, seconds: float, usage: dict[str, Any])
 
 def model_commits(job: Job) -> dict[str, str | None]:
     """Return the commits of those models of a job that are on the Hugging Face Hub, by role."""
-    roles = {name: getattr(job.recipe.roles, name) for name in job.stage.roles}
     return {
         name: models.commit(role.model, role.revision)
-        for name, role in roles.items()
+        for name, role in job.roles.items()
         if role.has_weights and models.is_hub(role.model)
     }
 

@@ -44,6 +44,7 @@ import pyarrow.compute as pc
 from opencharacter import models
 from opencharacter.config.placement import Placement, Resources
 from opencharacter.config.recipe import Recipe
+from opencharacter.config.roles import Role
 from opencharacter.constitution.schema import Constitution
 from opencharacter.errors import StageFailed
 from opencharacter.runtime.staleness import FORMAT_FIELD
@@ -97,6 +98,9 @@ class ResourceRequest(Protocol):
     @property
     def role_name(self) -> str: ...
 
+    @property
+    def swap_group(self) -> str: ...
+
     def key(self) -> str: ...
 
 
@@ -110,6 +114,7 @@ class TrainingWorkers:
         count: number of workers.
         max_concurrent_jobs: always 1.
         role_name: always empty, since training generates nothing.
+        swap_group: always empty, since workers are not reused.
     """
 
     owner: str
@@ -117,6 +122,7 @@ class TrainingWorkers:
     count: int = 1
     max_concurrent_jobs: int = 1
     role_name: str = ""
+    swap_group: str = ""
 
     def key(self) -> str:
         return f"workers of {self.owner}"
@@ -246,6 +252,14 @@ class Job:
         assert self.constitution is not None
         return self.constitution
 
+    @property
+    def roles(self) -> dict[str, Role]:
+        """The models that decide the result, those of a panel of judges included, by name."""
+        panel = getattr(self.config, "panel", ())
+        return {name: getattr(self.recipe.roles, name) for name in self.stage.roles} | {
+            f"panel.{judge.name}": judge for judge in panel
+        }
+
     # ------------------------------------------------------------------------ identity and state
 
     @cached_property
@@ -259,7 +273,7 @@ class Job:
             "config": self.config.identity(),
             "seed": self.recipe.seed,
             "seeded_sampling": self.recipe.seeded_sampling,
-            "roles": {r: models.identity(getattr(self.recipe.roles, r)) for r in self.stage.roles},
+            "roles": {name: models.identity(role) for name, role in self.roles.items()},
             "constitution": self.constitution.digest() if self.constitution else None,
             "inputs": identity(self) if identity else {},
             "templates": row_id(*getattr(module, "TEMPLATES", ())),

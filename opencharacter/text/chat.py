@@ -65,7 +65,10 @@ def load_tokenizer(path: Path, role: Role) -> Any:
     """Load a role's tokenizer; runs Python code from its repository only if the role trusts it."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=role.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=role.trust_remote_code)
+    if role.chat_template:
+        tokenizer.chat_template = role.chat_template
+    return tokenizer
 
 
 def strip_think(text: str) -> str | None:
