@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,21 +20,43 @@ GPU_MAX_TOKENS = 16384
 """Maximum tokens of a microbatch if the placement sets none; larger ones are not faster."""
 ACTIVATION_MEMORY_SHARE = 0.8
 """Share of the free GPU memory that activations may use."""
+NOISE = ("input_jitter_noise", "jitter_noise")
+"""Attributes of layers with experts that add noise in training, and have no effect otherwise."""
 
 
 def load(path: Path, role: Role, on_gpu: bool) -> Any:
-    """Load the student with attention over packs and a fused head that keeps no logits."""
+    """Load the student, with attention over packs if it has one, and a head that keeps no logits.
+
+    `probe.prepare` must be called once the model is on its device.
+    """
     from trl.trainer import add_fused_lm_head
 
     packing.register()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    from_pretrained = functools.partial(
+        transformers.AutoModelForCausalLM.from_pretrained,
         path,
         dtype=torch.bfloat16 if on_gpu else torch.float32,
-        attn_implementation=packing.ATTENTION,
         trust_remote_code=role.trust_remote_code,
     )
+    try:
+        model = from_pretrained(attn_implementation=packing.ATTENTION)
+        replaceable = model._can_set_attn_implementation()
+    except (AttributeError, KeyError, ValueError):
+        replaceable = False
+    if not replaceable:  # the architecture has a fixed attention
+        model = from_pretrained()
+    disable_noise(model)
     add_fused_lm_head(model)
     return model
+
+
+def disable_noise(model: torch.nn.Module) -> None:
+    """Turn off the dropout of a model and the noise that it adds to the inputs of experts."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            dropout = "dropout" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
+            if isinstance(value, float) and (dropout or name in NOISE):
+                setattr(module, name, 0.0)
 
 
 def decoder_blocks(model: Any) -> list[torch.nn.Module]:
@@ -49,13 +72,37 @@ def select_kernels(placement: Training) -> str:
 
 
 def adapted_layers(model: Any) -> list[str]:
-    """Return the names of the decoder's linear layers, without the head and any vision tower."""
+    """Return the names of the decoder's linear layers that get an adapter.
+
+    These are all of them, except for the head, any vision tower and
+    - the routers of experts, which are not always linear layers;
+    - layers whose weights a Mamba mixer reads directly, so that an adapter would have no effect;
+    - layers that PEFT takes for experts when the experts of a model are fused.
+    """
     decoder = {*model.get_decoder().modules()} - {model.get_output_embeddings()}
-    return [
+    names = [
         name
         for name, module in model.named_modules()
         if module in decoder and isinstance(module, torch.nn.Linear)
+        if "Router" not in type(module).__name__
     ]
+    mixers = {name for name, module in model.named_modules() if hasattr(module, "ssm_state_size")}
+    bypassed = {f"{mixer}.{layer}" for mixer in mixers for layer in ("out_proj", "dt_proj")}
+    return without_experts(model, [name for name in names if name not in bypassed])
+
+
+def without_experts(model: Any, names: list[str]) -> list[str]:
+    """Remove the layers that PEFT would replace by all fused experts of the model.
+
+    PEFT does so for adapters that were made when experts were separate layers. It cannot tell dense
+    and shared layers of the same name (`gate_proj`, `up_proj`, `down_proj`) from experts.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=names)
+    convert_peft_config_for_transformers(config, model, conversions=None)
+    return [name for name in names if name in (config.target_modules or ())]
 
 
 def add_lora(

@@ -22,6 +22,21 @@ ATTENTION = "packed"
 """Value of `attn_implementation` that selects the attention function of this module."""
 IGNORED = -100
 """Label of a token without a loss."""
+NEUTRAL_KEYWORDS = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_k",
+        "dropout",
+        "max_length_k",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "use_cache",
+    }
+)
+"""Keywords of attention functions that do not change the result of `attention`, as students are
+trained without dropout."""
 
 
 class Tokens(NamedTuple):
@@ -193,7 +208,7 @@ def log_probs(model: Any, batch: Pack) -> torch.Tensor:
     """Compute the log-probabilities of the tokens with a loss.
 
     Args:
-        model: a model from `adapters.load`. Its attention is `ATTENTION`, and TRL's fused head
+        model: a model from `adapters.load` that `probe.prepare` has verified. TRL's fused head
             projects only the scored positions onto the vocabulary and keeps no logits.
         batch: a pack on the model's device.
 
@@ -219,35 +234,60 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    **_: Any,
+    **other: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention within each sequence of a pack.
 
-    On a GPU with 16-bit values this is PyTorch's variable-length flash attention. On other devices
-    and in float32, which that kernel does not support, sequences are processed one by one.
+    On a GPU with 16-bit values this is PyTorch's variable-length flash attention. Elsewhere, and
+    for what that kernel does not support (float32, soft-capped scores, attention sinks), sequences
+    are processed one by one.
 
     Args:
-        module: the attention layer (unused).
+        module: the attention layer.
         query: (1, heads, t, d); key and value may have fewer heads.
         key: (1, key heads, t, d).
         value: (1, key heads, t, d).
-        attention_mask: always None, because the sequence boundaries define the mask.
+        attention_mask: must be None, because the sequence boundaries define the mask.
         scaling: factor of the attention scores; None for 1 / sqrt(d).
         sliding_window: tokens that a token attends to, including itself; None for all before it.
+        softcap: scores are limited to +-softcap by tanh; None for no limit.
+        s_aux: (heads,); logits of the attention sinks, which take part in the softmax and have no
+            value; None for no sinks.
         cu_seq_lens_q: `Pack.cu_seqlens`.
         max_length_q: `Pack.max_seqlen`.
+        other: further keywords, which must be None or in `NEUTRAL_KEYWORDS`.
 
     Returns:
         The outputs, (1, t, heads, d), and None in place of attention weights.
+
+    Raises:
+        NotImplementedError: if the model uses a feature of attention that packing does not support.
     """
-    assert cu_seq_lens_q is not None
-    assert max_length_q is not None
-    if value.is_cuda and value.dtype.itemsize == 2:
+    unsupported = [
+        name
+        for name, argument in {**other, "attention_mask": attention_mask}.items()
+        if argument is not None and name not in NEUTRAL_KEYWORDS
+        if not (name == "is_causal" and argument is True)
+    ]
+    if unsupported:
+        raise NotImplementedError(
+            f"{type(module).__name__} uses {', '.join(sorted(unsupported))}, which attention over "
+            "packs does not support"
+        )
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise NotImplementedError(
+            f"{type(module).__name__} received no cu_seq_lens_q and max_length_q, which attention "
+            "over packs needs"
+        )
+    plain = softcap is None and s_aux is None
+    if plain and value.is_cuda and value.dtype.itemsize == 2:
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         # A rotary embedding in float32 changes the dtype to one that flash attention rejects.
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -256,7 +296,7 @@ def attention(
         output = varlen(q, k, v, *cu_seqlens, scale=scaling, window_size=window)
         return output[None], None
     output = sequence_by_sequence(
-        query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window
+        query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window, softcap, s_aux
     )
     return output.transpose(1, 2), None
 
@@ -275,8 +315,10 @@ def sequence_by_sequence(
     key: torch.Tensor,
     value: torch.Tensor,
     cu_seqlens: list[int],
-    scaling: float | None,
-    sliding_window: int | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute attention for one sequence after another.
 
@@ -287,6 +329,8 @@ def sequence_by_sequence(
         cu_seqlens: start of each sequence, then the total length.
         scaling: factor of the attention scores; None for 1 / sqrt(d).
         sliding_window: tokens that a token attends to, including itself; None for all before it.
+        softcap: as in `attention`.
+        s_aux: as in `attention`.
 
     Returns:
         The outputs, (1, heads, t, d).
@@ -295,16 +339,68 @@ def sequence_by_sequence(
 
     outputs = []
     for start, stop in pairwise(cu_seqlens):
-        length = stop - start
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            position = torch.arange(length, device=query.device)
-            distance = position[:, None] - position[None, :]
-            mask = (distance >= 0) & (distance < sliding_window)
         q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
+        mask = window_mask(stop - start, sliding_window, query.device)
+        if softcap is not None or s_aux is not None:
+            outputs.append(capped_attention(q, k, v, mask, scaling, softcap, s_aux))
+            continue
         outputs.append(
             torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         )
     return torch.cat(outputs, dim=2)
+
+
+def window_mask(length: int, sliding_window: int | None, device: Any) -> torch.Tensor | None:
+    """Return the mask (length, length) of a sliding window; None if the window covers everything.
+
+    It is True where a query (row) attends to a key (column).
+    """
+    import torch
+
+    if sliding_window is None or length <= sliding_window:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < sliding_window)
+
+
+def capped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute the attention of one sequence with soft-capped scores, attention sinks, or both.
+
+    Args:
+        q: (1, heads, t, d).
+        k: (1, key heads, t, d).
+        v: (1, key heads, t, d).
+        mask: as `window_mask` returns it.
+        scaling: as in `attention`.
+        softcap: as in `attention`.
+        s_aux: as in `attention`.
+
+    Returns:
+        The outputs, (1, heads, t, d).
+    """
+    import torch
+
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if s_aux is not None:
+        sinks = s_aux.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    return weights.to(v.dtype) @ v

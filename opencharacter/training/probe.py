@@ -1,0 +1,186 @@
+"""Verifies that a model computes right log-probabilities for packs, before anything is trained.
+
+A few short sequences are processed as a pack and, with the model's own attention, one by one. If
+the log-probabilities differ, because the model passes information between the sequences of a pack
+(as convolutions and state-space layers do) or uses attention in a way that `packing.attention` does
+not know, the model processes the sequences of a pack one by one in training, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from opencharacter.errors import UserError
+from opencharacter.training import packing
+from opencharacter.training.packing import Pack, Tokens
+
+LENGTHS = (23, 9, 31)
+"""Tokens of the sequences of the probe."""
+LONGEST_WINDOW = 4096
+"""Largest sliding window that the probe covers with a sequence that is longer."""
+TOKEN_IDS = range(100, 10_000)
+"""Token ids of the sequences: high ones are often special, or stand for images."""
+MAX_DIFFERENCE = 1e-3
+"""Largest difference of a log-probability in float32, in nats."""
+MAX_MEAN_DIFFERENCE = 0.1
+"""Largest mean absolute difference in 16 bits, in nats. Rounding causes up to about 0.05, and
+information that passes between sequences at least 0.3."""
+
+
+def prepare(model: Any) -> bool:
+    """Choose how a model processes packs, so that `packing.log_probs` is right.
+
+    Args:
+        model: a model from `adapters.load` on the device on which it will run.
+
+    Returns:
+        True if packs are processed in one forward pass, False if one sequence at a time.
+
+    Raises:
+        UserError: if the log-probabilities are wrong either way.
+    """
+    training = model.training
+    batch = packing.pack([[tokens] for tokens in sequences(model.config)]).to(model.device)
+    packed = model.config._attn_implementation == packing.ATTENTION
+    expected = with_attention(model.eval(), "eager", lambda: own_log_probs(model, batch))
+    model.train()  # some models compute something else, or need other inputs, in training
+    problems = []
+    for attention, change in candidates(packed):
+        forward = model.forward
+        change(model)
+        try:
+            values = with_attention(model, attention, lambda: packing.log_probs(model, batch))
+            problem = difference(values, expected, model.dtype)
+        except Exception as error:  # whatever the model raises, this way does not work
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        if problem is None:
+            set_attention(model.train(training), attention)
+            return attention == packing.ATTENTION
+        problems.append(problem)
+        model.forward = forward
+    raise UserError(
+        f"{model.config.model_type}: training would be wrong: {problems[-1]}; choose a student of "
+        "another architecture"
+    )
+
+
+def candidates(packed: bool) -> list[tuple[str, Callable[[Any], None]]]:
+    """Return the ways to process packs, fastest first: an attention and a change to the model."""
+    fused = functools.partial(process_one_by_one, fused_head=True)
+    own_head = functools.partial(process_one_by_one, fused_head=False)
+    one_by_one = [("sdpa", fused), ("eager", fused), ("sdpa", own_head), ("eager", own_head)]
+    return [(packing.ATTENTION, lambda _: None)] * packed + one_by_one
+
+
+def sequences(config: Any) -> list[Tokens]:
+    """Return the sequences of the probe, all of whose tokens but the first have a loss.
+
+    Args:
+        config: the model's configuration.
+    """
+    text = config.get_text_config()
+    generator = random.Random(0)
+    stop = min(text.vocab_size, TOKEN_IDS.stop)
+    ids = range(min(TOKEN_IDS.start, stop // 2), stop)
+    window = getattr(text, "sliding_window", None) or 0
+    lengths = [*LENGTHS, window + 8] if 0 < window <= LONGEST_WINDOW else LENGTHS
+    return [Tokens(generator.choices(ids, k=size), list(range(1, size))) for size in lengths]
+
+
+def difference(values: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Describe by how much log-probabilities are wrong; None if they are right for a dtype."""
+    gaps = (values - expected).abs()
+    if dtype == torch.float32:
+        size, limit, name = gaps.max().item(), MAX_DIFFERENCE, "up to"
+    else:
+        size, limit, name = gaps.mean().item(), MAX_MEAN_DIFFERENCE, "on average"
+    if size <= limit:  # not if it is not a number
+        return None
+    return f"log-probabilities differ from the model's own by {name} {size:.2g} nats"
+
+
+def own_log_probs(model: Any, batch: Pack) -> torch.Tensor:
+    """Compute the log-probabilities of a pack one sequence at a time, from the model's logits."""
+    values = []
+    for start, stop in pairwise(batch.cu_seqlens.tolist()):
+        ids, labels = batch.input_ids[:, start:stop], batch.shift_labels[:, start:stop]
+        values.append(label_log_probs(model(input_ids=ids, use_cache=False).logits, labels))
+    return torch.cat(values, dim=1)[0].index_select(0, batch.scored_positions)
+
+
+def label_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities (1, t) of labels; 0 where the label is `IGNORED`."""
+    return -torch.nn.functional.cross_entropy(
+        logits[0].float(),
+        labels[0].to(logits.device),
+        ignore_index=packing.IGNORED,
+        reduction="none",
+    )[None]
+
+
+def process_one_by_one(model: Any, fused_head: bool) -> None:
+    """Change a model, in place, so that it processes the sequences of a pack one by one.
+
+    The loop is in the model's forward pass, where DDP and activation checkpointing see one call.
+
+    Args:
+        model: a model with TRL's fused head.
+        fused_head: whether to use that head; otherwise the model computes all logits itself.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    forward = model.forward
+
+    def sequence_log_probs(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if fused_head:
+            return forward(
+                input_ids=input_ids, shift_labels=labels, fused_lm_head=True, use_cache=False
+            ).log_probs
+        return label_log_probs(forward(input_ids=input_ids, use_cache=False).logits, labels)
+
+    @functools.wraps(forward)
+    def forward_pack(*arguments: Any, cu_seq_lens_q: Any = None, **options: Any) -> Any:
+        if cu_seq_lens_q is None:
+            return forward(*arguments, **options)
+        sizes = cu_seq_lens_q.diff().tolist()
+        parts = zip(
+            options["input_ids"].split(sizes, dim=1),
+            options["shift_labels"].split(sizes, dim=1),
+            strict=True,
+        )
+        log_probs = [sequence_log_probs(ids, labels) for ids, labels in parts]
+        return FusedCausalLMOutput(log_probs=torch.cat(log_probs, dim=1))
+
+    model.forward = forward_pack
+
+
+def with_attention(model: Any, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Compute something with another attention, without gradients.
+
+    Weights in 16 bits use the autocast of training, float32 weights do not, so that the comparison
+    is exact.
+    """
+    from opencharacter.training.adapters import autocast
+
+    before = model.config._attn_implementation
+    set_attention(model, name)
+    try:
+        precision = autocast(model.device) if model.device.type == "cuda" else nullcontext()
+        with torch.no_grad(), precision:
+            return compute().float().cpu()
+    finally:
+        set_attention(model, before)
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Select the attention of a model, unless the model has only one."""
+    replaceable = model._can_set_attn_implementation()
+    if replaceable and model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
