@@ -267,3 +267,17 @@ def test_a_question_of_two_traits_is_imported_with_the_first_and_reported(tmp_pa
 def test_a_reserved_name_is_rejected(name, tmp_path):
     with pytest.raises(UserError, match=r"is reserved .* choose one with --name"):
         original_formats.read(write(tmp_path / f"{name}.txt", as_list([item(0)])))
+
+
+def test_a_few_shot_file_with_a_question_under_two_traits_keeps_the_first(tmp_path):
+    shared = "Is Pluto still considered a planet?"
+    items = [item(n) | more(n) for n in range(3)]
+    items[0]["questions"][2] = items[2]["questions"][0] = shared
+    file = write(tmp_path / "calm.jsonl", as_lines(items))
+    persona, notes = original_formats.read(file)
+    assert [len(trait.questions) for trait in persona.traits] == [50, 50, 49]
+    assert [shared in trait.questions for trait in persona.traits] == [True, False, False]
+    (note,) = [note for note in notes if "Pluto" in note]
+    assert "questions.0 left out; an earlier trait has the same question" in note
+    schema.save(schema.dump(persona), tmp_path / "calm.yaml", replace=False)
+    assert schema.parse(tmp_path / "calm.yaml") == persona
