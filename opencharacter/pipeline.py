@@ -34,7 +34,7 @@ from opencharacter.evaluation.conditions import TRAINED
 from opencharacter.runtime import manifests
 from opencharacter.runtime.progress import console
 from opencharacter.runtime.rebuild import begin_rebuild, is_rebuilt
-from opencharacter.runtime.schedule import choose, keys, ready
+from opencharacter.runtime.schedule import choose, ready, requests_of
 from opencharacter.runtime.stage import Job, Stage, StageResult
 from opencharacter.runtime.staleness import explain_stale
 from opencharacter.runtime.store import Store
@@ -220,7 +220,7 @@ def next_job(waiting: list[Job], running: list[Job]) -> Job | None:
     unfinished = [*waiting, *running]
     if not unfinished:
         return None
-    stop_unused_engines(keep={key for job in unfinished for key in keys(job)})
+    stop_unused_engines(requests_of(unfinished))
     available = capacity(unfinished[0].placement.autoscaling_resources)
     return choose(ready(waiting, running), running, running_engines(), available)
 

@@ -239,10 +239,16 @@ def three(store, placement: Placement) -> list:
     return pipeline.jobs(recipe_of(STUDENT), personas, placement, store)
 
 
-def test_a_plan_starts_each_engine_once_if_all_fit(store):
-    jobs, done = three(store, PLACEMENT), planned(store, ROOMY)
+def test_a_plan_starts_each_engine_once_if_all_fit_and_weights_cannot_be_swapped(store):
+    pools = PLACEMENT.pools.model_dump()
+    pools["student"]["engine_kwargs"] = {"quantization": "fp8"}
+    placement = Placement.model_validate({**PLACEMENT.model_dump(), "pools": pools})
+    placement = placement.model_copy(update={"cluster": ROOMY})
+    jobs, done = three(store, placement), plan(three(store, placement), SPEEDS)
     engines = {key for job in jobs for key in keys(job) if "workers" not in key}
     assert sum(one.starts for one in done) == len(engines)
+    assert sum(one.swaps for one in done) == 0
+    assert sum(one.starts for one in planned(store, ROOMY)) < len(engines)
     assert {one.job.dataset for one in done} == {job.dataset for job in jobs}
 
 
@@ -266,7 +272,7 @@ def test_the_critical_path_has_no_gaps(store):
 def test_jobs_that_use_one_engine_share_its_speed(store):
     jobs = [job for job in three(store, PLACEMENT) if job.stage.name == "distillation/teacher"]
     costs = {job.dataset: Cost(0, 10, 0) for job in jobs}
-    done = simulate(jobs[:2], costs, 30, ROOM)
+    done = simulate(jobs[:2], costs, 30, 5, ROOM)
     assert [one.ended for one in done] == [50, 50]
     assert [one.starts for one in done] == [1, 0]
 
@@ -275,12 +281,12 @@ def test_training_stops_an_engine_that_does_not_fit_beside_it(store):
     jobs = {job.dataset: job for job in three(store, PLACEMENT)}
     names = ("echo/distillation/student", "echo/humor/distillation/dpo")
     student, training = (jobs[name] for name in names)
-    engines = WarmEngines(30)
+    engines = WarmEngines(30, 5)
     small = Resources(cpus=8, gpus=2, memory_gib=64)
-    assert engines.acquire(student, [], small, 0) == (1, 30, 0)
+    assert engines.acquire(student, [], small, 0) == (1, 0, 30, 0)
     engines.release([training, student], [], 40)
-    assert engines.acquire(training, [], small, 50) == (0, 0, 0)
-    assert engines.resources == {}
+    assert engines.acquire(training, [], small, 50) == (0, 0, 0, 0)
+    assert engines.engines == {}
 
 
 @pytest.mark.slow

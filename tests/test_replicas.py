@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import ray
+from samples import ECHO_ROLE, recipe_of
 
+from opencharacter.config.placement import Pool
 from opencharacter.config.roles import Sampling
 from opencharacter.engines.replicas import EngineClient, EngineReplicas
-from opencharacter.engines.spec import Reply
+from opencharacter.engines.spec import EngineSpec, Reply
 from opencharacter.errors import StageFailed
+
+SPEC = EngineSpec(recipe_of(ECHO_ROLE).roles.student, Pool())
 
 
 @ray.remote(num_cpus=0, max_task_retries=-1)
@@ -26,11 +30,11 @@ class FakeReplica:
     def __init__(self, name: str, marker: Path | None = None):
         self.name, self.marker = name, marker
 
-    async def start(self) -> None:
+    async def start(self, spec) -> None:
         pass
 
     @ray.method(max_task_retries=0)
-    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+    async def reply(self, messages, sampling, *, seed, prefill="", weights="") -> Reply:
         if self.marker and not self.marker.exists():
             self.marker.touch()
             os._exit(1)
@@ -41,7 +45,7 @@ def send_requests(*replicas, count: int) -> tuple[list[str], EngineClient]:
     """Send concurrent requests; return the texts of the replies and the client."""
 
     async def send() -> tuple[list[str], EngineClient]:
-        client = EngineClient(EngineReplicas(list(replicas), []))
+        client = EngineClient(EngineReplicas(SPEC, list(replicas), []))
         replies = [client.reply([], Sampling(max_tokens=1), seed=None) for _ in range(count)]
         return [reply.text for reply in await asyncio.gather(*replies)], client
 

@@ -1,6 +1,7 @@
 """What starts next, and engines that several jobs hold at once; no Ray, no engine."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from opencharacter.engines import allocation
 from opencharacter.engines.allocation import acquire
 from opencharacter.engines.replicas import EngineReplicas
 from opencharacter.engines.spec import EngineSpec
+from opencharacter.engines.weights import WeightsDiffer
 from opencharacter.errors import StageFailed
-from opencharacter.runtime.schedule import choose, held_resources, ready
-from opencharacter.runtime.stage import StageResult, TrainingWorkers
-from opencharacter.runtime.store import Store
+from opencharacter.runtime.schedule import choose, held_resources, ready, swap_sources
+from opencharacter.runtime.stage import ResourceRequest, StageResult, TrainingWorkers
+from opencharacter.runtime.store import RemoteDir, Store
 
 PLACEMENT = Placement.model_validate(
     {
@@ -47,14 +49,19 @@ def jobs_of(folder: Path, placement: Placement) -> dict:
     return {job.dataset: job for job in jobs}
 
 
-def key(job) -> str:
+def request(job) -> ResourceRequest:
+    """The only engine of a job."""
     ((request,),) = job.resource_requests
-    return request.key()
+    return request
+
+
+def key(job) -> str:
+    return request(job).key()
 
 
 def test_a_job_whose_engine_is_running_starts_before_an_earlier_stage(jobs):
     teacher, student = jobs["humor/distillation/teacher"], jobs["small/distillation/student"]
-    warm = {key(student): Resources(gpus=1)}
+    warm = {key(student): request(student)}
     assert choose([teacher, student], [], warm, ONE) is student
     assert choose([teacher, student], [], {}, ONE) is teacher
 
@@ -64,7 +71,35 @@ def test_a_job_that_stops_no_engine_starts_first(tmp_path):
     jobs = jobs_of(tmp_path, PLACEMENT.model_copy(update={"training": training}))
     teacher, dpo = jobs["humor/distillation/teacher"], jobs["small/humor/distillation/dpo"]
     assert choose([dpo, teacher], [], {}, TWO) is dpo
-    assert choose([dpo, teacher], [], {"another": Resources(gpus=1)}, TWO) is teacher
+    assert choose([dpo, teacher], [], {"another": request(teacher)}, TWO) is teacher
+
+
+def test_a_job_that_a_swap_serves_starts_before_one_that_starts_an_engine(jobs):
+    teacher, student = jobs["humor/distillation/teacher"], jobs["small/distillation/student"]
+    distilled = jobs["small/humor/introspection/interaction"]
+    idle = {key(distilled): request(distilled)}
+    assert choose([teacher, distilled], [], {key(student): request(student)}, TWO) is distilled
+    assert choose([distilled, student], [], {key(student): request(student)}, TWO) is student
+    assert choose([teacher, student], [], idle, TWO) is student
+    assert choose([teacher, student], [], {}, TWO) is teacher
+
+
+def test_the_weights_of_an_engine_in_use_are_not_replaced(jobs):
+    student = jobs["small/distillation/student"]
+    distilled = jobs["small/humor/introspection/interaction"]
+    running = {key(student): request(student)}
+    assert swap_sources([request(distilled)], running, running) == {key(distilled): key(student)}
+    assert swap_sources([request(distilled)], running, {}) == {}
+    assert swap_sources([request(student)], running, running) == {}
+
+
+def test_two_requests_do_not_get_the_same_idle_engine(jobs):
+    student = jobs["small/distillation/student"]
+    one, two = (jobs[f"small/{p}/introspection/interaction"] for p in ("humor", "remorse"))
+    idle = {key(student): request(student)}
+    sources = swap_sources([request(one), request(two)], idle, idle)
+    assert sources == {key(one): key(student)}
+    assert swap_sources([request(student), request(two)], idle, idle) == {}
 
 
 def test_concurrent_trainings_fill_the_cluster(jobs):
@@ -114,7 +149,7 @@ def engines(monkeypatch):
     stopped = []
 
     def start(lease, spec):
-        lease.replicas.set_result(EngineReplicas([], []))
+        lease.replicas.set_result(EngineReplicas(spec, [], []))
 
     stop = allocation._stop_engine
 
@@ -124,6 +159,7 @@ def engines(monkeypatch):
 
     monkeypatch.setattr(allocation, "_leases", {})
     monkeypatch.setattr(allocation, "_released", {})
+    monkeypatch.setattr(allocation, "_failed_swaps", set())
     monkeypatch.setattr(allocation, "_start_engine", start)
     monkeypatch.setattr(allocation, "_stop_engine", record_and_stop)
     monkeypatch.setattr(allocation, "capacity", lambda growth: growth)
@@ -157,7 +193,7 @@ def test_the_least_recently_used_idle_engine_is_stopped_first(engines):
             pass
     with acquire("b", [TrainingWorkers("b", Resources(gpus=1))], TWO):
         assert stopped == ["second"]
-    allocation.stop_unused_engines(keep={spec("first").key()})
+    allocation.stop_unused_engines([spec("first")])
     assert stopped == ["second"]
 
 
@@ -180,6 +216,76 @@ def test_an_engine_that_does_not_start_fails_the_job_and_may_be_started_again(en
         with pytest.raises(StageFailed, match="no weights"), acquire("a", [spec("x")], ONE):
             pass
     assert allocation.running_engines() == {}
+
+
+def adapted(spec: EngineSpec, folder: str, **pool) -> EngineSpec:
+    """The same engine with an adapter, and with other fields of its pool."""
+    adapter = RemoteDir(Store("runs"), folder)
+    return replace(spec, adapter=adapter, pool=spec.pool.model_copy(update=pool))
+
+
+def test_an_idle_engine_gets_other_weights_in_place_of_a_start(engines, monkeypatch):
+    spec, stopped = engines
+    base, humor = spec("x"), adapted(spec("x"), "x/humor/persona/merge/adapter")
+    monkeypatch.setattr(EngineReplicas, "swap", lambda self, spec: EngineReplicas(spec, [], []))
+    lines = []
+    with acquire("a", [base], ONE):
+        pass
+    with acquire("b", [humor], ONE, lines.append) as allocated:
+        assert allocated.replicas(humor) == EngineReplicas(humor, [], [])
+    assert lines[0] == "swapping weights"
+    usage = allocation.resource_usage("b")
+    assert (usage["engines_started"], usage["engines_swapped"]) == ([], [humor.label])
+    assert list(allocation.running_engines()) == [humor.key()]
+    assert [allocation.effort(s) for s in (humor, base, spec("y"))] == [0, 1, 2]
+    allocation.stop_unused_engines([base])
+    assert stopped == []
+    allocation.stop_unused_engines([spec("y")])
+    assert stopped == [humor.label]
+
+
+@pytest.mark.parametrize(
+    ("folder", "pool"),
+    [
+        ("x/humor/evaluation/steering/adapter", {}),  # has biases that the base model lacks
+        ("x/humor/persona/merge/adapter", {"adapters": "runtime"}),
+        ("x/humor/persona/merge/adapter", {"engine_kwargs": {"quantization": "fp8"}}),
+        ("x/humor/persona/merge/adapter", {"max_num_seqs": 3}),
+    ],
+)
+def test_weights_are_not_replaced_by_those_of_another_kind_of_engine(engines, folder, pool):
+    spec, stopped = engines
+    other = adapted(spec("x"), folder, **pool)
+    with acquire("a", [spec("x")], ONE):
+        pass
+    with acquire("b", [other], ONE) as allocated:
+        pass
+    assert (allocated.engines_started, allocated.engines_swapped) == ([other.label], [])
+    assert stopped == ["x"]
+
+
+def test_an_engine_whose_swap_failed_is_stopped_and_another_is_started(
+    engines, monkeypatch, capsys
+):
+    spec, _ = engines
+    humor = adapted(spec("x"), "x/humor/persona/merge/adapter")
+    calls = []
+
+    def swap(replicas, spec):
+        calls.append("swap")
+        raise WeightsDiffer("half of the weights are old")
+
+    monkeypatch.setattr(EngineReplicas, "swap", swap)
+    monkeypatch.setattr(EngineReplicas, "stop", lambda replicas: calls.append("stop"))
+    with acquire("a", [spec("x")], ONE):
+        pass
+    with acquire("b", [humor], ONE) as allocated:
+        assert calls == ["swap", "stop"]
+    assert (allocated.engines_started, allocated.engines_swapped) == ([humor.label], [])
+    assert "half of the weights are old" in capsys.readouterr().out
+    with acquire("c", [spec("x")], ONE):
+        pass
+    assert calls == ["swap", "stop", "stop"]  # it is not tried again
 
 
 @pytest.fixture

@@ -83,17 +83,19 @@ def stage_notes(group: list[Job]) -> list[str]:
 def engine_line(run: Run, role_name: str) -> str:
     """Describe the engines of a role: number, size, and the memory that they need."""
     from opencharacter.engines.backends import engine_arguments
-    from opencharacter.engines.spec import EngineSpec
+    from opencharacter.engines.spec import EngineSpec, no_swap_reason
 
     role, pool = getattr(run.recipe.roles, role_name), getattr(run.placement.pools, role_name)
     spec = EngineSpec(role, pool)
     if not spec.has_weights:
         return f"engine {role_name}: {role.endpoint or role.model}"
     batched_tokens = engine_arguments(spec)["max_num_batched_tokens"]
+    reason = no_swap_reason(pool) if role_name == "student" else ""
     line = (
         f"engine {role_name}: {role.model}, {pool.replicas} x {pool.gpus:g} GPU, each up to "
         f"{pool.max_num_seqs} sequences of {role.max_model_len:,} tokens, "
         f"{batched_tokens:,} tokens a step"
+        + (f", restarted for each adapter because of {reason}" if reason else "")
     )
     path = models.local_weights(role.model, role.revision)
     if path is None:
@@ -162,7 +164,8 @@ def schedule_lines(planned: list[simulation.PlannedJob], placement: Placement) -
     ]
     return [
         f"wall time {duration(seconds)} (GPUs: {available.gpus:g}, CPUs: {available.cpus:g}), "
-        f"{sum(job.starts for job in planned)} engine starts",
+        f"{sum(job.starts for job in planned)} engine starts, "
+        f"{sum(job.swaps for job in planned)} weight swaps",
         f"critical path: {' > '.join(steps)}",
     ]
 

@@ -50,13 +50,14 @@ def usage_line(manifests: list[dict[str, Any]]) -> str:
     """Return the time for which finished jobs reserved resources, and the idle share of it."""
     sums = {name: sum(manifest.get(name, 0) for manifest in manifests) for name in USAGE}
     starts = sum(len(manifest.get("engines_started", ())) for manifest in manifests)
+    swaps = sum(len(manifest.get("engines_swapped", ())) for manifest in manifests)
     if sums["gpu_seconds"]:
         what, reserved, busy = "GPU time", sums["gpu_seconds"], sums["gpu_busy_seconds"]
     else:
         what, reserved = "engine and worker time", sums["held_seconds"]
         busy = sums["busy_seconds"]
     idle = f" ({1 - busy / reserved:.0%} idle)" if reserved else ""
-    return f"{what}: {duration(reserved)}{idle}; engine starts: {starts}"
+    return f"{what}: {duration(reserved)}{idle}; engine starts: {starts}, weight swaps: {swaps}"
 
 
 def status_cells(job: Job) -> list[str]:

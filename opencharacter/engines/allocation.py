@@ -1,7 +1,9 @@
 """Allocate engines and training workers to jobs, and measure how long each job uses them.
 
 An engine outlives the job that started it, so that the next job with the same weights need not
-start it again. It is stopped only when another job needs its resources.
+start it again. If the next job needs the same model with another adapter merged into its weights,
+the weights of an idle engine are replaced, which takes seconds where a start takes minutes. An
+engine is stopped only when another job needs its resources.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,8 @@ from opencharacter.config.placement import Resources, fits
 from opencharacter.engines.replicas import PLACEMENT_TIMEOUT_S, EngineReplicas, create_actors
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.errors import StageFailed, UserError
+from opencharacter.runtime.progress import console
+from opencharacter.runtime.schedule import swap_sources
 from opencharacter.runtime.stage import ResourceRequest, TrainingWorkers
 
 
@@ -38,6 +42,8 @@ class Allocation:
             them at the same time.
         starting_seconds: wall-clock seconds until all engines had started.
         engines_started: labels of the engines that were started for this allocation.
+        swap_seconds: wall-clock seconds in which weights were replaced.
+        engines_swapped: labels of the engines that got their weights by a replacement.
     """
 
     resource_requests: dict[str, ResourceRequest]
@@ -48,6 +54,8 @@ class Allocation:
     engine_share: float = 1
     starting_seconds: float = 0
     engines_started: list[str] = field(default_factory=list)
+    swap_seconds: float = 0
+    engines_swapped: list[str] = field(default_factory=list)
 
     def replicas(self, spec: EngineSpec) -> EngineReplicas | None:
         """Return the running replicas of an engine, or None for an engine without weights."""
@@ -63,12 +71,15 @@ class _Lease:
         charged_until: monotonic time up to which users have been charged.
         users: allocations that use it now; empty for an idle engine.
         replicas: resolves when the engine has started; unused for training workers.
+        swapped_from: the lease of an idle engine whose weights are to be replaced; None to start
+            an engine.
     """
 
     request: ResourceRequest
     charged_until: float
     users: list[Allocation] = field(default_factory=list)
     replicas: Future[EngineReplicas] = field(default_factory=Future)
+    swapped_from: _Lease | None = None
 
 
 _leases: dict[str, _Lease] = {}
@@ -77,23 +88,30 @@ _leases_changed = threading.Condition()
 """Guards `_leases`; notified when an allocation is released."""
 _released: dict[str, list[Allocation]] = {}
 """Released allocations by job, until `resource_usage` reports them."""
+_failed_swaps: set[str] = set()
+"""Swap groups in which a replacement of weights has failed; their engines are started instead."""
 
 
 @contextlib.contextmanager
 def acquire(
-    job: str, resource_requests: Sequence[ResourceRequest], growth: Resources
+    job: str,
+    resource_requests: Sequence[ResourceRequest],
+    growth: Resources,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Allocation]:
     """Acquire engines and training workers together and release them on exit.
 
-    Engines that are already running are shared. If the cluster lacks resources, idle engines are
-    stopped, the least recently used first; if that does not free enough, this call blocks until
-    another job releases its allocation. Acquisition is all-or-nothing, so jobs cannot deadlock.
-    An engine is never stopped while a job uses it.
+    Engines that are already running are shared. Otherwise an idle engine gets the weights that are
+    needed, if it can, and if not, an engine is started. If the cluster lacks resources, idle
+    engines are stopped, the least recently used first; if that does not free enough, this call
+    blocks until another job releases its allocation. Acquisition is all-or-nothing, so jobs cannot
+    deadlock. An engine is never stopped or changed while a job uses it.
 
     Args:
         job: dataset of the job that is charged.
         resource_requests: everything that is used at the same time.
         growth: resources that the cluster can grow to, according to the placement.
+        report: called with what is being done until the engines are ready.
 
     Raises:
         StageFailed: if an engine does not start.
@@ -104,12 +122,12 @@ def acquire(
     start_time = time.monotonic()
     try:
         for spec in to_start:
-            _start_engine(allocation.leases[spec.key()], spec)
-            allocation.engines_started.append(spec.label)
+            _prepare_engine(allocation, spec, report)
+        report(STARTING)
         for request in requests.values():
             if isinstance(request, EngineSpec):
                 _await_engine(allocation.leases[request.key()], request)
-        allocation.starting_seconds = time.monotonic() - start_time
+        allocation.starting_seconds = time.monotonic() - start_time - allocation.swap_seconds
         with _measuring_share(allocation):
             yield allocation
     finally:
@@ -139,29 +157,63 @@ def _charge_now(allocation: Allocation) -> tuple[float, float]:
 
 
 def _reserve(allocation: Allocation, available: Resources) -> list[EngineSpec]:
-    """Register an allocation with all its leases; return the engines that it has to start."""
+    """Register an allocation with all its leases.
+
+    Returns:
+        The engines that it has to start, or to get by replacing the weights of an idle engine.
+    """
     to_start: list[EngineSpec] = []
+    requests = allocation.resource_requests
     with _leases_changed:
-        while not _make_room(allocation.resource_requests, available):
+        while not _make_room(requests, sources := _swap_sources(requests.values()), available):
             _leases_changed.wait()
-        for key, request in allocation.resource_requests.items():
+        for key, request in requests.items():
             now = time.monotonic()
             if key not in _leases and isinstance(request, EngineSpec):
                 to_start.append(request)
-            lease = _leases.pop(key, None) or _Lease(request, now)
+            lease = _leases.pop(key, None) or _new_lease(request, now, sources.get(key))
             _charge(lease, now, lease.users or [allocation])
             lease.users.append(allocation)
             _leases[key] = allocation.leases[key] = lease
     return to_start
 
 
-def _make_room(resource_requests: dict[str, ResourceRequest], available: Resources) -> bool:
+def _new_lease(request: ResourceRequest, now: float, source: str | None) -> _Lease:
+    """Return a lease without users, which replaces that of a swap's source if there is one."""
+    if source is None:
+        return _Lease(request, now)
+    old = _leases.pop(source)
+    return _Lease(request, old.charged_until, swapped_from=old)
+
+
+def _swap_sources(requests: Iterable[ResourceRequest]) -> dict[str, str]:
+    """Return the idle engines whose weights can be replaced to fulfil requests, by request."""
+    idle = {key: lease.request for key, lease in _leases.items() if not lease.users}
+    sources = swap_sources(requests, _leases, idle)
+    return {
+        key: source
+        for key, source in sources.items()
+        if idle[source].swap_group not in _failed_swaps
+    }
+
+
+def _make_room(
+    resource_requests: dict[str, ResourceRequest],
+    sources: Mapping[str, str],
+    available: Resources,
+) -> bool:
     """Stop idle engines until the requests fit.
+
+    Args:
+        resource_requests: what is requested, by key.
+        sources: keys of the engines whose weights are replaced to fulfil requests, by request.
+        available: resources of the cluster.
 
     Returns:
         True if the requests can be fulfilled now, False if the caller must wait for a release.
     """
-    others = [key for key in _leases if key not in resource_requests]
+    kept = {*resource_requests, *sources.values()}
+    others = [key for key in _leases if key not in kept]
     if not resource_requests.keys() <= _leases.keys():
         for key in others:
             _stop_pending_replicas(_leases[key])
@@ -201,9 +253,7 @@ def _release(allocation: Allocation) -> None:
 def _stop_pending_replicas(lease: _Lease) -> None:
     """Stop the replicas that an idle engine has beyond its pool's fixed number."""
     if not lease.users and isinstance(lease.request, EngineSpec):
-        replicas = lease.replicas.result()
-        EngineReplicas([], replicas.pending).stop()
-        replicas.pending.clear()
+        lease.replicas.result().stop_pending()
 
 
 def _await_engine(lease: _Lease, spec: EngineSpec) -> None:
@@ -220,14 +270,64 @@ def _stop_engine(key: str) -> None:
     _leases.pop(key).replicas.result().stop()
 
 
+STARTING, SWAPPING = "starting the engine", "swapping weights"
+"""What a job does until its engines are ready, for its progress line."""
+
+
+def _prepare_engine(
+    allocation: Allocation, spec: EngineSpec, report: Callable[[str], None]
+) -> None:
+    """Replace the weights of an idle engine if one was reserved for that; else start an engine."""
+    lease = allocation.leases[spec.key()]
+    start_time = time.monotonic()
+    if lease.swapped_from:
+        report(SWAPPING)
+        if _swap_engine(lease, lease.swapped_from, spec):
+            allocation.engines_swapped.append(spec.label)
+            allocation.swap_seconds += time.monotonic() - start_time
+            return
+    report(STARTING)
+    _start_engine(lease, spec)
+    allocation.engines_started.append(spec.label)
+
+
+def _swap_engine(lease: _Lease, old: _Lease, spec: EngineSpec) -> bool:
+    """Replace the weights of an engine and verify them.
+
+    If that fails, the engine is stopped, so that it never generates with other weights.
+
+    Returns:
+        Whether the lease has the engine now.
+    """
+    replicas, lease.swapped_from = old.replicas.result(), None
+    try:
+        swapped = replicas.swap(spec)
+    except Exception as error:  # whatever the reason, an engine that is started is right
+        replicas.stop()
+        cause = getattr(error, "cause", None) or error
+        if not isinstance(error, ray.exceptions.RayActorError):  # which may not happen again
+            _failed_swaps.add(spec.swap_group)
+        first_line = (str(cause).splitlines() or [type(cause).__name__])[0]
+        console.print(
+            f"the weights of {spec.label} could not be loaded into a running engine, so an engine "
+            f"is started: {first_line}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+        return False
+    lease.replicas.set_result(swapped)
+    return True
+
+
 def _start_engine(lease: _Lease, spec: EngineSpec) -> None:
     """Start an engine's replicas; a failure is raised to everyone who waits for the engine."""
     actors: list[Any] = []
     try:
         actors += create_actors(spec, spec.pool.replicas)
         _await_placement(actors)
-        ray.get([actor.start.remote() for actor in actors])
-        lease.replicas.set_result(EngineReplicas(actors, []))
+        ray.get([actor.start.remote(spec) for actor in actors])
+        lease.replicas.set_result(EngineReplicas(spec, actors, []))
     except Exception as error:  # any failure, because all waiting jobs must receive it
         for actor in actors:
             ray.kill(actor)
@@ -269,6 +369,8 @@ def resource_usage(job: str) -> dict[str, Any]:
         `engine_share`: mean fraction of its engines' time that the job had during that work.
         `phases`: number of allocations.
         `engines_started`: labels of the engines that were started for the job.
+        `swap_seconds`: wall-clock seconds in which weights of running engines were replaced.
+        `engines_swapped`: labels of the engines that got their weights by a replacement.
     """
     allocations = _released.pop(job, [])
     work = sum(a.work_seconds for a in allocations)
@@ -279,6 +381,7 @@ def resource_usage(job: str) -> dict[str, Any]:
         "gpu_seconds": sum(a.gpu_seconds for a in allocations),
         "gpu_busy_seconds": sum(_gpu_busy_seconds(a) for a in allocations),
         "starting_seconds": sum(a.starting_seconds for a in allocations),
+        "swap_seconds": sum(a.swap_seconds for a in allocations),
         "work_seconds": work,
     }
     return {
@@ -286,6 +389,7 @@ def resource_usage(job: str) -> dict[str, Any]:
         "engine_share": round(shared_work / work, 4) if work else 1,
         "phases": len(allocations),
         "engines_started": [label for a in allocations for label in a.engines_started],
+        "engines_swapped": [label for a in allocations for label in a.engines_swapped],
     }
 
 
@@ -310,25 +414,28 @@ def capacity(growth: Resources) -> Resources:
     return current | growth
 
 
-def running_engines() -> dict[str, Resources]:
-    """Return the resources of all running engines, idle ones included, by key."""
+def running_engines() -> dict[str, EngineSpec]:
+    """Return the specs of all running engines, idle ones included, by key."""
     with _leases_changed:
         leases = list(_leases.items())
-    return {
-        key: lease.request.resources
-        for key, lease in leases
-        if isinstance(lease.request, EngineSpec)
-    }
+    return {key: lease.request for key, lease in leases if isinstance(lease.request, EngineSpec)}
 
 
-def is_warm(spec: EngineSpec) -> bool:
-    """Whether the engine of a spec is already running."""
-    return spec.key() in _leases
-
-
-def stop_unused_engines(keep: Container[str] = ()) -> None:
-    """Stop all idle engines except those whose keys are in `keep`."""
+def effort(spec: EngineSpec) -> int:
+    """Rank what it takes until an engine is ready: 0 if it runs, 1 for a swap, 2 for a start."""
     with _leases_changed:
-        idle = [key for key, lease in _leases.items() if not lease.users and key not in keep]
+        if spec.key() in _leases:
+            return 0
+        return 1 if _swap_sources([spec]) else 2
+
+
+def stop_unused_engines(requests: Iterable[ResourceRequest] = ()) -> None:
+    """Stop all idle engines except those that fulfil requests, or could after a swap."""
+    requested = list(requests)
+    keys = {request.key() for request in requested}
+    groups = {request.swap_group for request in requested} - {"", *_failed_swaps}
+    with _leases_changed:
+        idle = [key for key, lease in _leases.items() if not lease.users]
         for key in idle:
-            _stop_engine(key)
+            if key not in keys and _leases[key].request.swap_group not in groups:
+                _stop_engine(key)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from opencharacter import lora, models
 from opencharacter.config.base import ECHO
 from opencharacter.config.roles import Sampling
+from opencharacter.engines import weights
 from opencharacter.engines.spec import Engine, EngineSpec, Reply
 from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant, prompt
@@ -57,6 +59,25 @@ class VllmEngine:
 
     async def _generate(
         self,
+    async def swap(self, spec: EngineSpec) -> None:
+        """Replace the weights by those of a spec that differs only in the merged adapter.
+
+        No request may be in flight. Compiled graphs are kept. After an error, the engine may have
+        weights of both checkpoints and must not be used.
+
+        Raises:
+            WeightsDiffer: if the checkpoints are incompatible, or the weights are not as expected.
+        """
+        folder = models.resolve_role(spec.role)
+        if spec.adapter:
+            folder = models.merge_into_base(folder, spec.adapter.local())
+        weights.check_compatible(Path(self.model), folder)
+        workers = await self.engine.collective_rpc("swap_weights", args=(str(folder),))
+        weights.check_sums(workers)
+        if not await self.engine.reset_prefix_cache():
+            raise StageFailed("the prefix cache of an engine could not be cleared")
+        self.model = str(folder)
+
         messages: list[Message],
         sampling: Sampling,
         seed: int | None,
@@ -140,6 +161,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "enable_log_requests": False,
         "disable_log_stats": True,
         "generation_config": "vllm",  # the recipe alone decides how to sample
+        "worker_extension_cls": weights.EXTENSION,
     }
     if pool.gpus == 0:
         arguments |= {

@@ -139,9 +139,9 @@ def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def is_warm(job: Job, role: str, adapter: RemoteDir | None) -> bool:
-    """Whether the engine that a job uses for a role is already running."""
-    return allocation.is_warm(engine_spec(job, role, adapter))
+def effort(job: Job, role: str, adapter: RemoteDir | None) -> int:
+    """Rank what it takes until the engine that a job uses for a role is ready, as `effort` does."""
+    return allocation.effort(engine_spec(job, role, adapter))
 
 
 def can_run_together(job: Job, role: str, adapter: RemoteDir | None, other_role: str) -> bool:
@@ -189,7 +189,7 @@ def _stream(
     with ExitStack() as stack:
         with ProgressLine(console, title, progress):
             allocated = stack.enter_context(
-                acquire(job.dataset, engines, job.placement.autoscaling_resources)
+                acquire(job.dataset, engines, job.placement.autoscaling_resources, progress.prepare)
             )
             refs = [EngineRef(first, allocated.replicas(first))]
             refs += [EngineRef(spec.shared_by(tasks), allocated.replicas(spec)) for spec in others]

@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -15,31 +15,53 @@ import ray.exceptions
 
 from opencharacter.engines.backends import VllmEngine
 from opencharacter.engines.spec import EngineSpec, Reply
-from opencharacter.errors import RowFailed, StageFailed
+from opencharacter.errors import OpenCharacterError, RowFailed, StageFailed
 from opencharacter.runtime.progress import actor_name
+
+
+class OtherWeights(OpenCharacterError):
+    """A replica has no engine since it was restarted, or an engine with other weights."""
 
 
 @ray.remote
 class EngineActor:
     """One replica: a vLLM engine in a process of its own.
 
-    If a process of the engine dies, the actor exits and Ray restarts it. `EngineClient` sends the
-    requests that were in flight to another replica.
+    If a process of the engine dies, the actor exits and Ray restarts it, without an engine.
+    `EngineClient` sends the requests that were in flight to another replica and starts the engine
+    again.
     """
 
-    def __init__(self, spec: EngineSpec):
-        self.spec = spec
+    def __init__(self) -> None:
         self.engine: VllmEngine | None = None
+        self.weights: str | None = None
 
-    async def start(self) -> None:
+    async def start(self, spec: EngineSpec) -> None:
         """Start the engine unless it is running; a failure is raised to every caller."""
         if self.engine is None:
-            self.engine = VllmEngine(self.spec)
+            self.engine = VllmEngine(spec)
+            self.weights = spec.weights
+        if self.weights != spec.weights:
+            raise OtherWeights(f"the engine has the weights {self.weights}")
 
     @ray.method(max_task_retries=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
-        await self.start()
-        assert self.engine is not None
+    async def swap(self, spec: EngineSpec) -> None:
+        """Replace the weights of the engine, which generates nothing at the moment.
+
+        If this fails, the engine may have weights of both checkpoints and must be stopped; until
+        then it refuses all requests.
+        """
+        self.weights = None
+        if self.engine is None:  # its process died while it was unused
+            self.engine = VllmEngine(spec)
+        else:
+            await self.engine.swap(spec)
+        self.weights = spec.weights
+
+    @ray.method(max_task_retries=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    async def reply(self, messages, sampling, *, seed, prefill="", weights="") -> Reply:
+        if self.engine is None or self.weights != weights:
+            raise OtherWeights(f"the engine has the weights {self.weights}")
         try:
             return await self.engine.reply(messages, sampling, seed=seed, prefill=prefill)
         except RowFailed:
@@ -58,23 +80,49 @@ CALLS_PER_SLOT = 2
 """Concurrent calls that a replica accepts per conversation slot; Ray's default is 1,000 in all."""
 PLACEMENT_TIMEOUT_S = 60
 """Seconds that new replicas wait for Ray to place them before an idle engine is stopped."""
+SWAP_TIMEOUT_S = 600
+"""Seconds after which a replacement of weights has failed; merging an adapter is part of it."""
 
 
 @dataclass(frozen=True)
 class EngineReplicas:
-    """The replicas of one engine spec.
+    """The replicas of one engine.
 
     Args:
+        spec: the engine that they run.
         ready: actor handles of the replicas whose engines have started.
         pending: actor handles of replicas that join once the cluster has resources for them.
     """
 
+    spec: EngineSpec
     ready: list[Any]
     pending: list[Any]
 
+    def stop_pending(self) -> None:
+        """Stop the replicas that are not ready."""
+        if self.pending:
+            replace(self, ready=[]).stop()
+            self.pending.clear()
+
+    def swap(self, spec: EngineSpec) -> EngineReplicas:
+        """Replace the weights of all replicas, which must be idle.
+
+        Args:
+            spec: the same engine with another adapter merged into its weights.
+
+        Returns:
+            The same replicas with the new weights.
+
+        Raises:
+            RayError: if any replica failed; then all of them must be stopped.
+        """
+        self.stop_pending()
+        ray.get([actor.swap.remote(spec) for actor in self.ready], timeout=SWAP_TIMEOUT_S)
+        return EngineReplicas(spec, self.ready, [])
+
     def stop(self) -> None:
         """Stop all replicas; their memory and devices are free when this returns."""
-        starts = [actor.start.remote() for actor in self.pending]
+        starts = [actor.start.remote(self.spec) for actor in self.pending]
         started, _ = ray.wait(starts, num_returns=len(starts), timeout=1) if starts else ([], [])
         joined = [actor for actor, ref in zip(self.pending, starts, strict=True) if ref in started]
         for actor in self.ready + joined:
@@ -97,7 +145,7 @@ def create_actors(spec: EngineSpec, count: int) -> list[Any]:
         "max_concurrency": CALLS_PER_SLOT * num_slots(spec),
     }
     names = (actor_name(f"engine {spec.role.model}") for _ in range(count))
-    return [EngineActor.options(**options, name=name).remote(spec) for name in names]
+    return [EngineActor.options(**options, name=name).remote() for name in names]
 
 
 class EngineClient:
@@ -111,6 +159,7 @@ class EngineClient:
     """
 
     def __init__(self, replicas: EngineReplicas):
+        self.spec = replicas.spec
         self.in_flight = dict.fromkeys(replicas.ready, 0)
         self.pending = replicas.pending
         self.joins: set[asyncio.Task[None]] | None = None
@@ -119,13 +168,19 @@ class EngineClient:
     async def _join(self, replica: Any) -> None:
         """Use a replica once its engine has started; ignore one that cannot start."""
         with contextlib.suppress(ray.exceptions.RayError):
-            await replica.start.remote()
+            await replica.start.remote(self.spec)
             self.in_flight[replica] = 0
 
     def _join_later(self, replica: Any) -> None:
         task = asyncio.create_task(self._join(replica))
         self.joins = {task, *(self.joins or ())}
         task.add_done_callback(lambda done: self.joins and self.joins.discard(done))
+
+    def _leave(self, replica: Any) -> None:
+        """Send no more requests to a lost replica until its engine has started again."""
+        # Only the first failed request of a lost replica schedules its return.
+        if self.in_flight.pop(replica, None) is not None:
+            self._join_later(replica)
 
     async def _least_busy(self) -> Any:
         if self.joins is None:
@@ -145,15 +200,17 @@ class EngineClient:
             replica = await self._least_busy()
             self.in_flight[replica] += 1
             try:
-                return await replica.reply.remote(messages, sampling, seed=seed, prefill=prefill)
+                return await replica.reply.remote(
+                    messages, sampling, seed=seed, prefill=prefill, weights=self.spec.weights
+                )
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, RowFailed):
                     raise error.cause from None
-                raise
+                if not isinstance(error.cause, OtherWeights):
+                    raise
+                self._leave(replica)
             except ray.exceptions.RayActorError:
-                # Only the first failed request of a lost replica schedules its return.
-                if self.in_flight.pop(replica, None) is not None:
-                    self._join_later(replica)
+                self._leave(replica)
             finally:
                 if replica in self.in_flight:
                     self.in_flight[replica] -= 1

@@ -83,8 +83,47 @@ class EngineSpec:
 
     @cached_property
     def _key(self) -> str:
+        return repr((self._engine, self.adapter if self.has_weights else None))
+
+    @property
+    def _engine(self) -> tuple[Role, Pool]:
+        """The model and the pool, without the fields that do not concern an engine."""
         role = self.role.model_copy(update={"name": "", "self_name": "", "aliases": ()})
-        return repr((role, self.pool, self.adapter if self.has_weights else None))
+        return role, self.pool
+
+    @property
+    def weights(self) -> str:
+        """The adapter that is merged into the model's weights; empty for none."""
+        return self.adapter.store.address(self.adapter.relative) if self.adapter else ""
+
+    @property
+    def swap_group(self) -> str:
+        """A string that is equal for specs whose engines can replace each other's weights.
+
+        They differ in nothing but the merged adapter. A model with steering vectors has biases that
+        the model without them lacks, so it has another group. Empty if an engine of this spec
+        cannot replace its weights.
+        """
+        return self._swap_group
+
+    @cached_property
+    def _swap_group(self) -> str:
+        if not self.has_weights or no_swap_reason(self.pool):
+            return ""
+        return repr((self._engine, bool(self.adapter and STEERING in self.adapter.relative)))
+
+
+STEERING = "/evaluation/steering/"
+"""Part of the path of steering vectors in storage."""
+UNVERIFIABLE = ("quantization", "load_format", "worker_extension_cls", "enable_sleep_mode")
+"""Arguments of vLLM under which replaced weights could not be verified."""
+
+
+def no_swap_reason(pool: Pool) -> str:
+    """Explain why the engines of a pool cannot replace their weights; empty if they can."""
+    if pool.adapters == "runtime":
+        return "adapters: runtime"
+    return ", ".join(name for name in UNVERIFIABLE if name in pool.engine_kwargs)
 
 
 class Engine(Protocol):

@@ -128,14 +128,14 @@ def under_each_condition(
         judge_fn: row function of the judge, which gets the row with its answer.
         judge_fields: columns that the judge adds.
     """
-    from opencharacter.engines.generate import can_run_together, generate, is_warm
+    from opencharacter.engines.generate import can_run_together, effort, generate
 
-    warm_first = sorted(
-        conditions, key=lambda c: not is_warm(job, "student", condition_adapter(job, c))
+    cheapest_first = sorted(
+        conditions, key=lambda c: effort(job, "student", condition_adapter(job, c))
     )
     all_fields = [*fields, *judge_fields]
     tables, unjudged = [], dict[str, pa.Table]()
-    for condition in warm_first:
+    for condition in cheapest_first:
         adapter = condition_adapter(job, condition)
         answer = partial(answer_fn, prefix=prefix_messages(job, condition))
         rows = with_condition(requests, condition)

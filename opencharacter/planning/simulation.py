@@ -14,7 +14,15 @@ from opencharacter.config.placement import Resources, fits
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.planning.cost import Cost, cost, planning_resources
 from opencharacter.planning.speeds import Speeds
-from opencharacter.runtime.schedule import choose, keys, phases, ready, worker_resources
+from opencharacter.runtime.schedule import (
+    choose,
+    keys,
+    phases,
+    ready,
+    requests_of,
+    swap_sources,
+    worker_resources,
+)
 from opencharacter.runtime.stage import Job
 
 ROUNDING_ERROR = 1e-9
@@ -34,7 +42,7 @@ def plan(jobs: Sequence[Job], speeds: Speeds) -> list[PlannedJob]:
     available = planning_resources(jobs[0].placement)
     estimates = {job.dataset: job.stage.module.estimate(job) for job in jobs}
     costs = {job.dataset: cost(job, estimates[job.dataset], speeds, available) for job in jobs}
-    return simulate(jobs, costs, speeds.engine_start, available)
+    return simulate(jobs, costs, speeds.engine_start, speeds.weight_swap, available)
 
 
 @dataclass
@@ -48,6 +56,7 @@ class PlannedJob:
         work: seconds of work left, if it shares no engine.
         cost: what it takes by itself.
         starts: number of engines that are started for it.
+        swaps: number of engines whose weights are replaced for it.
         after: the job whose end allowed this one to start, if any.
         ended: seconds from the start of the run.
         gpu_seconds: GPU-seconds that it holds, counted as in `allocation.resource_usage`.
@@ -60,6 +69,7 @@ class PlannedJob:
     work: float
     cost: Cost
     starts: int
+    swaps: int
     after: PlannedJob | None
     ended: float = 0
     gpu_seconds: float = 0
@@ -93,69 +103,96 @@ def without_rounding_error(seconds: float) -> float:
     return seconds if seconds > ROUNDING_ERROR else 0.0
 
 
+class Acquisition(NamedTuple):
+    """What it takes until the engines of a job are ready.
+
+    Args:
+        starts: number of engines that have to start.
+        swaps: number of engines whose weights are replaced.
+        seconds: time until all are ready.
+        idle_gpu_seconds: GPU-seconds for which the others had been idle.
+    """
+
+    starts: int
+    swaps: int
+    seconds: float
+    idle_gpu_seconds: float
+
+
 @dataclass
 class WarmEngines:
     """The running engines on the simulation's clock.
 
     Args:
         start_seconds: time that an engine takes to start.
-        resources: resources of the running engines by key, the least recently requested first.
+        swap_seconds: time that it takes to replace the weights of an engine.
+        engines: the running engines by key, the least recently requested first.
         idle_since: since when an engine has been idle, by key.
         ready_at: when an engine has started, by key.
     """
 
     start_seconds: float
-    resources: dict[str, Resources] = field(default_factory=dict)
+    swap_seconds: float
+    engines: dict[str, EngineSpec] = field(default_factory=dict)
     idle_since: dict[str, float] = field(default_factory=dict)
     ready_at: dict[str, float] = field(default_factory=dict)
 
     def acquire(
         self, job: Job, running: Sequence[Job], available: Resources, now: float
-    ) -> tuple[int, float, float]:
-        """Start the engines that a job needs, one after another.
-
-        Returns:
-            Number of engines that had to start, seconds until all have started, and GPU-seconds
-            for which the others had been idle.
-        """
+    ) -> Acquisition:
+        """Prepare the engines that a job needs, one after another: by a swap or a start."""
         in_use = {key for other in running for key in keys(other)}
         training = worker_resources([*running, job])
-        starts, all_ready, idle = 0, now, 0.0
+        starts, swaps, all_ready, idle = 0, 0, now, 0.0
         for phase in phases(job, available):
+            unused = {key: spec for key, spec in self.engines.items() if key not in in_use}
+            sources = swap_sources(phase, self.engines, unused)
             for spec in (r for r in phase if isinstance(r, EngineSpec) and r.has_weights):
                 key = spec.key()
-                if key not in self.resources:
+                previous = sources.get(key, key)
+                if key in sources:
+                    swaps, all_ready = swaps + 1, all_ready + self.swap_seconds
+                    self.ready_at[key] = all_ready
+                elif key not in self.engines:
                     starts, all_ready = starts + 1, all_ready + self.start_seconds
                     self.ready_at[key] = all_ready
                 all_ready = max(all_ready, self.ready_at[key])
-                idle += spec.resources.gpus * (now - self.idle_since.pop(key, now))
-                self.resources[key] = self.resources.pop(key, spec.resources)
+                idle += spec.resources.gpus * (now - self.idle_since.pop(previous, now))
+                self.engines.pop(previous, None)
+                self.engines[key] = spec
             self._make_room(in_use | {r.key() for r in phase}, training, available)
-        return starts, all_ready - now, idle
+        return Acquisition(starts, swaps, all_ready - now, idle)
 
     def _make_room(self, kept: set[str], training: list[Resources], available: Resources) -> None:
-        while not fits([*self.resources.values(), *training], available):
-            unused = next((key for key in self.resources if key not in kept), None)
+        while not fits([*(e.resources for e in self.engines.values()), *training], available):
+            unused = next((key for key in self.engines if key not in kept), None)
             if unused is None:
                 return
             self._stop(unused)
 
     def _stop(self, key: str) -> None:
-        del self.resources[key]
+        del self.engines[key]
         self.idle_since.pop(key, None)
 
     def release(self, unfinished: Iterable[Job], running: Iterable[Job], now: float) -> None:
-        """Stop engines that no unfinished job needs, and note which of the others are idle."""
-        needed = {key for job in unfinished for key in keys(job)}
+        """Stop engines that no unfinished job can use, and note which of the others are idle."""
+        requests = requests_of(unfinished)
+        needed = {request.key() for request in requests}
+        groups = {request.swap_group for request in requests} - {""}
         in_use = {key for job in running for key in keys(job)}
-        for key in [key for key in self.resources if key not in needed]:
-            self._stop(key)
-        for key in self.resources.keys() - in_use:
+        for key, spec in list(self.engines.items()):
+            if key not in needed and spec.swap_group not in groups:
+                self._stop(key)
+        for key in self.engines.keys() - in_use:
             self.idle_since.setdefault(key, now)
 
 
 def simulate(
-    jobs: Sequence[Job], costs: Mapping[str, Cost], engine_start: float, available: Resources
+    jobs: Sequence[Job],
+    costs: Mapping[str, Cost],
+    engine_start: float,
+    weight_swap: float,
+    available: Resources,
 ) -> list[PlannedJob]:
     """Simulate a run.
 
@@ -163,24 +200,32 @@ def simulate(
         jobs: jobs that are not done, in the order of the pipeline's table.
         costs: what each job takes by itself, by dataset.
         engine_start: seconds that an engine takes to start.
+        weight_swap: seconds that it takes to replace the weights of an engine.
         available: resources of the cluster.
 
     Returns:
         The jobs in the order in which they end.
     """
     waiting, running, done = list(jobs), list[PlannedJob](), list[PlannedJob]()
-    engines, now = WarmEngines(engine_start), 0.0
+    engines, now = WarmEngines(engine_start, weight_swap), 0.0
     while waiting or running:
         running_jobs = [planned.job for planned in running]
-        while job := choose(
-            ready(waiting, running_jobs), running_jobs, engines.resources, available
-        ):
+        while job := choose(ready(waiting, running_jobs), running_jobs, engines.engines, available):
             waiting.remove(job)
-            starts, delay, idle = engines.acquire(job, running_jobs, available, now)
-            own, after = costs[job.dataset], done[-1] if done else None
-            fixed = own.fixed + delay
+            acquired = engines.acquire(job, running_jobs, available, now)
+            own = costs[job.dataset]
             running.append(
-                PlannedJob(job, now, fixed, own.work, own, starts, after, gpu_seconds=idle)
+                PlannedJob(
+                    job,
+                    began=now,
+                    fixed=own.fixed + acquired.seconds,
+                    work=own.work,
+                    cost=own,
+                    starts=acquired.starts,
+                    swaps=acquired.swaps,
+                    after=done[-1] if done else None,
+                    gpu_seconds=acquired.idle_gpu_seconds,
+                )
             )
             running_jobs.append(job)
         shares = engine_shares(running, available)

@@ -37,6 +37,8 @@ class Speeds(Config):
     """Generated tokens per second of one replica, for stages that differ from their role."""
     engine_start: NonNegativeFloat
     """Seconds until an engine answers."""
+    weight_swap: NonNegativeFloat = 10
+    """Seconds that it takes to replace the weights of a running engine, with merging an adapter."""
     pass_start: NonNegativeFloat
     """Seconds that each phase of generation takes in addition to its tokens."""
     training_start: NonNegativeFloat
@@ -85,6 +87,10 @@ def measure_speeds(storage: str) -> Speeds:
         )
     speeds = {role: generation_speed(group, role) for role, group in by_role.items()}
     started = [m for m in manifests if m["engines_started"]]
+    swapped = [m for m in manifests if m.get("engines_swapped")]
+    weight_swap = sum(m["swap_seconds"] for m in swapped) / max(
+        1, sum(len(m["engines_swapped"]) for m in swapped)
+    )
     return Speeds(
         **{role: speeds.get(role, speeds["student"]) for role in ROLES},
         training=median(m["figures"]["tokens_per_s"] / worker_count(m) for m in trained),
@@ -96,6 +102,7 @@ def measure_speeds(storage: str) -> Speeds:
         },
         engine_start=sum(m["starting_seconds"] for m in started)
         / max(1, sum(len(m["engines_started"]) for m in started)),
+        **({"weight_swap": weight_swap} if swapped else {}),
         pass_start=median(map(overhead_seconds, generated)),
         training_start=median(map(overhead_seconds, [*trained, *read])),
         other=mean([m["seconds"] for m in manifests if not m["held_seconds"]] or [0.0]),
@@ -135,6 +142,7 @@ def worker_count(manifest: dict[str, Any]) -> int:
 
 
 def overhead_seconds(manifest: dict[str, Any]) -> float:
-    """Return the seconds per phase that were neither work nor the start of engines."""
+    """Return the seconds per phase that were neither work nor the start or swap of engines."""
     seconds = manifest["seconds"] - manifest["starting_seconds"] - manifest["work_seconds"]
+    seconds -= manifest.get("swap_seconds", 0)
     return max(0.0, seconds) / max(1, manifest["phases"])

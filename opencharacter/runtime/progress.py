@@ -280,9 +280,14 @@ class GenerationProgress:
         self.counters, self.total, self.attempts = counters, total, attempts
         self.limits, self.baseline = limits, baseline
         self.start_time: float | None = None
+        self.preparation = "waiting for resources"
         self.last_measured = 0.0
         self.statistics = ""
         self.fault: str | None = None
+
+    def prepare(self, preparation: str) -> None:
+        """Set what the line shows until the engine runs."""
+        self.preparation = preparation
 
     def begin(self) -> None:
         """Start the clock: the engine runs and the first rows are sent."""
@@ -292,7 +297,7 @@ class GenerationProgress:
         """Return the line's text."""
         kept = self.attempts.kept
         if self.start_time is None:
-            return f"{kept}/{self.total} rows, starting the engine"
+            return f"{kept}/{self.total} rows, {self.preparation}"
         sums: Any = ray.get(self.counters.read.remote())
         finished = int(sums.get("finished", 0))
         self.attempts.note(kept + int(sums.get("started", 0)))

@@ -1,16 +1,17 @@
 """Which job starts next. Pure functions, used by the run and by `plan`'s simulation alike.
 
 A job can start when its parents are done and its resources fit beside those of the running jobs.
-Jobs whose engines are already running come first, so that an engine finishes all its work before it
-is stopped; then jobs that do not require another engine to be stopped; then the order of the
-pipeline's table. Ray places what is started; this module only decides what is started.
+Jobs that do not require another engine to be stopped come first. Among them, jobs whose engines are
+already running come first, so that an engine finishes all its work before its weights are replaced
+or it is stopped; then jobs for which the weights of an idle engine can be replaced; then the order
+of the pipeline's table. Ray places what is started; this module only decides what is started.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from opencharacter.config.placement import Placement, Resources, fits, total_resources
 from opencharacter.runtime.stage import Job, ResourceRequest, TrainingWorkers
@@ -19,7 +20,7 @@ from opencharacter.runtime.stage import Job, ResourceRequest, TrainingWorkers
 def choose(
     ready: Sequence[Job],
     running: Sequence[Job],
-    engines: Mapping[str, Resources],
+    engines: Mapping[str, ResourceRequest],
     available: Resources,
 ) -> Job | None:
     """Choose the job to start next, or None if none should start now.
@@ -27,7 +28,7 @@ def choose(
     Args:
         ready: jobs whose parents are done, in the order of the pipeline's table.
         running: jobs that run.
-        engines: resources of all running engines by key, idle ones included.
+        engines: all running engines by key, idle ones included.
         available: resources of the cluster.
     """
     candidates = [job for job in ready if fits_beside(job, running, available)]
@@ -35,13 +36,50 @@ def choose(
         # If the cluster is too small even for one job, Ray reports it or scales the cluster up.
         candidates = candidates or list(ready[:1])
 
-    def rank(job: Job) -> tuple[bool, bool]:
-        new = peak(phases(job, available), exclude=engines)
-        needed = [*engines.values(), *worker_resources(running), new]
-        stops_engines = new != Resources() and not fits(needed, available)
-        return stops_engines, bool(job.resource_requests) and not keys(job) & engines.keys()
+    in_use = {key for job in running for key in keys(job)}
+    idle = {key: engine for key, engine in engines.items() if key not in in_use}
+    held = [engine.resources for engine in engines.values()] + worker_resources(running)
+
+    def rank(job: Job) -> tuple[bool, int]:
+        job_phases = phases(job, available)
+        swaps = {key for phase in job_phases for key in swap_sources(phase, engines, idle)}
+        new = peak(job_phases, exclude=engines.keys() | swaps)
+        stops_engines = new != Resources() and not fits([*held, new], available)
+        if not job_phases or keys(job) & engines.keys():
+            return stops_engines, 0
+        return stops_engines, 1 if swaps else 2
 
     return min(candidates, key=rank, default=None)
+
+
+def swap_sources(
+    requests: Iterable[ResourceRequest],
+    running: Container[str],
+    idle: Mapping[str, ResourceRequest],
+) -> dict[str, str]:
+    """Assign to engines that do not run idle ones whose weights can be replaced.
+
+    Args:
+        requests: what is requested.
+        running: keys of all running engines.
+        idle: the idle engines by key; the first suitable one is taken.
+
+    Returns:
+        The key of an idle engine by the key of the request for which its weights are replaced.
+    """
+    distinct = {request.key(): request for request in requests}
+    sources: dict[str, str] = {}
+    for key, request in distinct.items():
+        suitable = (
+            other
+            for other, engine in idle.items()
+            if engine.swap_group == request.swap_group
+            and other not in distinct
+            and other not in sources.values()
+        )
+        if request.swap_group and key not in running and (source := next(suitable, None)):
+            sources[key] = source
+    return sources
 
 
 def ready(waiting: Sequence[Job], running: Iterable[Job]) -> list[Job]:
@@ -110,15 +148,19 @@ def peak(phases: Iterable[tuple[ResourceRequest, ...]], exclude: Iterable[str] =
     return most
 
 
+def requests_of(jobs: Iterable[Job]) -> list[ResourceRequest]:
+    """Return all requests of jobs."""
+    return [request for job in jobs for phase in job.resource_requests for request in phase]
+
+
 def keys(job: Job) -> set[str]:
     """Return the keys of all requests of a job."""
-    return {request.key() for phase in job.resource_requests for request in phase}
+    return {request.key() for request in requests_of([job])}
 
 
 def worker_resources(jobs: Iterable[Job]) -> list[Resources]:
     """Return the resources that the training workers of jobs hold."""
-    requests = (request for job in jobs for phase in job.resource_requests for request in phase)
-    return [request.resources for request in requests if isinstance(request, TrainingWorkers)]
+    return [r.resources for r in requests_of(jobs) if isinstance(r, TrainingWorkers)]
 
 
 def smallest_cluster(placement: Placement) -> Resources:
