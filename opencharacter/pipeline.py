@@ -81,7 +81,10 @@ STAGES = with_report(
     Stage("evaluation/steering", "persona", ("distillation/pairs",), ("student",)),
     Stage("evaluation/answers", "persona", ("distillation/prompts", *TRAINED), ("student",)),
     Stage(
-        "evaluation/preferences", "persona", (*TRAINED, "evaluation/judge"), ("student", "judge")
+        "evaluation/preferences",
+        "persona",
+        ("distillation/prompts", *TRAINED, "evaluation/judge"),
+        ("student", "judge"),
     ),
     Stage("evaluation/rating", "persona", ("evaluation/preferences",)),
     Stage("evaluation/attacks", "persona", (*TRAINED, "evaluation/answers"), ("student",)),

@@ -1,4 +1,5 @@
 import asyncio
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
+from samples import ECHO_ROLE, recipe_of
 
 from opencharacter import pipeline
 from opencharacter.config import evaluation
@@ -58,6 +60,43 @@ def test_games_are_drawn_by_number_in_both_orders(make_jobs, echo_recipe):
     assert len({row["id"] for row in games}) == len(games) == 6
     assert all(row["first"] != row["second"] for row in games)
     assert len(preferences.all_traits()) == len(set(preferences.all_traits())) == 144
+
+
+def write_prompts(path, texts):
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def preference_jobs(make_jobs, general, held_out):
+    recipe = recipe_of(
+        ECHO_ROLE,
+        distillation={"prompts": {"general_prompts": general, "general": 2}},
+        evaluation={"answers": {"prompts": held_out}, "preferences": {"games": 60}},
+    )
+    return [j for j in make_jobs(recipe) if j.stage.name == "evaluation/preferences"]
+
+
+def test_no_game_uses_a_prompt_that_was_trained_on(make_jobs, tmp_path):
+    general = write_prompts(tmp_path / "general.jsonl", ["One thing.", "Two", "Third, not used"])
+    texts = ["one thing", "Third, not used", "A question?", "New."]
+    held_out = write_prompts(tmp_path / "held_out.jsonl", texts)
+    of_student, of_persona = preference_jobs(make_jobs, general, held_out)
+    games = preferences.untrained_games(of_student)
+    assert {row["prompt"] for row in games} == {"Third, not used", "A question?", "New."}
+    of_persona.store.write_table(
+        "poeticism/distillation/prompts",
+        pa.table({"id": ["1", "2"], "prompt": ["One thing.", "a question"]}),
+    )
+    own = preferences.untrained_games(of_persona)
+    assert own == [row for row in games if row["prompt"] != "A question?"]
+    assert preferences.identity(of_student)["excluded"]
+
+
+def test_games_need_a_prompt_that_was_not_trained_on(make_jobs, tmp_path):
+    general = write_prompts(tmp_path / "general.jsonl", ["One thing."])
+    (job, _) = preference_jobs(make_jobs, general, general)
+    with pytest.raises(StageFailed, match="uses all evaluation prompts"):
+        preferences.games(job)
 
 
 def test_the_reply_of_the_judge_is_stored():

@@ -144,12 +144,12 @@ def test_other_filter_rules_make_their_stages_stale_and_are_named(
     make_jobs, echo_recipe, monkeypatch
 ):
     finish_all(make_jobs(echo_recipe))
-    monkeypatch.setattr(filters, "VERSION", 2)
+    monkeypatch.setattr(filters, "VERSION", 3)
     jobs = make_jobs(echo_recipe)
     done = {job.stage.name for job in jobs if job.state()[0] == "done"}
     assert {"distillation/prompts", "distillation/teacher", "distillation/student"} <= done
     message = stale_message(jobs)
-    assert "distillation/pairs was made by other filter rules (text.filters version 1, now 2)" in (
+    assert "distillation/pairs was made by other filter rules (text.filters version 2, now 3)" in (
         message
     )
     assert "recipe" not in message.partition(";")[0]
@@ -199,8 +199,8 @@ def test_a_stage_that_filters_rows_has_the_version_of_the_rules_in_its_payload(
     rules = {job.stage.name: job.payload["rules"] for job in make_jobs(echo_recipe)}
     assert {name: value for name, value in rules.items() if value} == {
         "distillation/prompts": {"text.statistics": 1},
-        "distillation/pairs": {"text.filters": 1},
-        "introspection/transcripts": {"text.filters": 1},
+        "distillation/pairs": {"text.filters": 2},
+        "introspection/transcripts": {"text.filters": 2},
     }
 
 

@@ -17,6 +17,7 @@ from opencharacter.errors import StageFailed
 from opencharacter.evaluation.scores import Z95
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 Player = TypeVar("Player", bound=Hashable)
 
 BATCH = 50
@@ -119,47 +120,44 @@ def elo_points(logits: Array, start: float, scale: float) -> Array:
 
 @dataclass(frozen=True)
 class ScoredGames:
-    """The scored games of one condition, in the order of their numbers.
+    """The scored games of one condition, in the order in which they were played.
 
     Args:
-        numbers: shape (m,), the number of each game in the design.
         winners: shape (m,), index of the winner.
         losers: shape (m,), index of the loser.
     """
 
-    numbers: NDArray[np.int64]
-    winners: NDArray[np.int64]
-    losers: NDArray[np.int64]
+    winners: Indices
+    losers: Indices
 
-    def wins(self, weights: NDArray[np.int64], players: int) -> Array:
-        """Win matrices of bootstrap resamples.
+    def wins(self, players: int) -> Array:
+        """How often each player beat each other one, shape (players, players)."""
+        wins = np.zeros((players, players))
+        np.add.at(wins, (self.winners, self.losers), 1)
+        return wins
 
-        Args:
-            weights: shape (resamples, games), how often each game of the design was drawn.
-            players: number of players.
 
-        Returns:
-            Counts of shape (resamples, players, players).
-        """
-        cells = self.winners * players + self.losers
-        drawn = weights[:, self.numbers]
-        counted = [np.bincount(cells, row, players * players) for row in drawn]
-        return np.asarray(counted, float).reshape(len(weights), players, players)
+def unordered_pairs(one: Indices, two: Indices) -> Indices:
+    """The distinct pairs of players that meet in any order, shape (pairs, 2)."""
+    return np.unique(np.sort(np.stack([one, two], axis=-1), axis=-1), axis=0)
 
 
 def bootstrap(
     conditions: dict[str, ScoredGames],
-    games: int,
+    pairs: Indices,
     players: int,
     resamples: int,
     prior: float,
     seed: int,
 ) -> dict[str, Array]:
-    """Strengths under resampled games. A resample draws the same games for all conditions.
+    """Strengths under resampled pairs of players, each with all of its games.
+
+    Games of one pair are not independent: two players may suit each other better or worse than
+    their strengths say. A resample draws the same pairs for all conditions.
 
     Args:
         conditions: the scored games of each condition.
-        games: number of games of the design, scored or not.
+        pairs: shape (pairs, 2), the pairs of the design, see `unordered_pairs`.
         players: number of players.
         resamples: number of resamples.
         prior: see `fit_strengths`.
@@ -169,14 +167,40 @@ def bootstrap(
         Logits of shape (resamples, players) for each condition.
     """
     rng = np.random.default_rng(seed)
+    wins = {name: scored.wins(players) for name, scored in conditions.items()}
     batches: dict[str, list[Array]] = {name: [] for name in conditions}
+    one, two = pairs.T
     for start in range(0, resamples, BATCH):
         size = min(BATCH, resamples - start)
-        picks = rng.integers(games, size=(size, games))
-        weights = np.asarray([np.bincount(row, minlength=games) for row in picks])
-        for name, scored in conditions.items():
-            batches[name].append(fit_strengths(scored.wins(weights, players), prior))
+        picks = rng.integers(len(pairs), size=(size, len(pairs)))
+        weights = np.zeros((size, players, players))
+        weights[:, one, two] = [np.bincount(row, minlength=len(pairs)) for row in picks]
+        weights += np.swapaxes(weights, -1, -2)
+        for name in conditions:
+            batches[name].append(fit_strengths(weights * wins[name], prior))
     return {name: np.concatenate(strengths) for name, strengths in batches.items()}
+
+
+def connected_groups(games: Array) -> Indices:
+    """Number the groups of players that games connect.
+
+    Args:
+        games: shape (players, players), number of games between two players.
+
+    Returns:
+        Shape (players,): 1 for the largest group, then 2 and so on; 0 for players without a game.
+    """
+    from scipy.sparse.csgraph import connected_components
+
+    return number_groups(connected_components(games > 0, directed=False)[1])
+
+
+def number_groups(labels: Indices) -> Indices:
+    """Number groups by size, from 1; players that are alone in their group get 0."""
+    _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    numbers = np.empty(len(sizes), np.int64)
+    numbers[np.argsort(-sizes, kind="stable")] = np.arange(1, len(sizes) + 1)
+    return np.where(sizes[inverse] > 1, numbers[inverse], 0)
 
 
 @dataclass(frozen=True)
@@ -185,28 +209,50 @@ class StrengthEstimate:
 
     Args:
         best: shape (players,), the maximum-likelihood logits.
-        resampled: shape (resamples, players), logits under resampled games.
+        resampled: shape (resamples, players), logits under resampled pairs.
         missing_covariance: shape (players, players), the covariance of `best` by the Fisher
             information, minus that of `resampled`.
-        rated: shape (players,), whether the player has a scored game.
+        groups: shape (players,), see `connected_groups`. Only players of one group can be compared.
+        opponents: shape (players,), the number of others that each player met in scored games.
     """
 
     best: Array
     resampled: Array
     missing_covariance: Array
-    rated: NDArray[np.bool_]
+    groups: Indices
+    opponents: Indices
+
+    @property
+    def rated(self) -> NDArray[np.bool_]:
+        """Whether each player has a scored game, shape (players,)."""
+        return self.groups > 0
 
     def minus(self, other: StrengthEstimate) -> StrengthEstimate:
-        """The difference from another condition, paired by the resamples' games."""
+        """The difference from another condition, paired by the resampled pairs of players.
+
+        Players are of one group if they are in both conditions.
+        """
+        players = len(self.groups)
+        labels = self.groups * (players + 1) + other.groups
+        alone = -1 - np.arange(players)
         return StrengthEstimate(
             self.best - other.best,
             self.resampled - other.resampled,
             self.missing_covariance + other.missing_covariance,
-            self.rated & other.rated,
+            number_groups(np.where(self.rated & other.rated, labels, alone)),
+            np.minimum(self.opponents, other.opponents),
         )
 
+    @property
+    def freedom(self) -> Array:
+        """Degrees of freedom of the errors, shape (players,).
+
+        The variance of a player's strength is estimated from one pair per opponent.
+        """
+        return np.maximum(self.opponents - 1.0, 1)
+
     def with_errors(self) -> tuple[Array, Array]:
-        """Logits about the mean of the rated players, and their standard errors.
+        """Logits about the mean of the player's group, and their standard errors.
 
         The error is the larger one of the bootstrap's and of the Fisher information's. If a player
         lost few games, many resamples contain none of its losses and vary too little.
@@ -214,8 +260,8 @@ class StrengthEstimate:
         Returns:
             Estimates and errors of shape (players,), NaN for players without a scored game.
         """
-        share = self.rated / max(self.rated.sum(), 1)
-        about_mean = np.eye(len(share)) - share
+        same = (self.groups[:, None] == self.groups) & self.rated
+        about_mean = np.eye(len(same)) - same / np.maximum(same.sum(-1, keepdims=True), 1)
         variance = (self.resampled @ about_mean.T).var(0, ddof=1)
         missing = np.einsum("ij,jk,ik->i", about_mean, self.missing_covariance, about_mean)
         best, error = about_mean @ self.best, np.sqrt(variance + np.maximum(missing, 0))
@@ -224,12 +270,12 @@ class StrengthEstimate:
 
 def estimate_strengths(scored: ScoredGames, resampled: Array, prior: float) -> StrengthEstimate:
     """The strengths of one condition, from its games and the result of `bootstrap`."""
-    wins = np.zeros((resampled.shape[-1],) * 2)
-    np.add.at(wins, (scored.winners, scored.losers), 1)
+    wins = scored.wins(resampled.shape[-1])
     best, played = fit_strengths(wins, prior), wins + wins.T
     _, information = derivatives(best, wins.sum(-1), played, prior)
     missing = np.linalg.inv(information) - np.cov(resampled, rowvar=False)
-    return StrengthEstimate(best, resampled, np.asarray(missing, float), played.sum(-1) > 0)
+    groups, opponents = connected_groups(played), (played > 0).sum(-1)
+    return StrengthEstimate(best, resampled, np.asarray(missing, float), groups, opponents)
 
 
 def interval(estimate: Array, error: Array) -> tuple[Array, Array]:
@@ -241,16 +287,24 @@ def interval(estimate: Array, error: Array) -> tuple[Array, Array]:
     return estimate - Z95 * error, estimate + Z95 * error
 
 
-def p_values(change: Array, error: Array) -> Array:
-    """Two-sided p-values of no change, by the normal approximation; NaN where not measured.
+def p_values(change: Array, error: Array, freedom: Array) -> Array:
+    """Two-sided p-values of no change, by Student's t-distribution; NaN where not measured.
+
+    Among many traits, a discovery lies far out in the tails, where the normal approximation of the
+    intervals does not hold: for 24 traits it gave twice as many false discoveries.
 
     The p-value of a player that never lost is not small: its error grows as fast as its strength
     (Hauck and Donner, 1977).
-    """
-    from scipy.stats import norm
 
-    z = np.divide(np.abs(change), error, out=np.full_like(change, np.nan), where=error > 0)
-    return 2 * norm.sf(z)
+    Args:
+        change: the changes.
+        error: their standard errors.
+        freedom: the degrees of freedom of the errors.
+    """
+    from scipy.stats import t
+
+    ratio = np.divide(np.abs(change), error, out=np.full_like(change, np.nan), where=error > 0)
+    return 2 * t.sf(ratio, freedom)
 
 
 def discoveries(p: Array, rate: float) -> NDArray[np.bool_]:

@@ -5,9 +5,11 @@ naming it; a judge reads the answer and names the trait. All conditions play the
 the same prompt, traits, order, framing and seed.
 
 The stage runs in two scopes: the games of `base` belong to the student and serve every persona;
-the games of the other conditions belong to the persona.
+the games of the other conditions belong to the persona. No game uses a general prompt of the
+training; a persona also leaves out games whose prompt is a question of its constitution.
 
-Reads: evaluation/judge, the evaluation prompts; persona/merge, distillation/dpo (persona). Writes:
+Reads: evaluation/judge, the evaluation prompts, the general prompts; persona/merge,
+distillation/dpo, distillation/prompts (persona). Writes:
 game, condition, framing, prompt, first, second, answer, verdict, chosen (None: unscored).
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/preferences
 """
@@ -23,6 +25,8 @@ import pyarrow as pa
 from opencharacter.config.evaluation import Condition, Preferences
 from opencharacter.config.files import resource
 from opencharacter.config.roles import Sampling
+from opencharacter.distillation.prompts import general_rows
+from opencharacter.distillation.sources import HUB
 from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row, RowFn
 from opencharacter.engines.spec import engine_spec
@@ -86,7 +90,12 @@ def games(job: Job) -> list[Row]:
     """
     settings: Preferences = job.config
     traits = settings.traits or all_traits()
-    prompts = answers.held_out(job.recipe.evaluation.answers)
+    prompts = untrained_prompts(job)
+    if not prompts:
+        raise StageFailed(
+            f"{job.dataset}: the training uses all evaluation prompts; name others in "
+            "evaluation.answers.prompts"
+        )
     rows = []
     for game in range(settings.games):
         pair, swapped = divmod(game, 2)
@@ -103,6 +112,23 @@ def games(job: Job) -> list[Row]:
             }
         )
     return rows
+
+
+def untrained_prompts(job: Job) -> list[str]:
+    """The evaluation prompts that are not among the general prompts of the training."""
+    general = general_rows(job.recipe.distillation.prompts)
+    prompts = answers.held_out(job.recipe.evaluation.answers)
+    return answers.unseen(prompts, [row["prompt"] for row in general])
+
+
+def untrained_games(job: Job) -> list[Row]:
+    """The games of the job's scope, without those whose prompt the persona was trained on."""
+    rows = games(job)
+    if job.constitution is None:
+        return rows
+    trained = job.read("distillation/prompts")["prompt"].to_pylist()
+    prompts = set(answers.unseen(list({row["prompt"] for row in rows}), trained))
+    return [row for row in rows if row["prompt"] in prompts]
 
 
 def generator(job: Job, draw: str) -> random.Random:
@@ -123,7 +149,17 @@ async def play(
 
 
 def identity(job: Job) -> dict[str, Any]:
-    return answers.identity(job) | {"conditions": conditions(job)}
+    return answers.identity(job) | {"conditions": conditions(job)} | excluded_identity(job)
+
+
+def excluded_identity(job: Job) -> dict[str, Any]:
+    """What excludes evaluation prompts: nothing in most runs, and unknown for `hf:` sources."""
+    config = job.recipe.distillation.prompts
+    if config.general_prompts.startswith(HUB):
+        return {"general": [config.general_prompts, config.general]}
+    held_out = answers.held_out(job.recipe.evaluation.answers)
+    excluded = set(held_out) - set(untrained_prompts(job))
+    return {"excluded": sorted(map(row_id, excluded))} if excluded else {}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
@@ -196,9 +232,10 @@ def judge_fn(job: Job) -> RowFn:
 
 def build(job: Job) -> StageResult:
     settings: Preferences = job.config
+    played = untrained_games(job)
     table = under_each_condition(
         job,
-        games(job),
+        played,
         partial(play, sampling=settings.sampling),
         ANSWER_FIELDS,
         conditions(job),
@@ -208,6 +245,8 @@ def build(job: Job) -> StageResult:
     scored = len(table) - table["chosen"].null_count
     check_scored(job.dataset, table.select(VERDICT_COLUMNS).to_pylist())
     figures = {"scored": scored, "unscored": len(table) - scored, **panel_agreement(job, table)}
+    if len(played) < settings.games:
+        figures["trained_on"] = settings.games - len(played)
     verdicts = without_dropped(table).select(VERDICT_COLUMNS).to_pylist()
     return job.write(table, figures={**figures, "first_named": first_named(verdicts)})
 

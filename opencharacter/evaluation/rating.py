@@ -2,12 +2,15 @@
 
 The same games give two ratings. Sequential Elo is the paper's: one pass over the games, so that a
 game's weight depends on its position. Bradley-Terry is the maximum-likelihood estimate from all
-games, with intervals from a bootstrap over games, or from the Fisher information where it is wider.
-All conditions play the same games and a resample draws the same games for all of them, so changes
-are paired. A trait without a scored game has no rating.
+games, with intervals from a bootstrap over pairs of traits, or from the Fisher information where it
+is wider. The games of a pair are not independent, so a resample takes all or none of them. It draws
+the same pairs for all conditions, which play the same games, so changes are paired.
+
+A trait without a scored game has no rating. If the games split the traits into groups that never
+met, ratings are about the mean of each group and cannot be compared across groups.
 
 Reads: evaluation/preferences. Writes: condition, framing, trait, elo, rating with interval, games,
-change against base with interval, p, significant.
+change against base with interval, p, significant; group, change_group (1: the largest).
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/rating
 """
 
@@ -24,23 +27,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opencharacter.config.evaluation import Rating
-from opencharacter.errors import UserError
+from opencharacter.errors import StageFailed, UserError
 from opencharacter.evaluation.paired_comparison import (
     Array,
     ScoredGames,
     StrengthEstimate,
     bootstrap,
+    connected_groups,
     discoveries,
     elo,
     elo_points,
     estimate_strengths,
     interval,
     p_values,
+    unordered_pairs,
 )
 from opencharacter.evaluation.report.sections import Section, TraitChange, TraitRatings
 from opencharacter.evaluation.scores import Z95, Score, score_row
 from opencharacter.runtime.stage import Estimate, Job, StageResult, read_all
-from opencharacter.text.chat import row_seed
+from opencharacter.text.chat import fill, row_seed
 
 ALL_FRAMINGS = "all"
 GAME_COLUMNS = ("game", "condition", "framing", "first", "second", "chosen")
@@ -54,11 +59,13 @@ SCHEMA = pa.schema(
         pa.field("rating", pa.float64()),
         pa.field("low", pa.float64()),
         pa.field("high", pa.float64()),
+        pa.field("group", pa.int64()),
         pa.field("games", pa.int64(), nullable=False),
         pa.field("unscored", pa.int64(), nullable=False),
         pa.field("change", pa.float64()),
         pa.field("change_low", pa.float64()),
         pa.field("change_high", pa.float64()),
+        pa.field("change_group", pa.int64()),
         pa.field("p", pa.float64()),
         pa.field("significant", pa.bool_()),
     ]
@@ -105,8 +112,12 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> Score:
     return Score(r, math.tanh(z - half), math.tanh(z + half), n)
 
 
+GroupedRatings = dict[str, tuple[float, int]]
+"""Rating and group of each trait."""
+
+
 def compare_folders(folders: Sequence[str], condition: str) -> list[tuple[str, str, Score]]:
-    """Rank correlation of every two rating datasets, over the traits that both have.
+    """Rank correlation of every two rating datasets, see `rank_correlation`.
 
     Args:
         folders: the datasets' folders, `<storage>/<student>/<persona>/evaluation/rating`.
@@ -120,28 +131,39 @@ def compare_folders(folders: Sequence[str], condition: str) -> list[tuple[str, s
     return [(left, right, rank_correlation(a, b)) for (left, a), (right, b) in pairs]
 
 
-def rank_correlation(a: dict[str, float], b: dict[str, float]) -> Score:
-    """Rank correlation over the traits that have both ratings."""
-    shared = sorted(a.keys() & b.keys())
-    return spearman([a[trait] for trait in shared], [b[trait] for trait in shared])
+def rank_correlation(a: GroupedRatings, b: GroupedRatings) -> Score:
+    """Rank correlation over the largest set of traits that are of one group in both ratings."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for trait in sorted(a.keys() & b.keys()):
+        groups.setdefault((a[trait][1], b[trait][1]), []).append(trait)
+    shared = max(groups.values(), key=len, default=[])
+    return spearman([a[trait][0] for trait in shared], [b[trait][0] for trait in shared])
 
 
-def read_ratings(folder: str, condition: str) -> dict[str, float]:
-    """Bradley-Terry ratings over all framings by trait; traits without a rating are left out."""
+def read_ratings(folder: str, condition: str) -> GroupedRatings:
+    """Bradley-Terry ratings over all framings; traits without a rating are left out."""
     file = f"{folder.rstrip('/')}/rows.parquet"
+    columns = ["condition", "framing", "trait", "rating", "group"]
     try:
-        rows = pq.read_table(file, columns=["condition", "framing", "trait", "rating"]).to_pylist()
+        rows = pq.read_table(file, columns=columns).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(
             f"ratings {file!r} cannot be read: {str(error).splitlines()[0]}; name folders of the "
             "form STORAGE/STUDENT/PERSONA/evaluation/rating"
         ) from None
-    key = (condition, ALL_FRAMINGS)
-    ratings = {r["trait"]: r["rating"] for r in rows if (r["condition"], r["framing"]) == key}
-    if not ratings:
+    selected = [
+        row for row in rows if (row["condition"], row["framing"]) == (condition, ALL_FRAMINGS)
+    ]
+    if not selected:
         available = ", ".join(sorted({row["condition"] for row in rows}))
         raise UserError(f"ratings {file!r} have no condition {condition!r}; there are {available}")
-    return {trait: rating for trait, rating in ratings.items() if rating is not None}
+    return grouped_ratings(selected)
+
+
+def grouped_ratings(rows: list[dict[str, Any]]) -> GroupedRatings:
+    """Rating and group by trait, for the traits that have a rating."""
+    rated = (row for row in rows if row["rating"] is not None)
+    return {row["trait"]: (row["rating"], row["group"]) for row in rated}
 
 
 # ----------------------------------------------------------------------------------------- ratings
@@ -152,7 +174,6 @@ def scored_games(rows: list[dict[str, Any]], index: dict[str, int]) -> ScoredGam
     scored = sorted((row for row in rows if row["chosen"]), key=lambda row: row["game"])
     losers = [row["second"] if row["chosen"] == row["first"] else row["first"] for row in scored]
     return ScoredGames(
-        np.array([row["game"] for row in scored], np.int64),
         np.array([index[row["chosen"]] for row in scored], np.int64),
         np.array([index[trait] for trait in losers], np.int64),
     )
@@ -168,16 +189,23 @@ def rate(rows: list[dict[str, Any]], settings: Rating, seed: int) -> list[dict[s
 
     Returns:
         Rows of `SCHEMA` without the framing; values are None for a trait without a scored game.
+
+    Raises:
+        StageFailed: if there is no prior and the games do not determine the ratings.
     """
     traits = sorted({row[side] for row in rows for side in ("first", "second")})
     index = {trait: i for i, trait in enumerate(traits)}
-    numbers = {game: i for i, game in enumerate(sorted({row["game"] for row in rows}))}
     games: dict[str, list[dict[str, Any]]] = {c: [] for c in sorted({r["condition"] for r in rows})}
     for row in rows:
-        games[row["condition"]].append({**row, "game": numbers[row["game"]]})
+        games[row["condition"]].append(row)
     scored = {condition: scored_games(played, index) for condition, played in games.items()}
     n, prior = len(traits), settings.prior
-    resampled = bootstrap(scored, len(numbers), n, settings.resamples, prior, seed)
+    if prior == 0:
+        for condition, condition_games in scored.items():
+            check_connected(condition, condition_games, traits)
+    first, second = (np.array([index[row[side]] for row in rows]) for side in ("first", "second"))
+    pairs = unordered_pairs(first, second)
+    resampled = bootstrap(scored, pairs, n, settings.resamples, prior, seed)
     estimates = {c: estimate_strengths(s, resampled[c], prior) for c, s in scored.items()}
     rated = []
     for condition in games:
@@ -194,8 +222,33 @@ def rate(rows: list[dict[str, Any]], settings: Rating, seed: int) -> list[dict[s
     return rated
 
 
+def check_connected(condition: str, scored: ScoredGames, traits: list[str]) -> None:
+    """Raise StageFailed if the games alone do not determine the ratings of all traits."""
+    wins = scored.wins(len(traits))
+    groups = connected_groups(wins + wins.T)
+    unplayed = [trait for trait, group in zip(traits, groups, strict=True) if group == 0]
+    remedy = "set evaluation.rating.prior above 0, play more games, or use another judge"
+    if unplayed:
+        raise StageFailed(
+            f"evaluation.rating.prior is 0, but {len(unplayed)} traits have no game with a "
+            f"readable verdict under condition {condition!r} ({', '.join(unplayed[:5])}), so that "
+            f"their strength is undetermined; {remedy}"
+        )
+    if groups.max() > 1:
+        raise StageFailed(
+            f"evaluation.rating.prior is 0, but the scored games under condition {condition!r} "
+            f"split the traits into {groups.max()} groups that never met, so that their relative "
+            f"strength is undetermined; {remedy}"
+        )
+
+
 def nan_to_none(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def zero_to_nan(groups: Array) -> Array:
+    """The numbers of the groups; NaN for traits that are in none."""
+    return np.where(groups > 0, groups, np.nan)
 
 
 def sequential_elo(games: ScoredGames, traits: int, settings: Rating) -> Array:
@@ -220,12 +273,15 @@ def rating_columns(
     values = {"rating": rating, "low": low, "high": high}
     start, scale = settings.start, settings.scale
     columns: dict[str, Any] = {k: elo_points(v, start, scale) for k, v in values.items()}
+    columns["group"] = zero_to_nan(estimates[condition].groups)
     if condition != "base" and "base" in estimates:
-        change, error = estimates[condition].minus(estimates["base"]).with_errors()
+        difference = estimates[condition].minus(estimates["base"])
+        change, error = difference.with_errors()
         low, high = interval(change, error)
         values = {"change": change, "change_low": low, "change_high": high}
         columns |= {name: elo_points(value, 0, scale) for name, value in values.items()}
-        columns["p"] = p_values(change, error)
+        columns["change_group"] = zero_to_nan(difference.groups)
+        columns["p"] = p_values(change, error, difference.freedom)
         columns["significant"] = discoveries(columns["p"], settings.false_discovery_rate)
     return columns
 
@@ -252,33 +308,64 @@ def notes(job: Job) -> list[str]:
 
 def correlations(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rank correlation of each condition's ratings with base's, over all framings."""
-    ratings: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["framing"] == ALL_FRAMINGS and row["rating"] is not None:
-            ratings.setdefault(row["condition"], {})[row["trait"]] = row["rating"]
+    ratings = {c: grouped_ratings(rated) for c, rated in overall_by_condition(rows).items()}
     base = ratings.pop("base", {})
     return {c: vars(rank_correlation(base, rated)) for c, rated in ratings.items()}
 
 
+def count_groups(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """By condition, the number of groups of traits that never met, over all framings."""
+    by_condition = overall_by_condition(rows)
+    return {c: max(r["group"] or 0 for r in rated) for c, rated in by_condition.items()}
+
+
+def overall_by_condition(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows over all framings, by condition."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["framing"] == ALL_FRAMINGS:
+            grouped.setdefault(row["condition"], []).append(row)
+    return grouped
+
+
+def common_games(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The games that all conditions played.
+
+    A persona leaves out the games whose prompt it was trained on, which base may have played.
+    """
+    played: dict[str, set[int]] = {}
+    for row in rows:
+        played.setdefault(row["condition"], set()).add(row["game"])
+    shared = set.intersection(*played.values())
+    return [row for row in rows if row["game"] in shared]
+
+
 def build(job: Job) -> StageResult:
     table = read_all(job.parents, "evaluation/preferences", columns=list(GAME_COLUMNS))
-    rows = table.to_pylist()  # dropped rows have no verdict and count as unscored
+    rows = common_games(table.to_pylist())  # dropped rows have no verdict and count as unscored
     rated = []
     for framing in [ALL_FRAMINGS, *sorted({row["framing"] for row in rows})]:
         games = [row for row in rows if framing in (ALL_FRAMINGS, row["framing"])]
         seed = row_seed(job.recipe.seed, job.stage.name, framing)
         rated += [{**row, "framing": framing} for row in rate(games, job.config, seed)]
-    job.store.write_table(job.dataset, pa.Table.from_pylist(rated, schema=SCHEMA))
-    return StageResult(len(rated), figures={"spearman_with_base": correlations(rated)})
+    table = pa.Table.from_pylist(rated, schema=SCHEMA)
+    job.store.write_table(job.dataset, table)
+    rated = table.to_pylist()
+    figures = {"spearman_with_base": correlations(rated), "groups": count_groups(rated)}
+    return StageResult(len(rated), figures=figures)
 
 
 # ----------------------------------------------------------------------------------------- report
 
 NOTE = """\
 Bradley-Terry ratings of the same games, in Elo points about a mean of 1,000, with 95% intervals \
-from a bootstrap over games; intervals are wider where a trait won or lost few games. An asterisk \
-marks changes that are significant at the recipe's false-discovery rate. An unreadable verdict is \
-unscored and counts neither as a win nor as a loss."""
+from a bootstrap over pairs of traits; intervals are wider where a trait won or lost few games. An \
+asterisk marks changes that are significant at the recipe's false-discovery rate. An unreadable \
+verdict is unscored and counts neither as a win nor as a loss."""
+
+GROUPS_NOTE = """\
+The games split the traits into {groups} groups that never met. Ratings and changes are about the \
+mean of each group and cannot be compared across groups, so only the largest group is shown."""
 
 INTERVALS = {"rating": ("low", "high"), "change": ("change_low", "change_high")}
 """The columns of the ends of each interval."""
@@ -323,16 +410,25 @@ def interval_score(row: dict[str, Any], column: str) -> Score:
 
 
 def report(job: Job) -> list[Section]:
-    """The traits whose rating changed most."""
-    changes = trait_changes(read_overall(job))
+    """The traits whose rating changed most, of the largest group of traits."""
+    ratings = read_overall(job)
+    comparable = largest_group(ratings)
+    groups = max((row["change_group"] or 0 for row in ratings), default=0)
+    notes = (NOTE, fill(GROUPS_NOTE, groups=groups)) if groups > 1 else (NOTE,)
     return [
         TraitRatings(
             title="Trait preferences",
-            notes=(NOTE,),
-            traits=largest(changes, job.recipe.evaluation.report.traits),
-            total=len(changes),
+            notes=notes,
+            traits=largest(trait_changes(comparable), job.recipe.evaluation.report.traits),
+            total=len(trait_changes(ratings)),
         )
     ]
+
+
+def largest_group(ratings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without the traits whose change cannot be compared with the largest group's."""
+    others = {row["trait"] for row in ratings if (row["change_group"] or 1) > 1}
+    return [row for row in ratings if row["trait"] not in others]
 
 
 def trait_changes(ratings: list[dict[str, Any]]) -> list[TraitChange]:
