@@ -14,8 +14,9 @@ from opencharacter.api import Run
 from opencharacter.cli.plan import missing_here
 from opencharacter.config.placement import Placement, Resources
 from opencharacter.constitution import schema
-from opencharacter.distillation.teacher import expected_tokens
+from opencharacter.distillation.teacher import context_messages, expected_tokens
 from opencharacter.errors import UserError
+from opencharacter.evaluation import capabilities
 from opencharacter.models import memory_footprint
 from opencharacter.planning.cost import Cost, cost, planning_resources
 from opencharacter.planning.simulation import (
@@ -95,8 +96,40 @@ def test_single_process_training_is_not_divided_by_the_workers(make_jobs):
         assert takes.fixed == SPEEDS.training_start
         assert takes.work == found.trained / SPEEDS.training + found.read / SPEEDS.reading > 0
     assert estimates["capabilities"].read == 80 * 300
+    assert estimates["capabilities"].rows == 80 * 4  # by likelihood, and three values in chat
     # Under each of two conditions 8 answers and 8 of base's, learned from by four of five.
     assert estimates["robustness"].trained == 2 * (8 + 8) * 10 * 4
+
+
+def test_a_plan_counts_the_rows_of_every_document_and_metric(make_jobs):
+    tasks = [{"task": name} for name in ("mmlu", "hellaswag", "winogrande")]
+    for documents, rows in ((10, 57 * 10 + 2 * 10 + 10), (None, 14042 + 2 * 10042 + 1267)):
+        settings = {"capabilities": {"tasks": tasks, "documents": documents}}
+        for job in make_jobs(recipe_of(STUDENT, evaluation=settings)):
+            if job.stage.name == "evaluation/capabilities":
+                assert capabilities.estimate(job).rows == rows
+
+
+def test_a_plan_counts_the_constitution_in_prompts_of_the_prompted_student(make_jobs, poet):
+    def tokens_in(conditions):
+        stages = ("answers", "preferences", "attacks")
+        settings = {name: {"conditions": conditions} for name in stages}
+        settings["answers"]["count"], settings["preferences"]["games"] = 10, 20
+        settings["attacks"]["prompts"] = 5
+        made = make_jobs(recipe_of(STUDENT, evaluation=settings))
+        jobs = {job.stage.name: job for job in made if job.constitution is not None}
+        found = {name: jobs[f"evaluation/{name}"] for name in stages}
+        counts = {name: job.stage.module.estimate(job) for name, job in found.items()}
+        return {name: count.tokens_in for name, count in counts.items()}, found["attacks"]
+
+    prompted, job = tokens_in(["base", "prompted", "full"])
+    distilled, _ = tokens_in(["base", "distilled", "full"])
+    (context,) = context_messages(poet, exemplars=False)
+    prefix = len(context["content"]) // 4
+    assert prefix > 300
+    requests = {"answers": 10, "preferences": 20, "attacks": 5 * len(job.config.kinds)}
+    for name, count in requests.items():
+        assert prompted[name] - distilled[name] == count * prefix
 
 
 @pytest.mark.parametrize(("author", "work"), [("student", 1800), ("teacher", 72_000)])

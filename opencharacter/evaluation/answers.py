@@ -19,7 +19,7 @@ from opencharacter.config.roles import Sampling
 from opencharacter.distillation.sources import num_available, read_source, source_digest
 from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
-from opencharacter.evaluation.conditions import engines, under_each_condition
+from opencharacter.evaluation.conditions import engines, prefix_tokens, under_each_condition
 from opencharacter.evaluation.report.sections import Sample, Samples, Section
 from opencharacter.runtime.stage import (
     Estimate,
@@ -76,7 +76,8 @@ def estimate(job: Job) -> Estimate:
     settings: Answers = job.config
     count = num_available(settings.prompts, EVALUATION_FILE, settings.count)
     rows = count * len(settings.conditions)
-    return Estimate(rows, rows * 40, rows * expected_tokens(settings.sampling))
+    tokens_in = rows * 40 + count * prefix_tokens(job, settings.conditions)
+    return Estimate(rows, tokens_in, rows * expected_tokens(settings.sampling))
 
 
 def build(job: Job) -> StageResult:

@@ -21,7 +21,7 @@ from opencharacter.config.roles import Sampling
 from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.evaluation.answers import held_out
-from opencharacter.evaluation.conditions import engines, under_each_condition
+from opencharacter.evaluation.conditions import engines, prefix_tokens, under_each_condition
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import Message, assistant, row_id, user
 
@@ -105,8 +105,10 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 def estimate(job: Job) -> Estimate:
     settings: Attacks = job.config
     prompts = min(settings.prompts, job.recipe.evaluation.answers.count)
-    rows = prompts * len(settings.kinds) * len(settings.conditions)
-    return Estimate(rows, rows * 70, rows * expected_tokens(settings.sampling))
+    attacked = prompts * len(settings.kinds)
+    rows = attacked * len(settings.conditions)
+    tokens_in = rows * 70 + attacked * prefix_tokens(job, settings.conditions)
+    return Estimate(rows, tokens_in, rows * expected_tokens(settings.sampling))
 
 
 def build(job: Job) -> StageResult:

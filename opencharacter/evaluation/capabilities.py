@@ -88,6 +88,10 @@ SIZES = {
     OWN: 80,
 }
 """Number of documents of the paper's tasks and of ours, for `plan`."""
+SUBTASKS = {"mmlu": 57}
+"""Number of subtasks of a task, each with at most `documents` documents; others have one."""
+ROWS_PER_DOCUMENT = {"hellaswag": 2, "arc_challenge": 2, OWN: 4}
+"""Number of metrics of a task that are kept, for `plan`; others have one."""
 
 SCHEMA = pa.schema(
     [
@@ -406,14 +410,17 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     return [(TrainingWorkers(job.dataset, resources),)] if job.config.tasks else []
 
 
+def num_documents(task: str, limit: int | None) -> int:
+    """Number of a task's documents, as far as it is known; an upper bound for subtasks."""
+    size = SIZES.get(task, 0)
+    return size if limit is None else min(size, limit * SUBTASKS.get(task, 1))
+
+
 def estimate(job: Job) -> Estimate:
     settings: Capabilities = job.config
-    tasks = [
-        (min(SIZES.get(task.task, 0), settings.documents or math.inf), (task.shots or 0) + 1)
-        for task in settings.tasks
-    ]
-    rows = sum(int(documents) for documents, _ in tasks)
-    read = sum(int(documents) * shots * READ_TOKENS for documents, shots in tasks)
+    documents = {task: num_documents(task.task, settings.documents) for task in settings.tasks}
+    rows = sum(n * ROWS_PER_DOCUMENT.get(task.task, 1) for task, n in documents.items())
+    read = sum(n * ((task.shots or 0) + 1) * READ_TOKENS for task, n in documents.items())
     return Estimate(rows, read=read)
 
 

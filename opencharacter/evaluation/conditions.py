@@ -54,6 +54,9 @@ VARIANTS: dict[Condition, Variant] = {
 }
 """All conditions, in the order in which they are listed everywhere."""
 
+CHARACTERS_PER_TOKEN = 4
+"""For `plan`."""
+
 TRAINED = tuple(v.adapter_stage for v in VARIANTS.values() if v.adapter_stage)
 """The stages that make the conditions' adapters."""
 
@@ -87,6 +90,12 @@ def prefix_messages(job: Job, condition: Condition) -> list[Message]:
     if condition != "prompted":
         return []
     return teacher.context_messages(job.persona, exemplars=False)
+
+
+def prefix_tokens(job: Job, conditions: Sequence[Condition]) -> int:
+    """Tokens that `plan` expects before a prompt, summed over the conditions."""
+    messages = (m for condition in conditions for m in prefix_messages(job, condition))
+    return sum(len(message["content"]) // CHARACTERS_PER_TOKEN for message in messages)
 
 
 def system_message(prefix: list[Message], text: str) -> Message:

@@ -35,6 +35,7 @@ from opencharacter.evaluation import answers, judge
 from opencharacter.evaluation.conditions import (
     engines,
     in_order,
+    prefix_tokens,
     system_message,
     under_each_condition,
 )
@@ -174,7 +175,8 @@ def estimate(job: Job) -> Estimate:
     rows = len(conditions(job)) * job.config.games
     answer = expected_tokens(job.config.sampling)
     verdicts = rows * judge.verdict_tokens(job.recipe)
-    return Estimate(rows, rows * (300 + answer), rows * answer + verdicts, judged=verdicts)
+    tokens_in = rows * (300 + answer) + job.config.games * prefix_tokens(job, conditions(job))
+    return Estimate(rows, tokens_in, rows * answer + verdicts, judged=verdicts)
 
 
 def first_named(rows: list[Row]) -> dict[str, Any]:
