@@ -211,6 +211,18 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise UserError(f"model {model!r} cannot be downloaded ({reason}); give a path") from None
 
 
+def download_tokenizer(model: str, revision: str | None = None) -> Path | None:
+    """Download the tokenizer of a model on the Hugging Face Hub; None if that is not possible."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["tokenizer*", "*.jinja", "*.model", "generation_config.json"]
+    patterns += ["special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.py"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception:  # the download of the model reports the cause
+        return None
+
+
 def resolve_role(role: Role) -> Path:
     """Return the directory of a role's model, with the role's own chat template if it has one.
 

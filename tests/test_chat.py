@@ -7,19 +7,10 @@ from samples import ECHO_ROLE
 
 from opencharacter import models
 from opencharacter.config.roles import Role
-from opencharacter.errors import OpenCharacterError, UserError
-from opencharacter.text import chat
-from opencharacter.text.chat import (
-    assistant,
-    encode,
-    encode_answer,
-    fill,
-    load_tokenizer,
-    row_id,
-    row_seed,
-    system,
-    user,
-)
+from opencharacter.errors import OpenCharacterError
+from opencharacter.text import chat, templates
+from opencharacter.text.chat import assistant, fill, row_id, row_seed, system, user
+from opencharacter.text.templates import encode, encode_answer, load_tokenizer
 
 
 def test_fill_replaces_each_placeholder():
@@ -69,19 +60,20 @@ CONVERSATION = [
 ]
 
 
-def test_the_loss_mask_covers_assistant_turns_and_their_end_tokens_only(tokenizer):
-    ids, loss = encode(tokenizer, CONVERSATION)
-    loss_positions = tokenizer.decode([i for i, on in zip(ids, loss, strict=True) if on])
-    assert loss_positions == "First answer.<|im_end|>Second one.<|im_end|>"
-    ignored = tokenizer.decode([i for i, on in zip(ids, loss, strict=True) if not on])
+def test_the_loss_covers_assistant_turns_and_their_end_tokens_only(tokenizer):
+    (tokens,) = encode(tokenizer, CONVERSATION)
+    with_loss = tokenizer.decode([tokens.ids[i] for i in tokens.loss_positions])
+    assert with_loss == "First answer.<|im_end|>Second one.<|im_end|>"
+    positions = set(tokens.loss_positions)
+    ignored = tokenizer.decode([x for i, x in enumerate(tokens.ids) if i not in positions])
     assert "answer" not in ignored
     assert ignored.count("<|im_start|>assistant\n") == 2
 
 
 def test_tokens_equal_those_of_the_stock_template(tokenizer):
-    ids, _ = encode(tokenizer, CONVERSATION)
+    (tokens,) = encode(tokenizer, CONVERSATION)
     stock = tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False)
-    assert ids == list(stock)
+    assert tokens.ids == list(stock)
 
 
 def test_a_prompt_ends_where_the_loss_mask_begins(tokenizer):
@@ -90,16 +82,15 @@ def test_a_prompt_ends_where_the_loss_mask_begins(tokenizer):
     assert tokenizer.decode(answer) == "Because.<|im_end|>"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    import copy
-
+def test_a_template_that_rewrites_earlier_turns_gives_one_sequence_per_turn(tokenizer):
     fickle = copy.deepcopy(tokenizer)
     fickle.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}(gone)"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(UserError, match="rewrites turn"):
-        encode(fickle, CONVERSATION)
+    first, second = encode(fickle, CONVERSATION)
+    assert fickle.decode(first.ids) == "Be brief.HelloFirst answer.<|im_end|>"
+    assert fickle.decode(second.ids) == "Be brief.Hello(gone)And?Second one.<|im_end|>"
 
 
 def test_a_truncated_reply_is_trimmed_to_whole_sentences_only_if_configured():
@@ -144,7 +135,7 @@ def test_a_prefill_is_rendered_verbatim_with_any_thinking_template(
 ):
     thinking = copy.copy(tokenizer)
     thinking.chat_template = THINKING.replace("OPENED", opened)
-    assert chat.prompt(thinking, [user("Hi")], prefill) == text
+    assert templates.prompt(thinking, [user("Hi")], prefill) == text
 
 
 OWN_TOKENIZER = """
@@ -175,7 +166,7 @@ def test_python_files_are_downloaded_with_the_weights(monkeypatch, tmp_path):
 
     asked = []
 
-    def download(model, allow_patterns):
+    def download(model, revision, allow_patterns):
         asked.extend(allow_patterns)
         return tmp_path
 

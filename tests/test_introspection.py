@@ -143,8 +143,9 @@ TRANSCRIPT = [user("a"), assistant("One."), user("b"), assistant("Two.")]
 
 
 def text_with_loss(tokenizer, messages) -> str:
-    (tokens,) = sft.transcript_example(tokenizer, messages)
-    return tokenizer.decode([tokens.ids[i] for i in tokens.loss_positions])
+    """The tokens with a loss of all sequences; a template may need one sequence per turn."""
+    sequences = sft.transcript_example(tokenizer, messages)
+    return "".join(tokenizer.decode([s.ids[i] for i in s.loss_positions]) for s in sequences)
 
 
 def test_the_loss_mask_covers_the_assistant_turns(tokenizer):

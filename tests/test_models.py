@@ -21,7 +21,7 @@ from opencharacter.errors import UserError
 from opencharacter.runtime import manifests
 from opencharacter.runtime.stage import StageResult
 from opencharacter.runtime.staleness import explain_stale
-from opencharacter.text.chat import load_tokenizer
+from opencharacter.text.templates import load_tokenizer
 from opencharacter.training import adapters, packing, trainer
 from opencharacter.training.packing import Tokens
 

@@ -10,7 +10,7 @@ All defaults are here, not in the stages. Unless a docstring says otherwise they
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -23,7 +23,7 @@ from pydantic import (
 
 from opencharacter.config.base import AddedLater, Config, Name, NotIdentity, Rate
 from opencharacter.config.evaluation import Evaluation
-from opencharacter.config.roles import Limits, Roles, Sampling
+from opencharacter.config.roles import DATE_STRING, Limits, Role, Roles, Sampling
 
 
 class Prompts(Config):
@@ -321,6 +321,9 @@ class Recipe(Config):
     """Seed of the run. Each row's sampling seed derives from it, the stage and the row's id."""
     seeded_sampling: bool = True
     """Send a sampling seed with each request, so that a repeated run generates the same texts."""
+    date_string: Annotated[str, AddedLater("0.2")] = DATE_STRING
+    """Date that chat templates state instead of the current one, in training, generation and
+    serving alike. In the format of the default, it is converted to the format of each template."""
     roles: Roles
     """The models."""
     distillation: Distillation = Distillation()
@@ -331,6 +334,24 @@ class Recipe(Config):
     """Merging of the adapters."""
     evaluation: Evaluation = Evaluation()
     """What is measured."""
+
+    @model_validator(mode="after")
+    def _roles_state_the_date(self) -> Recipe:
+        if self.date_string != DATE_STRING:
+            object.__setattr__(self, "roles", self._with_date(self.roles))
+            object.__setattr__(self, "evaluation", self._with_date(self.evaluation))
+        return self
+
+    def _with_date(self, section: Any) -> Any:
+        """Return a section in which every role without a date has the recipe's."""
+        if isinstance(section, tuple):
+            return tuple(map(self._with_date, section))
+        if not isinstance(section, Config):
+            return section
+        changes = {name: self._with_date(value) for name, value in section}
+        if isinstance(section, Role) and section.date_string is None:
+            changes["date_string"] = self.date_string
+        return section.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _judges_have_distinct_names(self) -> Recipe:

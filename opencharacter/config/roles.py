@@ -10,6 +10,9 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, Pos
 
 from opencharacter.config.base import ECHO, AddedLater, Config, Name, NotIdentity, Rate
 
+DATE_STRING = "26 Jul 2024"
+"""The date that the chat templates of Llama 3 state by default."""
+
 
 def validate_endpoint(url: str) -> str:
     """Return `url` if it is an HTTP address without credentials; raise ValueError otherwise."""
@@ -51,6 +54,8 @@ class Role(Config):
     ] = None
     """Chat template that replaces the model's, or that a base model lacks: Jinja source, or the
     path of a file with it."""
+    date_string: Annotated[str | None, AddedLater("0.2")] = None
+    """Date that the chat template states, if it states one; the recipe's `date_string` if null."""
     name: Name
     """Short name of the model. The student's name is also the folder of its results in storage and
     the name of the base model on a server."""
@@ -75,7 +80,9 @@ class Role(Config):
     """Base URL of an OpenAI-compatible server that serves `model`; no engine is started then.
     Requests use two extensions of vLLM: `repetition_penalty`, if it is not 1, and
     `continue_final_message`, if the answer has a prefill. For a server that rejects them, set
-    `repetition_penalty: 1` and `prefill: false`."""
+    `repetition_penalty: 1` and `prefill: false`. The server renders its own chat template: the
+    recipe's date does not reach it, and templates such as GLM-4.5's and Qwen3's change a prefilled
+    thought, which needs `prefill: false`, too."""
     api_key_env: Annotated[str, NotIdentity] = "OPENAI_API_KEY"
     """Name of the environment variable that holds the endpoint's API key."""
     endpoint_concurrency: Annotated[PositiveInt, NotIdentity] = 64

@@ -20,8 +20,9 @@ from opencharacter.config.roles import Role
 from opencharacter.engines.conversations import Row
 from opencharacter.runtime.stage import Estimate, Job, StageResult, without_dropped
 from opencharacter.text import filters
-from opencharacter.text.chat import Message, assistant, load_tokenizer, row_id, user
+from opencharacter.text.chat import Message, assistant, row_id, user
 from opencharacter.text.statistics import TextBaseline, distinctive_words
+from opencharacter.text.templates import load_tokenizer
 
 RULES = (filters,)
 SCHEMA = pa.schema(

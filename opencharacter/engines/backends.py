@@ -14,7 +14,8 @@ from opencharacter.config.roles import Sampling
 from opencharacter.engines import weights
 from opencharacter.engines.spec import Engine, EngineSpec, Reply
 from opencharacter.errors import RowFailed, StageFailed
-from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant, prompt
+from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant
+from opencharacter.text.templates import load_tokenizer, prompt_ids
 
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two threads were a third slower than one on two cores
@@ -54,11 +55,10 @@ class VllmEngine:
         if spec.pool.tensor_parallel > 1:  # within this actor, whose GPUs are all on one node
             arguments.setdefault("distributed_executor_backend", "mp")
         self.model, self.max_model_len = str(base), spec.role.max_model_len
+        self.tokenizer = load_tokenizer(base, spec.role)
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self.model, **arguments))
         self.requests = 0
 
-    async def _generate(
-        self,
     async def swap(self, spec: EngineSpec) -> None:
         """Replace the weights by those of a spec that differs only in the merged adapter.
 
@@ -78,6 +78,8 @@ class VllmEngine:
             raise StageFailed("the prefix cache of an engine could not be cleared")
         self.model = str(folder)
 
+    async def _generate(
+        self,
         messages: list[Message],
         sampling: Sampling,
         seed: int | None,
@@ -87,9 +89,7 @@ class VllmEngine:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        tokenizer: Any = self.engine.get_tokenizer()
-        text = prompt(tokenizer, messages, prefill)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = prompt_ids(self.tokenizer, messages, prefill)
         remaining = self.max_model_len - len(ids)
         if remaining < 1:
             raise RowFailed(

@@ -33,7 +33,8 @@ from opencharacter.distillation import teacher
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation.conditions import uses_condition
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
-from opencharacter.text.chat import Message, assistant, encode_answer, load_tokenizer, user
+from opencharacter.text.chat import Message, assistant, user
+from opencharacter.text.templates import encode_answer, load_tokenizer, prompt_ids
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +61,9 @@ def last_states(model: Any, tokenizer: Any, conversation: list[Message]) -> torc
     """The residual stream after each layer where the answer begins; (layers, hidden), float32."""
     import torch
 
-    ids = tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, return_tensors="pt", return_dict=False
-    )
+    ids = torch.tensor([prompt_ids(tokenizer, conversation)], device=model.device)
     with torch.no_grad():
-        output = model(ids.to(model.device), output_hidden_states=True, use_cache=False)
+        output = model(ids, output_hidden_states=True, use_cache=False)
     return torch.stack([state[0, -1].float().cpu() for state in output.hidden_states[1:]])
 
 

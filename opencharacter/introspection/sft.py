@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from opencharacter.evaluation.report.sections import Section, training_curves
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
-from opencharacter.text.chat import encode
-from opencharacter.training.packing import Example, LossDenominators, Pack, Tokens
+from opencharacter.text.templates import encode
+from opencharacter.training.packing import Example, LossDenominators, Pack
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 def transcript_example(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
     """Tokenize a transcript; the tokens of all assistant turns have a loss."""
-    ids, loss_mask = encode(tokenizer, messages)
     # Paper: its code trains on the last message alone.
-    return [Tokens(ids, [i for i, has_loss in enumerate(loss_mask) if has_loss])]
+    return encode(tokenizer, messages)
 
 
 def make_examples(tokenizer: Any, rows: pa.Table) -> list[Example]:

@@ -13,6 +13,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -30,11 +31,13 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from opencharacter import models
 from opencharacter.config.placement import Serving
+from opencharacter.config.roles import Role
 from opencharacter.engines.backends import engine_arguments, environment
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.runtime.cluster import accelerator_resource
 from opencharacter.serving.catalogue import Catalogue
 from opencharacter.serving.protocol import ErrorBody, ResponsePart, coalesce
+from opencharacter.text.templates import adapted_template
 
 REQUEST_TYPES = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
 
@@ -55,6 +58,7 @@ def build_deployment(
         deployment_cls=PersonaServer,
         name_prefix="",
         bind_kwargs={
+            "role": spec.role,
             "catalogue": catalogue,
             "max_rank": max_rank,
             "max_chunks_per_second": serving.max_chunks_per_second,
@@ -184,12 +188,23 @@ class ReplicaEngine(VLLMEngine):
 
     Ray gives every GPU engine vLLM's distributed executor, which sends a message to another process
     at each step. Only engines on several GPUs need that.
+
+    The chat template is the one that the model was trained with.
+
+    Args:
+        llm_config: the engine's configuration.
+        role: the model, to which the chat template is adapted.
     """
+
+    def __init__(self, llm_config: LLMConfig, role: Role):
+        super().__init__(llm_config)
+        self.role = role
 
     def _prepare_engine_config(self, callback_ctx: Any) -> tuple[Any, Any, Any]:
         arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
         if config.parallel_config.world_size == 1 and not current_platform.is_cpu():
             config.parallel_config.distributed_executor_backend = "uni"
+        frontend.chat_template = adapted_template(models.resolve_role(self.role), self.role)
         return arguments, frontend, config
 
 
@@ -198,6 +213,7 @@ class PersonaServer(LLMServer):
 
     Args:
         llm_config: the engine's configuration.
+        role: the model.
         catalogue: the model's adapters; None for a model without adapters.
         max_rank: largest LoRA rank of the adapters.
         max_chunks_per_second: chunks per second over all streamed responses of this replica.
@@ -207,6 +223,7 @@ class PersonaServer(LLMServer):
         self,
         llm_config: LLMConfig,
         *,
+        role: Role,
         catalogue: Catalogue | None = None,
         max_rank: int = 0,
         max_chunks_per_second: int = 1,
@@ -216,7 +233,7 @@ class PersonaServer(LLMServer):
         self.load_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         await super().__init__(
             llm_config,
-            engine_cls=ReplicaEngine,
+            engine_cls=partial(ReplicaEngine, role=role),  # type: ignore
             model_downloader=lambda **_: self.loader,  # type: ignore
         )
         await self.warm_up(llm_config.model_id)
