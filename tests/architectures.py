@@ -269,7 +269,7 @@ loaded: a student for which it is not so is refused.
 - **Merge** is the largest difference of a log-probability between the adapter merged into the weights and the adapter
   beside them, in nats.
 
-Other architectures of transformers are allowed. Before a run, `plan` and `run` refuse those without linear layers or a
+Other architectures of transformers are allowed. A run refuses, before it starts, those without linear layers or a
 causal language model; the rest are verified when they are loaded. Whether vLLM serves an architecture, and whether it
 applies LoRA adapters to it, is vLLM's to say.
 

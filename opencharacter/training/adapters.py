@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from pathlib import Path
@@ -38,14 +39,15 @@ def load(path: Path, role: Role, on_gpu: bool) -> Any:
         dtype=torch.bfloat16 if on_gpu else torch.float32,
         trust_remote_code=role.trust_remote_code,
     )
-    try:
+    model: Any = None
+    with contextlib.suppress(AttributeError, KeyError, ValueError):
         model = from_pretrained(attn_implementation=packing.ATTENTION)
-        replaceable = model._can_set_attn_implementation()
-    except (AttributeError, KeyError, ValueError):
-        replaceable = False
-    if not replaceable:  # the architecture has a fixed attention
+    if model is None or not model._can_set_attn_implementation():  # its attention is fixed
         model = from_pretrained()
     disable_noise(model)
+    text = model.config.get_text_config()
+    if hasattr(text, "logits_soft_cap"):  # RecurrentGemma's name for what the fused head reads
+        text.final_logit_softcapping = text.logits_soft_cap
     add_fused_lm_head(model)
     return model
 

@@ -22,6 +22,8 @@ ATTENTION = "packed"
 """Value of `attn_implementation` that selects the attention function of this module."""
 IGNORED = -100
 """Label of a token without a loss."""
+MAX_HEAD_SIZE = 256
+"""Largest head that flash attention supports."""
 NEUTRAL_KEYWORDS = frozenset(
     {
         "cache_position",
@@ -246,8 +248,8 @@ def attention(
     """Compute causal attention within each sequence of a pack.
 
     On a GPU with 16-bit values this is PyTorch's variable-length flash attention. Elsewhere, and
-    for what that kernel does not support (float32, soft-capped scores, attention sinks), sequences
-    are processed one by one.
+    for what that kernel does not support (float32, soft-capped scores, attention sinks, large
+    heads), sequences are processed one by one.
 
     Args:
         module: the attention layer.
@@ -286,7 +288,7 @@ def attention(
             f"{type(module).__name__} received no cu_seq_lens_q and max_length_q, which attention "
             "over packs needs"
         )
-    plain = softcap is None and s_aux is None
+    plain = softcap is None and s_aux is None and query.shape[-1] <= MAX_HEAD_SIZE
     if plain and value.is_cuda and value.dtype.itemsize == 2:
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         # A rotary embedding in float32 changes the dtype to one that flash attention rejects.
