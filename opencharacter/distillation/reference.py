@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 import ray.data
 
 from opencharacter import models
@@ -20,7 +21,9 @@ from opencharacter.config.placement import Training
 from opencharacter.config.roles import Role
 from opencharacter.runtime import cluster
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
-from opencharacter.text.chat import assistant, encode_answer, load_tokenizer, user
+from opencharacter.text.chat import assistant, user
+from opencharacter.text.templates import encode_answer, load_tokenizer
+from opencharacter.training.architectures import student_notes
 from opencharacter.training.packing import Example, Tokens
 
 SIDES = ("chosen", "rejected")
@@ -80,8 +83,7 @@ class ReferenceModel:
     ):
         import torch
 
-        from opencharacter.training.adapters import adapted_layers, load, plan_memory
-        from opencharacter.training.frozen import quantize_linear
+        from opencharacter.training.adapters import load, plan_memory
 
         torch.set_num_threads(max(1, int(placement.cpus)))
         self.counters = counters
@@ -99,12 +101,27 @@ class ReferenceModel:
             )
         elif gpus:
             self.model = self.model.to("cuda")
-        if frozen_weights == "fp8":
+        self.packed: bool | None = None
+        self.frozen_weights = frozen_weights
+
+    def prepare(self) -> None:
+        """Verify the model, and quantize its weights.
+
+        Called with the first batch, because Ray Data hides the type of errors in `__init__`.
+        """
+        from opencharacter.training.adapters import adapted_layers
+        from opencharacter.training.frozen import quantize_linear
+        from opencharacter.training.probe import prepare
+
+        self.packed = prepare(self.model)
+        if self.frozen_weights == "fp8":
             quantize_linear(self.model, adapted_layers(self.model))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Convert rows of distillation/pairs to rows of `SCHEMA`."""
-        self.counters.set.remote()
+        if self.packed is None:
+            self.prepare()
+        self.counters.set.remote(packed=self.packed)
         rows = [
             {"id": row["id"], "drop_reason": None, **tokenize(self.tokenizer, row)}
             for row in table.to_pylist()
@@ -185,6 +202,10 @@ def compute_reference(job: Job, pairs: pa.Table, counters: Any) -> pa.Table:
     return pa.concat_tables([table.cast(SCHEMA) for table in tables]).sort_by("id")
 
 
+def notes(job: Job) -> list[str]:
+    return student_notes(job.recipe.roles.student)
+
+
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     return [(job.workers(),)]
 
@@ -201,7 +222,7 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> StageResult:
     from opencharacter.engines.allocation import acquire
     from opencharacter.engines.generate import silence_ray_data
-    from opencharacter.runtime.progress import active_seconds, start_counters
+    from opencharacter.runtime.progress import active_seconds, console, start_counters
 
     silence_ray_data()
     pairs, workers = job.read("distillation/pairs"), job.workers()
@@ -209,6 +230,13 @@ def build(job: Job) -> StageResult:
     with acquire(job.dataset, [workers], job.placement.autoscaling_resources) as allocation:
         rows = compute_reference(job, pairs, counters)
         allocation.work_seconds = active_seconds(counters)
+    packed = bool(ray.get(counters.read.remote()).get("packed", True))
     counters.end.remote()
+    if not packed:
+        console.print(
+            f"{job.dataset}: training processes one sequence per forward pass, because "
+            "the student does not support packing",
+            soft_wrap=True,
+        )
     tokens = sum(pc.sum(pc.list_value_length(rows[name])).as_py() or 0 for name in ID_COLUMNS)
-    return job.write(rows, figures={"tokens_read": tokens})
+    return job.write(rows, figures={"tokens_read": tokens, "packed": packed})

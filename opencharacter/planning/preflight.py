@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from opencharacter import lora, models
+from opencharacter.config.base import ECHO, EMBEDDED
+from opencharacter.config.roles import Role
 from opencharacter.errors import UserError
 from opencharacter.runtime.rebuild import is_rebuilt
 from opencharacter.runtime.stage import Job
+from opencharacter.text.templates import (
+    check_continuation,
+    check_template,
+    check_trainable,
+    load_tokenizer,
+)
+from opencharacter.training.architectures import check_student
 
 
 def require_models(selected: list[Job]) -> None:
     """Raise UserError if a model that cannot be downloaded is missing, or an endpoint's key is."""
     for job in selected:
-        roles = [(name, getattr(job.recipe.roles, name)) for name in job.stage.roles]
-        roles += [("judge", role) for role in getattr(job.config, "panel", ())]
-        for name, role in roles:
+        for name, role in job_roles(job):
             missing = models.missing_requirement(role)
             if missing and (role.endpoint or not models.is_hub(role.model)):
                 raise UserError(f"role {name}: missing {missing}")
 
 
+def job_roles(job: Job) -> list[tuple[str, Role]]:
+    """Return the names and models of the roles that a job uses."""
+    roles = [(name, getattr(job.recipe.roles, name)) for name in job.stage.roles]
+    return roles + [("judge", role) for role in getattr(job.config, "panel", ())]
+
+
 def check_training(selected: list[Job]) -> None:
-    """Raise UserError for more workers than rows in a batch, or a rank that no engine supports."""
+    """Raise UserError for a student that cannot be trained, or settings that cannot work.
+
+    These are more workers than rows in a batch, and a rank that no engine supports.
+    """
     for job in selected:
+        if hasattr(job.config, "optimizer") or job.stage.name == "distillation/reference":
+            check_student(job.recipe.roles.student, job.placement.training)
         workers = job.placement.training.workers
         if hasattr(job.config, "optimizer") and workers > job.config.optimizer.global_batch_size:
             raise UserError(
@@ -34,9 +54,53 @@ def check_training(selected: list[Job]) -> None:
             lora.allowed_rank(job.config.rank or ranks)
 
 
+def will_run(job: Job, rebuild: str | None) -> bool:
+    """Whether a run makes the dataset of a selected job."""
+    return job.state()[0] != "done" or is_rebuilt(job, rebuild)
+
+
+def check_templates(selected: list[Job], rebuild: str | None) -> None:
+    """Raise UserError if a role's chat template does not work for the stages that will run.
+
+    A template is skipped if its tokenizer is neither on this machine nor can be downloaded.
+    """
+    prefilled: dict[tuple[str, Role], bool] = {}
+    for job in selected:
+        for key in job_roles(job) if will_run(job, rebuild) else ():
+            prefilled[key] = prefilled.get(key, False) or getattr(job.config, "prefill", False)
+    for (name, role), prefill in prefilled.items():
+        if role.model.startswith((ECHO, EMBEDDED)):  # the embedded model's template is tested
+            continue
+        tokenizer = find_tokenizer(role)
+        if tokenizer is None:
+            continue
+        try:
+            check_template(tokenizer)
+            if name == "student":
+                check_trainable(tokenizer)
+            if role.endpoint and prefill:
+                check_continuation(tokenizer)
+        except UserError as error:
+            raise UserError(f"role {name}: {error}") from None
+
+
+def find_tokenizer(role: Role) -> Any:
+    """Load a role's tokenizer, which is downloaded if need be; None if it is not available.
+
+    An endpoint's model may have any name, so nothing is downloaded for it.
+    """
+    folder = models.local_weights(role.model, role.revision)
+    if folder is None and models.is_hub(role.model) and not role.endpoint:
+        folder = models.download_tokenizer(role.model, role.revision)
+    try:
+        return load_tokenizer(folder, role) if folder else None
+    except (OSError, ValueError):  # loading the model reports the cause
+        return None
+
+
 def check_stages(selected: list[Job], rebuild: str | None) -> None:
     """Call `check(job)` of the stages that will run, and read the files that they depend on."""
     for job in selected:
-        if job.state()[0] != "done" or is_rebuilt(job, rebuild):
+        if will_run(job, rebuild):
             _ = job.fingerprint  # reads the files that are part of the identity
             getattr(job.stage.module, "check", lambda _: None)(job)

@@ -46,7 +46,7 @@ from opencharacter.runtime.progress import (
 )
 from opencharacter.runtime.stage import Job, StageResult, without_dropped
 from opencharacter.runtime.store import SHARDS, RemoteDir, Store
-from opencharacter.text.chat import load_tokenizer
+from opencharacter.text.templates import load_tokenizer
 from opencharacter.training import packing
 from opencharacter.training.adapters import (
     adapted_layers,
@@ -60,6 +60,7 @@ from opencharacter.training.adapters import (
 )
 from opencharacter.training.frozen import fuse_lora
 from opencharacter.training.packing import Example, LossDenominators, Pack
+from opencharacter.training.probe import prepare
 
 CURVES = pa.schema(
     [
@@ -241,6 +242,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     models.weight_names(path, adapted_layers(model))  # fail now if a later merge would fail
     model.config._name_or_path = task.role.model
     memory = plan_memory(model, placement, max(map(packing.num_tokens, examples)))
+    verify_packing(model, placement)
     transformers.set_seed(task.seed)  # all workers initialize the same adapter
     model = add_lora(model, task.lora, memory.activation_checkpointing, select_kernels(placement))
     rank = ray.train.get_context().get_world_rank()
@@ -265,6 +267,24 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         else:
             trainer.train()
         save(task, trainer, tokenizer, Path(scratch), rank)
+
+
+def verify_packing(model: Any, placement: Training) -> None:
+    """Move a model to its device and choose how it processes packs; see `probe.prepare`.
+
+    A model that will be sharded does not fit on one GPU, so it is verified on the CPU.
+
+    Raises:
+        UserError: if the log-probabilities would be wrong.
+    """
+    sharded = placement.strategy == "fsdp"
+    if placement.gpus and not sharded:
+        model.to("cuda")
+    if not prepare(model) and sharded:
+        raise UserError(
+            f"{model.config.model_type}: its sequences are processed one by one, which does not "
+            "work with strategy: fsdp; set strategy: ddp"
+        )
 
 
 def fuse_frozen(model: Any, task: TrainingTask) -> None:
