@@ -97,6 +97,7 @@ class Run:
         pipeline.check(selected, rebuild)
         preflight.require_models(selected)
         preflight.check_training(selected)
+        preflight.check_templates(selected, rebuild)
         preflight.check_stages(selected, rebuild)
         self.store.check_writable()
         return selected

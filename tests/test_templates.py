@@ -22,6 +22,7 @@ from opencharacter.planning import preflight
 from opencharacter.text.chat import EMPTY_THOUGHT, assistant, system, user
 from opencharacter.text.templates import (
     adapt_template,
+    adapted_template,
     check_continuation,
     check_template,
     check_trainable,
@@ -97,6 +98,15 @@ def test_the_template_of_the_embedded_model_is_not_changed(tokenizer):
     adapted = copy.deepcopy(tokenizer)
     adapt_template(adapted, Role.model_validate(ECHO_ROLE))
     assert adapted.chat_template == source
+
+
+def test_a_server_gets_a_template_only_if_it_was_adapted(make, tmp_path, tiny_model):
+    role = Role.model_validate(ECHO_ROLE)
+    assert adapted_template(tiny_model, role) is None
+    tokenizer = make("qwen3", thinks=True)  # the template as it is published
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = adapted_template(tmp_path / "model", role)
+    assert source == make("qwen3").chat_template != tokenizer.chat_template
 
 
 def test_adapting_a_template_twice_changes_nothing(make):
