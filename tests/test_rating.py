@@ -315,6 +315,22 @@ def test_groups_of_traits_that_never_met_are_rated_and_ranked_apart():
     assert {row["trait"] for row in rating.largest_group(rows)} == set("abc")
 
 
+def test_the_report_says_that_groups_cannot_be_compared(make_jobs, echo_recipe):
+    (job,) = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/rating")
+
+    def section(pairs):
+        result = rating.rate(games_of(pairs), Rating(resamples=100), seed=1)
+        rows = [{**row, "framing": "all"} for row in result]
+        job.store.write_table(job.dataset, pa.Table.from_pylist(rows, schema=rating.SCHEMA))
+        return rating.report(job)[0]
+
+    joined, split = section([("a", "b"), ("b", "c")]), section([("a", "b"), ("b", "c"), ("x", "y")])
+    assert joined.notes == (rating.NOTE,)
+    assert "2 groups that never met" in split.notes[1]
+    assert {trait.trait for trait in split.traits} == set("abc")
+    assert split.total == 5
+
+
 def test_a_change_is_compared_only_within_groups_of_both_conditions():
     joined = [("a", "b"), ("b", "c"), ("c", "d")]
     rows = games_of(joined)

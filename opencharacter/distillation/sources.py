@@ -203,5 +203,6 @@ def turn_text(turn: Any) -> str:
         turn = next((turn[field] for field in CONTENT_FIELDS if turn.get(field)), None)
     if isinstance(turn, list):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in turn]
-        turn = "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+        texts = [part for part in parts if isinstance(part, str)]
+        turn = "\n".join(texts) if len(texts) == len(parts) else None
     return turn.strip() if isinstance(turn, str) else ""

@@ -30,6 +30,7 @@ from opencharacter.config.evaluation import Rating
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.evaluation.paired_comparison import (
     Array,
+    Indices,
     ScoredGames,
     StrengthEstimate,
     bootstrap,
@@ -246,7 +247,7 @@ def nan_to_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def zero_to_nan(groups: Array) -> Array:
+def zero_to_nan(groups: Indices) -> Array:
     """The numbers of the groups; NaN for traits that are in none."""
     return np.where(groups > 0, groups, np.nan)
 
