@@ -1,7 +1,7 @@
-"""Print the log-probabilities that vLLM on the CPU gives to the tokens of sequences, as JSON.
+"""Continue prompts greedily with vLLM on the CPU; write the tokens and their log-probabilities.
 
-Run: python tests/log_probs.py MODEL SEQUENCES.json RESULT.json [ADAPTER]
-The sequences are lists of token ids; the first token of each has no log-probability.
+Run: python tests/log_probs.py MODEL PROMPTS.json RESULT.json [ADAPTER]
+The prompts are lists of token ids. The result is a list of pairs: tokens and log-probabilities.
 """
 
 import json
@@ -9,8 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+MAX_TOKENS = 24
 
-def main(model: str, sequences: str, result: str, adapter: str | None = None) -> None:
+
+def main(model: str, prompts: str, result: str, adapter: str | None = None) -> None:
     from opencharacter import lora
     from opencharacter.engines.backends import CPU_ENVIRONMENT
 
@@ -30,20 +32,19 @@ def main(model: str, sequences: str, result: str, adapter: str | None = None) ->
         block_size=32,
         enforce_eager=True,
         enable_chunked_prefill=False,
-        enable_prefix_caching=False,
         **arguments,
     )
-    ids = json.loads(Path(sequences).read_text())
     outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=sequence) for sequence in ids],
-        SamplingParams(max_tokens=1, prompt_logprobs=0),
+        [TokensPrompt(prompt_token_ids=ids) for ids in json.loads(Path(prompts).read_text())],
+        SamplingParams(max_tokens=MAX_TOKENS, temperature=0, logprobs=0),
         lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
     )
-    log_probs = []
-    for sequence, output in zip(ids, outputs, strict=True):
-        positions = zip(sequence[1:], output.prompt_logprobs[1:], strict=True)
-        log_probs.append([position[token].logprob for token, position in positions])
-    Path(result).write_text(json.dumps(log_probs))
+    replies = []
+    for output in outputs:
+        tokens, log_probs = list(output.outputs[0].token_ids), output.outputs[0].logprobs
+        positions = zip(tokens, log_probs, strict=True)
+        replies.append([tokens, [position[token].logprob for token, position in positions]])
+    Path(result).write_text(json.dumps(replies))
 
 
 if __name__ == "__main__":

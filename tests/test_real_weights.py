@@ -17,7 +17,8 @@ from samples import cli, embedded_recipe
 
 from opencharacter import models
 from opencharacter.config.roles import Role
-from opencharacter.text.chat import assistant, load_tokenizer, system, user
+from opencharacter.text.chat import assistant, system, user
+from opencharacter.text.templates import load_tokenizer
 
 HERE = Path(__file__).parent
 QUESTIONS = ("What do you see when it rains?", "How do I boil an egg?", "Who are you?")
@@ -31,10 +32,10 @@ GGUF_ROLES = {
         "chat_template": str(HERE / "gemma.jinja"),
     },
 }
-MAX_LORA_DIFFERENCE = 1e-3
-"""Nats, in float32, between vLLM with the adapter and transformers with PEFT."""
-MAX_MERGED_DIFFERENCE = 0.1
-"""Nats between vLLM with the merged weights, which are rounded to bfloat16, and PEFT."""
+MAX_DIFFERENCE = 1e-3
+"""Nats in float32 between vLLM and transformers for the same weights."""
+MAX_ROUNDING = 0.1
+"""Nats between the merged weights, which are rounded to bfloat16, and the separate adapter."""
 
 
 def recipe_of(fields: dict) -> dict:
@@ -45,43 +46,55 @@ def recipe_of(fields: dict) -> dict:
     return recipe
 
 
-def conversations(tokenizer) -> list[list[int]]:
-    """Token ids of complete conversations, the last with a system prompt."""
-    chats = [[user(question), assistant(ANSWER)] for question in QUESTIONS]
+def prompts(tokenizer) -> list[list[int]]:
+    """Token ids of prompts of one and three turns, the last with a system prompt."""
+    chats = [[user(question)] for question in QUESTIONS]
+    chats.append([*chats[0], assistant(ANSWER), *chats[1]])
     chats.append([system("You are a poet."), *chats[0]])
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    texts = [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for chat in chats
+    ]
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def log_probs(model, sequences: list[list[int]]) -> list[torch.Tensor]:
-    """Log-probabilities of all tokens but the first, by transformers."""
-    results = []
-    for sequence in sequences:
-        ids = torch.tensor([sequence])
-        with torch.no_grad():
-            logits = model(ids).logits[0, :-1].float().log_softmax(-1)
-        results.append(logits.gather(1, ids[0, 1:, None])[:, 0])
-    return results
-
-
-def vllm_log_probs(folder: Path, model: Path, sequences: list[list[int]], *adapter: str):
-    """The same by vLLM, in another process."""
-    (folder / "sequences.json").write_text(json.dumps(sequences))
-    arguments = [model, folder / "sequences.json", folder / "result.json", *adapter]
+def continue_with_vllm(folder: Path, model: Path, prompts: list[list[int]], *adapter: str):
+    """Greedy replies of vLLM: their tokens, and the log-probabilities of these."""
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    arguments = [model, folder / "prompts.json", folder / "replies.json", *adapter]
     command = [sys.executable, str(HERE / "log_probs.py"), *map(str, arguments)]
     subprocess.run(command, check=True)
-    return [torch.tensor(each) for each in json.loads((folder / "result.json").read_text())]
+    return json.loads((folder / "replies.json").read_text())
 
 
-def largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    pairs = zip(first, second, strict=True)
-    return max(float((one - other).abs().max()) for one, other in pairs)
+def log_probs(model, prompt: list[int], reply: list[int]) -> torch.Tensor:
+    """Log-probabilities of a reply's tokens by transformers."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(1, torch.tensor(reply)[:, None])[:, 0]
+
+
+def largest_difference(model, prompts: list[list[int]], replies: list) -> float:
+    """Largest difference of a reply's log-probabilities between vLLM and transformers, in nats."""
+    return max(
+        float((log_probs(model, prompt, tokens) - torch.tensor(by_vllm)).abs().max())
+        for prompt, (tokens, by_vllm) in zip(prompts, replies, strict=True)
+    )
 
 
 def train_and_compare(folder: Path, fields: dict) -> dict[str, float]:
-    """Make a persona and compare its log-probabilities; returns the largest differences."""
+    """Make a persona and return the largest differences of log-probabilities, in nats.
+
+    Returns:
+        `adapter`: vLLM with the adapter, transformers with PEFT; `merged`: both with the merged
+        weights; `rounding`: vLLM with the merged weights, transformers with PEFT; `training`:
+        vLLM with the adapter, transformers without.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
+    def load(path: Path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
     recipe = recipe_of(fields)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
@@ -91,25 +104,24 @@ def train_and_compare(folder: Path, fields: dict) -> dict[str, float]:
     role = Role.model_validate(recipe["roles"]["student"])
     base = models.resolve_role(role)
     (adapter,) = (folder / "runs").glob("*/poeticism/persona/merge/adapter")
-    sequences = conversations(load_tokenizer(base, role))
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    before = log_probs(plain, sequences)
-    expected = log_probs(PeftModel.from_pretrained(plain, str(adapter)), sequences)
-    del plain
-    with_adapter = vllm_log_probs(folder, base, sequences, str(adapter))
-    merged = vllm_log_probs(folder, models.merge_into_base(base, adapter), sequences)
-    return {
-        "training": largest_difference(before, expected),
-        "adapter": largest_difference(with_adapter, expected),
-        "merged": largest_difference(merged, expected),
-    }
+    merged = models.merge_into_base(base, adapter)
+    ids = prompts(load_tokenizer(base, role))
+    by_adapter = continue_with_vllm(folder, base, ids, str(adapter))
+    by_merged = continue_with_vllm(folder, merged, ids)
+    differences = {"training": largest_difference(load(base), ids, by_adapter)}
+    differences["merged"] = largest_difference(load(merged), ids, by_merged)
+    with_peft = PeftModel.from_pretrained(load(base), str(adapter))
+    differences["adapter"] = largest_difference(with_peft, ids, by_adapter)
+    differences["rounding"] = largest_difference(with_peft, ids, by_merged)
+    return differences
 
 
 def check(differences: dict[str, float]) -> None:
     print(json.dumps(differences))
-    assert differences["training"] > 10 * MAX_LORA_DIFFERENCE  # so that the comparison means much
-    assert differences["adapter"] < MAX_LORA_DIFFERENCE
-    assert differences["merged"] < MAX_MERGED_DIFFERENCE
+    assert differences["training"] > 10 * MAX_DIFFERENCE  # otherwise the others would mean little
+    assert differences["adapter"] < MAX_DIFFERENCE
+    assert differences["merged"] < MAX_DIFFERENCE
+    assert differences["rounding"] < MAX_ROUNDING
 
 
 @pytest.mark.slow
