@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from opencharacter import lora
 from opencharacter.cache import cache_dir, cached_file_hash, create_once, file_hash
-from opencharacter.config.base import ECHO, EMBEDDED
+from opencharacter.config.base import ECHO, EMBEDDED, LOCAL
 from opencharacter.config.roles import Role
 from opencharacter.errors import UserError
 
@@ -74,7 +74,7 @@ def missing_requirement(role: Role) -> str | None:
 
 def looks_local(model: str) -> bool:
     """Whether a model's name is a path."""
-    return model.startswith(("/", "./", "../", "~"))
+    return model.startswith(LOCAL)
 
 
 def is_hub(model: str) -> bool:

@@ -216,6 +216,8 @@ def test_the_manifest_records_the_commit_of_a_hub_model(tmp_path, make_jobs, mon
     )
     models.resolve_role(recipe.roles.student)
     assert seen["revision"] == "v2"
+    with pytest.raises(ValueError, match="revision 'v2' is for models on the Hugging Face Hub"):
+        local_recipe("/models/model", revision="v2")
 
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<file_sep>\n{% endfor %}"

@@ -25,6 +25,8 @@ from pydantic.fields import FieldInfo
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 EMBEDDED = "embedded:"
 ECHO = "echo:"
+LOCAL = ("/", "./", "../", "~")
+"""Beginnings of a model's name that make it a path."""
 
 
 class NotIdentity:

@@ -6,9 +6,25 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from opencharacter.config.base import ECHO, AddedLater, Config, Name, NotIdentity, Rate
+from opencharacter.config.base import (
+    ECHO,
+    EMBEDDED,
+    LOCAL,
+    AddedLater,
+    Config,
+    Name,
+    NotIdentity,
+    Rate,
+)
 
 DATE_STRING = "26 Jul 2024"
 """The date that the chat templates of Llama 3 state by default."""
@@ -87,6 +103,15 @@ class Role(Config):
     """Name of the environment variable that holds the endpoint's API key."""
     endpoint_concurrency: Annotated[PositiveInt, NotIdentity] = 64
     """Maximum number of concurrent requests to the endpoint."""
+
+    @model_validator(mode="after")
+    def _revision_is_of_the_hub(self) -> Role:
+        if self.revision and self.model.startswith((*LOCAL, EMBEDDED, ECHO)):
+            raise ValueError(
+                f"revision {self.revision!r} is for models on the Hugging Face Hub, and "
+                f"{self.model!r} is not; remove it"
+            )
+        return self
 
     @property
     def has_weights(self) -> bool:
