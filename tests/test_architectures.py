@@ -108,6 +108,17 @@ def test_gradients_are_those_of_sequences_that_are_processed_alone(name, tmp_pat
     assert (together - alone).norm() < 1e-4 * alone.norm()
 
 
+def test_an_unknown_architecture_that_leaks_between_sequences_is_found_in_16_bits(
+    tmp_path, monkeypatch
+):
+    write_model("lfm2", tmp_path)
+    for name in ("KNOWN", "SEQUENTIAL"):
+        monkeypatch.setattr(architectures, name, frozenset())
+    monkeypatch.setattr(probe, "MAX_MEAN_DIFFERENCE", float("inf"))
+    model = adapters.load(tmp_path, ROLE, on_gpu=False).to(torch.bfloat16)
+    assert not probe.prepare(model)
+
+
 def test_an_empty_pack_works_one_by_one(tmp_path):
     write_model("lfm2", tmp_path)
     model = adapters.load(tmp_path, ROLE, on_gpu=False)
