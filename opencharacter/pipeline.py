@@ -190,7 +190,8 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
         rebuild: name of a stage whose datasets are made again, with all that depend on them.
 
     Yields:
-        Each job that ran, with its manifest, when it ends.
+        Each job that ran, with its manifest, when it ends. Jobs that the recipe does not use are
+        left out.
     """
     check(selected, rebuild)
     marker = begin_rebuild(selected, rebuild) if rebuild else None
@@ -210,7 +211,7 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
             waiting = [other for other in waiting if not depends_on(other, job)]
             if waiting or running:
                 print_failure(job, result)
-        else:
+        elif job.is_enabled:
             yield job, result
     if errors:
         raise errors[-1]
@@ -224,8 +225,11 @@ def next_job(waiting: list[Job], running: list[Job]) -> Job | None:
     if not unfinished:
         return None
     stop_unused_engines(requests_of(unfinished))
+    startable = ready(waiting, running)
+    if unused := next((job for job in startable if not job.is_enabled), None):
+        return unused  # writes its manifest and nothing else
     available = capacity(unfinished[0].placement.autoscaling_resources)
-    return choose(ready(waiting, running), running, running_engines(), available)
+    return choose(startable, running, running_engines(), available)
 
 
 def depends_on(job: Job, other: Job) -> bool:

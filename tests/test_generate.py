@@ -1,10 +1,12 @@
 """Generation with the echo engine: Ray Data, tasks, shards and resuming."""
 
+import warnings
 from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.util.annotations import RayDeprecationWarning
 from samples import ECHO_ROLE, recipe_of
 
 from opencharacter import pipeline
@@ -12,7 +14,7 @@ from opencharacter.config.placement import Placement
 from opencharacter.config.roles import Sampling
 from opencharacter.engines.backends import ENGINE_ERROR
 from opencharacter.engines.conversations import ROW_FIELDS, EngineRef, run_conversations
-from opencharacter.engines.generate import block_rows, generate
+from opencharacter.engines.generate import block_rows, generate, stored_counts
 from opencharacter.engines.spec import engine_spec
 from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.runtime.progress import start_counters
@@ -140,6 +142,14 @@ def test_too_many_dropped_rows_fail_the_stage_with_the_main_reason(cpu_ray, make
     with pytest.raises(StageFailed, match=r"dropped .* limit 10%.*'too_long'"):
         list(pipeline.run(jobs))
     assert jobs[-1].state()[0] != "done"
+
+
+def test_tasks_with_large_blocks_are_spread_without_a_deprecation_warning(cpu_ray):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RayDeprecationWarning)
+        dataset = stored_counts([pa.table({"id": ["1"]})], {}, 1)
+    assert dataset.context.scheduling_strategy == "SPREAD"
+    assert dataset.context.scheduling_strategy_large_args == "SPREAD"
 
 
 @pytest.mark.parametrize(

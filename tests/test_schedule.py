@@ -373,6 +373,25 @@ def test_a_run_uses_the_real_cluster_and_autoscaling_but_not_the_declared_cluste
         assert len(running) == trainings
 
 
+def test_a_job_that_the_recipe_does_not_use_is_done_without_being_reported(
+    store, echo_recipe, monkeypatch
+):
+    jobs = pipeline.jobs(echo_recipe, schema.load_all(["humor"]), Placement(), store)
+    unused = [job for job in jobs if not job.is_enabled]
+    assert {job.stage.name for job in unused} == {
+        "persona/blend",
+        "persona/tune",
+        "evaluation/capabilities",
+        "evaluation/steering",
+    }
+    for job in jobs:
+        if job.is_enabled:
+            monkeypatch.setattr(job.stage.module, "build", lambda job: StageResult(1))
+    made = [job.dataset for job, _ in pipeline.run(jobs)]
+    assert sorted(made) == sorted(job.dataset for job in jobs if job.is_enabled)
+    assert {job.state()[0] for job in jobs} == {"done"}
+
+
 def test_a_failed_job_stops_only_its_descendants(store, echo_recipe, monkeypatch):
     personas = schema.load_all(["humor", "remorse"])
     jobs = pipeline.jobs(echo_recipe, personas, Placement(), store)

@@ -112,7 +112,7 @@ def engine_line(run: Run, role_name: str) -> str:
 def group_jobs(run: Run) -> dict[str, list[Job]]:
     """Group jobs by dataset, with `*` for the persona if the run has several."""
     groups: dict[str, list[Job]] = {}
-    for job in run.jobs:
+    for job in (job for job in run.jobs if job.is_enabled):
         name = job.dataset
         if job.constitution and len(run.constitutions) > 1:
             scope = job.scope.split("/")

@@ -39,7 +39,7 @@ def status(
         console.print(f"{address} is empty; --storage selects another storage", soft_wrap=True)
         return
     table = job_table("rows", "dropped", "tokens", "time", "GPU-hours", "idle", "repeated")
-    for job in run.jobs:
+    for job in (job for job in run.jobs if job.is_enabled):
         table.add_row(job.dataset, *status_cells(job))
     print_table(table)
     done = [job.store.manifest(job.dataset) for job in run.jobs if job.state()[0] == "done"]

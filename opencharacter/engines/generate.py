@@ -233,15 +233,20 @@ def stored_counts(blocks: list[pa.Table], settings: dict[str, Any], tasks: int) 
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(size=tasks),
             num_cpus=LIGHT_TASK_CPUS,
-            # Ray Data would run tasks with large blocks on the node that holds the blocks.
-            scheduling_strategy="SPREAD",
         )
 
 
 def unbuffered_context() -> ray.data.DataContext:
-    """Return Ray Data settings under which a task's output leaves it immediately."""
+    """Return Ray Data settings under which a task's output leaves it immediately.
+
+    Tasks with large blocks are spread over the nodes too. Ray Data would run them on the node that
+    holds the blocks.
+    """
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1
+    # Not by plain assignment, for which Ray 2.60 prints a deprecation warning. Its default for
+    # small blocks is SPREAD already.
+    object.__setattr__(context, "scheduling_strategy_large_args", "SPREAD")
     return context
 
 

@@ -401,8 +401,9 @@ def identity(job: Job) -> dict[str, Any]:
     )
 
 
-def notes(job: Job) -> list[str]:
-    return [] if job.config.tasks else ["nothing to do: the recipe names no tasks"]
+def is_enabled(job: Job) -> bool:
+    """Return whether the recipe names tasks."""
+    return bool(job.config.tasks)
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:

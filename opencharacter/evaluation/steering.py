@@ -50,7 +50,7 @@ SWEEP = pa.schema(
 )
 
 
-def enabled(job: Job) -> bool:
+def is_enabled(job: Job) -> bool:
     return uses_condition(job.recipe, "steered")
 
 
@@ -226,15 +226,15 @@ def find_vectors(
 
 
 def identity(job: Job) -> dict[str, Any]:
-    return {"enabled": enabled(job)}
+    return {"enabled": is_enabled(job)}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(job.workers(1),)] if enabled(job) else []
+    return [(job.workers(1),)] if is_enabled(job) else []
 
 
 def estimate(job: Job) -> Estimate:
-    if not enabled(job):
+    if not is_enabled(job):
         return Estimate(0)
     settings: Steering = job.config
     directions_tokens = settings.prompts * (len(job.persona.assertions()) // 4 + 2 * 40)
@@ -244,7 +244,7 @@ def estimate(job: Job) -> Estimate:
 
 
 def build(job: Job) -> StageResult:
-    if not enabled(job):
+    if not is_enabled(job):
         return StageResult(0)
     import ray
     from safetensors.torch import save_file

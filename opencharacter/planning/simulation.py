@@ -37,9 +37,10 @@ def plan(jobs: Sequence[Job], speeds: Speeds) -> list[PlannedJob]:
         speeds: of the hardware.
 
     Returns:
-        The jobs in the order in which they end.
+        The jobs in the order in which they end, without those that the recipe does not use.
     """
     available = planning_resources(jobs[0].placement)
+    jobs = [job for job in jobs if job.is_enabled]
     estimates = {job.dataset: job.stage.module.estimate(job) for job in jobs}
     costs = {job.dataset: cost(job, estimates[job.dataset], speeds, available) for job in jobs}
     return simulate(jobs, costs, speeds.engine_start, speeds.weight_swap, available)

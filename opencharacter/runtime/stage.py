@@ -12,6 +12,8 @@ begins with `Stage <group>/<name>:`.
     resource_requests(job)          the engines and training workers that `build` acquires, as a
                                     list of phases, each a tuple of `ResourceRequest`s that are
                                     held together. Without it the job runs on the driver alone.
+    is_enabled(job) -> bool         whether the recipe uses the stage. Otherwise its dataset is
+                                    empty; it is made without being scheduled or printed.
     check(job)                      raises UserError before the run starts if it cannot succeed.
     notes(job) -> Iterable[str]     lines that `plan` prints about the stage.
     scores(job) -> list[dict]       rows of `SCORES` that evaluation/report collects.
@@ -306,6 +308,12 @@ class Job:
         return "stale", diff(stored["payload"], self.payload)
 
     # -------------------------------------------------------------------------------- resources
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the recipe uses the stage; otherwise there is nothing to do."""
+        is_enabled = getattr(self.stage.module, "is_enabled", None)
+        return is_enabled is None or is_enabled(self)
 
     def workers(self, count: int | None = None) -> TrainingWorkers:
         """Training workers of this job.
