@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from opencharacter.evaluation.report.sections import Section, training_curves
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.templates import encode
-from opencharacter.training.packing import Example, LossDenominators, Pack
+from opencharacter.training.packing import Example, LossDenominators, Pack, Tokens
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def transcript_example(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
     """Tokenize a transcript; the tokens of all assistant turns have a loss."""
     # Paper: its code trains on the last message alone.
-    return encode(tokenizer, messages)
+    return [Tokens(*encoded) for encoded in encode(tokenizer, messages)]
 
 
 def make_examples(tokenizer: Any, rows: pa.Table) -> list[Example]:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opencharacter.config.roles import DATE_STRING, Role
 from opencharacter.errors import UserError
@@ -31,7 +31,6 @@ from opencharacter.text.chat import (
     system,
     user,
 )
-from opencharacter.training.packing import Tokens
 
 PRIVATE_USE = range(0xE000, 0xF900)
 """Unicode's private-use characters, which stand for other text while a template is rendered."""
@@ -314,6 +313,18 @@ def prompt_ids(tokenizer: Any, messages: list[Message], prefill: str = "") -> li
 # ---------------------------------------------------------------------------------- training text
 
 
+class Encoded(NamedTuple):
+    """A tokenized training sequence.
+
+    Args:
+        ids: token ids.
+        loss_positions: indices into `ids` of the tokens with a loss, ascending.
+    """
+
+    ids: list[int]
+    loss_positions: list[int]
+
+
 def completion(tokenizer: Any, messages: list[Message], prompt_text: str) -> str:
     """Return the text that the model should generate as the last, assistant turn.
 
@@ -411,7 +422,7 @@ def encode_answer(tokenizer: Any, messages: list[Message]) -> tuple[list[int], l
     return encode_turn(tokenizer, messages, literals)
 
 
-def encode(tokenizer: Any, messages: list[Message]) -> list[Tokens]:
+def encode(tokenizer: Any, messages: list[Message]) -> list[Encoded]:
     """Tokenize a conversation for training; all assistant turns have a loss.
 
     Each turn is encoded as it is served: its prompt, then what the model should generate. Turns
@@ -423,7 +434,7 @@ def encode(tokenizer: Any, messages: list[Message]) -> list[Tokens]:
         messages: the conversation.
     """
     messages, literals = protect(tokenizer, messages)
-    sequences: list[Tokens] = []
+    sequences: list[Encoded] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -431,13 +442,13 @@ def encode(tokenizer: Any, messages: list[Message]) -> list[Tokens]:
         positions = list(range(len(prompt_ids), len(prompt_ids) + len(answer_ids)))
         if sequences and prompt_ids[: len(sequences[-1].ids)] == sequences[-1].ids:
             positions = sequences.pop().loss_positions + positions
-        sequences.append(Tokens(prompt_ids + answer_ids, positions))
+        sequences.append(Encoded(prompt_ids + answer_ids, positions))
     if not sequences:
         return []
     last = sequences[-1]
     whole = tokenize(tokenizer, render(tokenizer, messages, False), literals)
     if whole[: len(last.ids)] == last.ids:  # such as the line break after the last turn
-        sequences[-1] = Tokens(whole, last.loss_positions)
+        sequences[-1] = Encoded(whole, last.loss_positions)
     return sequences
 
 
