@@ -95,17 +95,13 @@ class WeightSwapping:
             Sums of the worker's weights, by parameter, and of the checkpoint's, by group. With
             tensor parallelism, a worker has a part of each parameter.
         """
-        import torch
-
         worker: Any = self
-        with torch.inference_mode(), record_sums(worker.model_runner.get_model()) as before_packing:
+        model, config = self.model_runner.get_model(), self.model_config
+        with record_sums(model) as before_packing:
             worker.reload_weights(weights_path=folder)
-        with torch.inference_mode():
-            loaded = parameter_sums(worker.model_runner.get_model(), before_packing)
-            config = self.model_config
-            tied = bool(getattr(config.hf_text_config, "tie_word_embeddings", False))
-            stored = checkpoint_sums(Path(folder), config.dtype, self.device, tied)
-        return loaded, stored
+        tied = bool(getattr(config.hf_text_config, "tie_word_embeddings", False))
+        stored = checkpoint_sums(Path(folder), config.dtype, self.device, tied)
+        return parameter_sums(model, before_packing), stored
 
 
 def tensor_sums(tensor: Any, dtype: Any = None, device: Any = None) -> tuple[float, float]:

@@ -130,6 +130,8 @@ class WarmEngines:
         engines: the running engines by key, the least recently requested first.
         idle_since: since when an engine has been idle, by key.
         ready_at: when an engine has started, by key.
+        held: keys of the engines that a running job has, by dataset. A job of several phases may
+            replace the weights of one engine for each of them; it has the last ones.
     """
 
     start_seconds: float
@@ -137,12 +139,13 @@ class WarmEngines:
     engines: dict[str, EngineSpec] = field(default_factory=dict)
     idle_since: dict[str, float] = field(default_factory=dict)
     ready_at: dict[str, float] = field(default_factory=dict)
+    held: dict[str, set[str]] = field(default_factory=dict)
 
     def acquire(
         self, job: Job, running: Sequence[Job], available: Resources, now: float
     ) -> Acquisition:
         """Prepare the engines that a job needs, one after another: by a swap or a start."""
-        in_use = {key for other in running for key in keys(other)}
+        in_use = self._in_use(running)
         training = worker_resources([*running, job])
         starts, swaps, all_ready, idle = 0, 0, now, 0.0
         for phase in phases(job, available):
@@ -162,7 +165,11 @@ class WarmEngines:
                 self.engines.pop(previous, None)
                 self.engines[key] = spec
             self._make_room(in_use | {r.key() for r in phase}, training, available)
+        self.held[job.dataset] = keys(job) & self.engines.keys()
         return Acquisition(starts, swaps, all_ready - now, idle)
+
+    def _in_use(self, running: Iterable[Job]) -> set[str]:
+        return {key for job in running for key in self.held[job.dataset]}
 
     def _make_room(self, kept: set[str], training: list[Resources], available: Resources) -> None:
         while not fits([*(e.resources for e in self.engines.values()), *training], available):
@@ -180,7 +187,7 @@ class WarmEngines:
         requests = requests_of(unfinished)
         needed = {request.key() for request in requests}
         groups = {request.swap_group for request in requests} - {""}
-        in_use = {key for job in running for key in keys(job)}
+        in_use = self._in_use(running)
         for key, spec in list(self.engines.items()):
             if key not in needed and spec.swap_group not in groups:
                 self._stop(key)
