@@ -38,6 +38,7 @@ from harness import LLAMA_8B, TINY_LLAMA, Figures, Machine, Run, Series, Setting
 from opencharacter.config.placement import Training
 from opencharacter.config.recipe import Dpo, Lora, Optimizer
 from opencharacter.training import adapters, trainer
+from opencharacter.training.batches import PackedBatches
 from opencharacter.training.packing import Example, Tokens
 from opencharacter.training.trainer import worker_resources
 
@@ -265,7 +266,7 @@ def steps_of(
         runner = trainer.PackedTrainer(
             model=peft_model,
             args=transformers.TrainingArguments(**arguments),
-            batches=trainer.PackedBatches(examples, optimizer, 0, memory.max_tokens, rank, world),
+            batches=PackedBatches(examples, optimizer, 0, memory.max_tokens, rank, world),
             loss_fn=loss_fn,
         )
         trainer.fuse_frozen(runner.model, task)

@@ -8,7 +8,8 @@ import torch
 
 from opencharacter.config.recipe import Lora, Optimizer
 from opencharacter.config.roles import Role
-from opencharacter.training import adapters, packing, trainer
+from opencharacter.training import adapters, packing
+from opencharacter.training.batches import PackedBatches
 from opencharacter.training.packing import Tokens
 
 ROLE = Role(model="tiny", name="tiny", self_name="Tiny")
@@ -95,7 +96,7 @@ def test_a_batch_does_not_depend_on_the_number_of_workers():
     optimizer = Optimizer(global_batch_size=8, epochs=2)
 
     def rows(world: int) -> list[list[int]]:
-        parts = [trainer.PackedBatches(examples, optimizer, 3, 60, r, world) for r in range(world)]
+        parts = [PackedBatches(examples, optimizer, 3, 60, r, world) for r in range(world)]
         for step in range(len(parts[0])):
             assert len({len(part[step][0]) for part in parts}) == 1
         return [
@@ -122,9 +123,7 @@ def test_gradients_do_not_depend_on_the_packing(tiny_model):
         model = adapters.add_lora(
             adapters.load(tiny_model, ROLE, on_gpu=False), Lora(rank=4, alpha=8)
         )
-        batches = trainer.PackedBatches(
-            [[sequence(20 + i)] for i in range(6)], Optimizer(), 0, max_tokens
-        )
+        batches = PackedBatches([[sequence(20 + i)] for i in range(6)], Optimizer(), 0, max_tokens)
         packs, denominators = batches[0]
         for pack in packs:
             sft_loss(packing.log_probs(model, pack), pack, denominators)["loss"].backward()

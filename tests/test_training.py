@@ -27,6 +27,7 @@ from opencharacter.introspection import sft, transcripts
 from opencharacter.runtime.stage import StageResult
 from opencharacter.runtime.store import RemoteDir, Store
 from opencharacter.training import adapters, packing, trainer
+from opencharacter.training.batches import PackedBatches
 from opencharacter.training.packing import Tokens
 
 PLACEMENT = Placement.model_validate({"training": {"cpus": 1, "checkpoint_steps": 2}})
@@ -108,7 +109,7 @@ def steps(path: Path, scratch: Path, activation_checkpointing: bool) -> list[flo
     runner = trainer.PackedTrainer(
         model=peft_model,
         args=transformers.TrainingArguments(**arguments),
-        batches=trainer.PackedBatches([[sequence] for sequence in sequences], optimizer, 0, 16),
+        batches=PackedBatches([[sequence] for sequence in sequences], optimizer, 0, 16),
         loss_fn=sft.sft_loss,
     )
     runner.train()

@@ -53,7 +53,12 @@ def text_files() -> list[Path]:
     folders = [PACKAGE, ROOT / "docs", ROOT / "clusters", ROOT / "benchmarks"]
     paths = [path for folder in folders for path in folder.rglob("*")]
     paths += [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile"]
-    return [path for path in paths if path.suffix in SUFFIXES and path not in EXCLUDED]
+    built = ROOT / "docs" / "_build"
+    return [
+        path
+        for path in paths
+        if path.suffix in SUFFIXES and path not in EXCLUDED and built not in path.parents
+    ]
 
 
 TEXTS = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in text_files()}
