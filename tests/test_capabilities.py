@@ -218,7 +218,7 @@ def adapter(path, model):
     torch.manual_seed(2)
     a, b = torch.randn(2, 1536), torch.randn(576, 2)
     save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, path / ADAPTER_WEIGHTS)
-    (path / ADAPTER_CONFIG).write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    (path / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}))
 
 
 @pytest.mark.timeout(300)  # about a minute of lm_eval, more on a busy machine

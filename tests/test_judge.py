@@ -10,6 +10,7 @@ from samples import ECHO_ROLE, TINY
 
 from opencharacter.config.recipe import Recipe
 from opencharacter.config.roles import Sampling
+from opencharacter.distillation import prompts
 from opencharacter.engines.conversations import Conversation
 from opencharacter.engines.spec import Reply
 from opencharacter.errors import RowFailed, StageFailed
@@ -236,6 +237,7 @@ def test_a_panel_of_two_judges_passes_the_gate_and_is_compared_on_every_game(
     }
     recipe = Recipe.model_validate({**TINY, "roles": roles, "evaluation": evaluation})
     jobs = {j.stage.name: j for j in make_jobs(recipe)}
+    prompts.build(jobs["distillation/prompts"])  # games leave out what was trained on
     gate = judge.build(jobs["evaluation/judge"]).figures
     assert set(gate["judges"]) == {"plain-judge", "thinking-judge"}
     assert all(results["agreement"]["value"] == 1 for results in gate["judges"].values())
