@@ -144,6 +144,15 @@ def test_a_run_that_filled_its_disk_resumes_when_there_is_space(tmp_path, small_
     assert len(ids) == len(set(ids)) == 240
 
 
+# The recipe below neither blends nor trains a persona further, steers nothing and has no tasks.
+UNUSED_STAGES = {
+    "persona/blend",
+    "persona/tune",
+    "evaluation/steering",
+    "evaluation/capabilities",
+}
+
+
 @pytest.fixture
 def project(tmp_path, tiny_model, answering) -> Path:
     """A recipe with models that answer instantly and are really trained."""
@@ -185,7 +194,8 @@ def test_a_whole_run_is_stored_in_a_bucket_and_resumes_after_a_kill(project, buc
     )
     (elsewhere := project / "elsewhere").mkdir()
     status = cli("status", f"{project}/{run[0]}", *run[1:3], *run[5:], cwd=elsewhere)
-    assert status.stdout.count(" done ") == len(pipeline.STAGES)
+    used = [stage for stage in pipeline.STAGES if stage.name not in UNUSED_STAGES]
+    assert status.stdout.count(" done ") == len(used) == 21
 
     stored = {path: bucket.read(path) for path in bucket.paths()}
     manifest = json.loads(stored[train.replace(".shards/train", "manifest.json")])
