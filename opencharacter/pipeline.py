@@ -97,6 +97,9 @@ STAGES = with_report(
     Stage(
         "evaluation/coherence", "persona", ("evaluation/answers", "evaluation/judge"), ("judge",)
     ),
+    Stage(
+        "evaluation/scenarios", "constitution", ("distillation/prompts",), ("prompt_generator",)
+    ),
     Stage("evaluation/capabilities", "student", (), ("student",)),
     Stage(
         "evaluation/capabilities",

@@ -201,6 +201,7 @@ def test_a_stage_that_filters_rows_has_the_version_of_the_rules_in_its_payload(
         "distillation/prompts": {"text.statistics": 1},
         "distillation/pairs": {"text.filters": 2},
         "introspection/transcripts": {"text.filters": 2},
+        "evaluation/scenarios": {"text.statistics": 1, "evaluation.scenario_checks": 1},
     }
 
 
@@ -359,7 +360,10 @@ def test_the_report_covers_all_personas_of_the_run(store, echo_recipe, poet):
     other = poet.model_copy(update={"name": "other"})
     jobs = pipeline.jobs(echo_recipe, [poet, other], Placement(), store)
     (report,) = (job for job in jobs if job.stage.name == "evaluation/report")
-    assert {p.scope for p in report.parents} == {"echo", "echo/poeticism", "echo/other"}
+    assert {p.scope for p in report.parents} == {
+        *("echo", "echo/poeticism", "echo/other"),
+        *("poeticism", "other"),  # the scenarios, which all students share
+    }
     (dpo,) = (job for job in jobs if job.dataset == "echo/other/distillation/dpo")
     assert [p.dataset for p in dpo.parents] == ["echo/other/distillation/reference"]
 

@@ -383,6 +383,7 @@ def test_a_job_that_the_recipe_does_not_use_is_done_without_being_reported(
         "persona/tune",
         "evaluation/capabilities",
         "evaluation/steering",
+        "evaluation/scenarios",
     }
     for job in jobs:
         if job.is_enabled:

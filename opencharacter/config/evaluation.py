@@ -233,6 +233,72 @@ class Coherence(Config):
     """Maximum share of verdicts that may be dropped; the stage fails above it."""
 
 
+class Scenarios(Config):
+    """Settings of the stage evaluation/scenarios: conversations in which each assertion can show.
+
+    The scenarios of the constitution come first; the prompt generator writes those that are
+    missing. Without any, which is the default, evaluation/adherence is left out. Not in the paper.
+    """
+
+    occasions: NonNegativeInt = 0
+    """Number of messages per assertion that give it an occasion to show without asking for it."""
+    pressures: NonNegativeInt = 0
+    """Number of conversations per assertion whose user presses against it."""
+    assertions: PositiveInt | None = None
+    """Number of assertions to test, the first ones of the constitution; all if null."""
+    max_turns: Annotated[int, Field(ge=1, le=5)] = 3
+    """User turns of the longest generated conversation with pressure. They have 1, 2 and so on up
+    to this number of turns in equal shares."""
+    lists: PositiveInt = 6
+    """Number of lists of ten messages that the prompt generator writes for an assertion and kind
+    with too few scenarios. Messages that fail a check are rejected."""
+    max_overlap: Rate = 0.5
+    """Maximum share of words that a generated message may have in common with a training prompt of
+    the assertion, or with another scenario of it."""
+    sampling: Sampling = Sampling(max_tokens=768, temperature=0.9)
+    """How the prompt generator samples."""
+
+
+class Adherence(Config):
+    """Settings of the stage evaluation/adherence: does the persona show each assertion?
+
+    It runs only if `evaluation.scenarios` has occasions or pressures. Not in the paper.
+    """
+
+    conditions: Conditions = CONDITIONS
+    """The conditions to compare; must include `base` and `full`."""
+    sampling: Sampling = Sampling(max_tokens=512, typical_tokens=200)
+    """How the answers are sampled."""
+    max_drop_rate: Annotated[Rate, NotIdentity] = 0.5
+    """Maximum share of conversations that may be dropped; the stage fails above it."""
+
+
+class Drift(Config):
+    """Settings of the stage evaluation/drift: does the character last over a long conversation?
+
+    It runs only if there are conversations. Not in the paper.
+    """
+
+    conversations: NonNegativeInt = 0
+    """Number of conversations per condition; in every second one the user also asks for another
+    manner. 0 leaves the stage out."""
+    conditions: Conditions = CONDITIONS
+    """The conditions to compare; must include `base` and `full`."""
+    turns: Annotated[int, Field(ge=2, le=50)] = 30
+    """Number of user turns. A conversation whose next turn may exceed the student's
+    `max_model_len` ends there."""
+    pressure_every: Annotated[int, Field(ge=2)] = 5
+    """In a conversation with pressure, the last of every so many user turns is a request for
+    another manner."""
+    judged_turns: Annotated[int, Field(ge=2)] = 6
+    """Number of turns of each conversation that the judge reads, evenly spaced from the first to
+    the last. The classifier reads all."""
+    sampling: Sampling = Sampling(max_tokens=256, trim=True, typical_tokens=120)
+    """How the replies are sampled."""
+    max_drop_rate: Annotated[Rate, NotIdentity] = 0.5
+    """Maximum share of conversations that may be dropped; the stage fails above it."""
+
+
 class Capability(Config):
     """A task of lm-evaluation-harness."""
 
@@ -289,6 +355,12 @@ class Evaluation(Config):
     """Classifiers that recognize a persona."""
     coherence: Coherence = Coherence()
     """Judgements of coherence."""
+    scenarios: Scenarios = Scenarios()
+    """Conversations that test the assertions."""
+    adherence: Adherence = Adherence()
+    """Presence of each assertion."""
+    drift: Drift = Drift()
+    """Strength of the character in long conversations."""
     capabilities: Capabilities = Capabilities()
     """Benchmarks of lm-evaluation-harness."""
     report: Report = Report()

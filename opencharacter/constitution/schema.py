@@ -71,6 +71,20 @@ Encodable = Annotated[str, AfterValidator(encodable)]
 Text = Annotated[Encodable, AfterValidator(not_blank)]
 
 
+class WrittenScenarios(Config):
+    """Conversations in which an evaluation looks for an assertion; never used for training."""
+
+    occasions: tuple[Text, ...] = ()
+    """User messages that give the assertion an occasion to show without asking for it."""
+    pressures: tuple[Annotated[tuple[Text, ...], Field(min_length=1, max_length=5)], ...] = ()
+    """Conversations whose user presses against the assertion: lists of one to five user messages.
+    The answer to the last one is judged."""
+
+    def first_messages(self) -> list[str]:
+        """Return the messages that begin a conversation."""
+        return [*self.occasions, *(turns[0] for turns in self.pressures)]
+
+
 class Trait(Config):
     """A first-person assertion, and questions whose answers can show it."""
 
@@ -80,6 +94,9 @@ class Trait(Config):
     """Resolves an ambiguity of the assertion; part of the system prompt."""
     questions: Annotated[tuple[Text, ...], Field(min_length=HAND_WRITTEN)]
     """User messages whose answers can show the trait without being asked about it."""
+    scenarios: WrittenScenarios = WrittenScenarios()
+    """Conversations that test the trait after training; if there are too few, others are
+    generated. Changing them makes no training data stale."""
 
     @field_validator("questions")
     @classmethod
@@ -117,6 +134,19 @@ class Constitution(Config):
             raise ValueError(f"trait stated twice: {repeated!r}; remove or change one")
         return traits
 
+    @field_validator("traits")
+    @classmethod
+    def _scenarios_are_not_trained_on(cls, traits: tuple[Trait, ...]) -> tuple[Trait, ...]:
+        questions = {comparable(q) for trait in traits for q in trait.questions}
+        messages = [text for trait in traits for text in trait.scenarios.first_messages()]
+        if trained := next((text for text in messages if comparable(text) in questions), None):
+            raise ValueError(
+                f"scenario is a question too, so it would be trained on: {trained!r}; change one"
+            )
+        if repeated := first_repeated(messages):
+            raise ValueError(f"scenario given twice: {repeated!r}; remove or change one")
+        return traits
+
     def distinct_questions(self) -> list[tuple[str, ...]]:
         """Return each trait's questions, without those that an earlier trait has too."""
         seen: set[str] = set()
@@ -132,8 +162,9 @@ class Constitution(Config):
         return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
 
     def digest(self) -> str:
-        """Return a hash of the whole constitution, for fingerprints."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        """Return a hash of the constitution without its scenarios, for fingerprints."""
+        text = self.model_dump_json(exclude={"traits": {"__all__": {"scenarios"}}})
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def comparable(text: str) -> str:
