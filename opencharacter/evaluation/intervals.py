@@ -141,7 +141,7 @@ def clustered_mean(
 
 
 def slope(
-    series: Mapping[Hashable, Sequence[tuple[float, float]]], unscored: int = 0, span: float = 1.0
+    series: Mapping[Any, Sequence[tuple[float, float]]], unscored: int = 0, span: float = 1.0
 ) -> Score:
     """The mean change of a value in -1 .. 1 over time, with an interval that counts clusters.
 

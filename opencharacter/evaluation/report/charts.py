@@ -109,6 +109,59 @@ def axes(x_range: Range, y_range: Range) -> Markup:
     return Markup("").join(drawn)
 
 
+# ---------------------------------------------------------------------------------- turn curves
+
+
+def scored_points(points: list[tuple[int, Score]]) -> list[tuple[int, Score]]:
+    """The points that have a value."""
+    return [point for point in points if point[1].value is not None]
+
+
+def turn_chart(heading: str, condition: str, points: list[tuple[int, Score]]) -> Markup:
+    """Draw a proportion by turn with a band for its intervals; nothing if nothing was scored.
+
+    All charts have the scale of 0 .. 100 %, so that conditions can be compared.
+    """
+    scored = scored_points(points)
+    if not scored:
+        return Markup("")
+    turns = (float(points[0][0]), float(points[-1][0]))
+    first, last = scored[0][1], scored[-1][1]
+
+    def position(turn: int, value: float) -> str:
+        return f"{scale(turn, turns, CURVE_X):.1f},{scale(value, (0.0, 1.0), CURVE_Y):.1f}"
+
+    known = [(turn, s.low, s.high) for turn, s in scored if s.low is not None]
+    upper = [position(turn, high or 0.0) for turn, _, high in known]
+    lower = [position(turn, low or 0.0) for turn, low, _ in known]
+    line = [position(turn, score.value or 0.0) for turn, score in scored]
+    x, y = line[-1].split(",")
+    return svg(
+        f"{heading}: {condition}",
+        f"turn {scored[0][0]}: {percent(first.value)} ({interval_text(first)}), turn "
+        f"{scored[-1][0]}: {percent(last.value)} ({interval_text(last)}).",
+        CURVE_SIZE,
+        turn_axes(turns),
+        element("polygon", points=" ".join([*upper, *reversed(lower)]), class_="band"),
+        element("polyline", points=" ".join(line), class_="line"),
+        element("circle", cx=x, cy=y, r="2.5", class_="end"),
+    )
+
+
+def turn_axes(turns: Range) -> Markup:
+    """Axes of a turn chart: 0, 50 and 100 %, the first and the last turn."""
+    (left, right), (bottom, top) = CURVE_X, CURVE_Y
+    drawn = [element("path", d=f"M{left - 6} {top}V{bottom + 6}H{right}", class_="axis")]
+    for share in (0.0, 0.5, 1.0):
+        y = f"{scale(share, (0.0, 1.0), CURVE_Y) + 3.5:.1f}"
+        drawn.append(element("text", f"{share:.0%}", x=f"{left - 10}", y=y, text_anchor="end"))
+    for turn, anchor in zip(turns, ("start", "end"), strict=True):
+        x = f"{scale(turn, turns, CURVE_X):.1f}"
+        text = f"turn {turn:.0f}"
+        drawn.append(element("text", text, x=x, y=f"{bottom + 20}", text_anchor=anchor))
+    return Markup("").join(drawn)
+
+
 # ------------------------------------------------------------------------------------- ratings
 
 

@@ -97,12 +97,14 @@ class ScoreTable(Section):
         caption: says what the cells are.
         columns: the columns' names.
         rows: the cells of each row, by the row's name.
+        remarks: a few words below the name of a row, by the row's name.
     """
 
     kind: ClassVar[str] = "score_table"
     caption: str
     columns: list[str]
     rows: dict[str, Cells]
+    remarks: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: Any) -> Self:
         """Return this table with the rows, columns and notes of another one."""
@@ -111,6 +113,7 @@ class ScoreTable(Section):
             self,
             columns=list(dict.fromkeys([*self.columns, *other.columns])),
             rows={name: self.rows.get(name, {}) | other.rows.get(name, {}) for name in names},
+            remarks=self.remarks | other.remarks,
             notes=tuple(dict.fromkeys([*self.notes, *other.notes])),
         )
 
@@ -197,6 +200,18 @@ class TrainingCurves(Section):
     def merge(self, other: Any) -> Self:
         """Return this section with the trainings of another one."""
         return replace(self, trainings=self.trainings | other.trainings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnCurves(Section):
+    """Proportions (0 .. 1) by the turn of a conversation.
+
+    Args:
+        curves: for each heading and condition, the points (turn, score).
+    """
+
+    kind: ClassVar[str] = "turn_curves"
+    curves: dict[str, dict[str, list[tuple[int, Score]]]]
 
 
 def training_curves(job: Job, training: str, metrics: tuple[str, ...]) -> list[Section]:
