@@ -138,7 +138,7 @@ class Run:
 
     def rebuild_report(self) -> None:
         """Write the report again from the data in storage."""
-        derived = [job for job in self.jobs if job.stage.disposable]
+        derived = [job for job in self.jobs if job.stage.disposable or is_unused(job)]
         for _ in pipeline.run(derived, rebuild=REPORT):
             pass
 
@@ -148,6 +148,13 @@ class Run:
         if job.state()[0] != "done":
             return None
         return job.store.address(job.dataset, "report.html")
+
+
+def is_unused(job: Job) -> bool:
+    """Whether only a job that the recipe does not use is missing, as in data of an old version."""
+    if job.is_enabled or job.state()[0] != "missing":
+        return False
+    return all(parent.state()[0] == "done" or is_unused(parent) for parent in job.parents)
 
 
 def load_constitutions(personas: Sequence[str | Constitution]) -> list[Constitution]:

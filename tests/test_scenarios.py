@@ -3,12 +3,13 @@
 import asyncio
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 from samples import ECHO_ROLE, TINY, recipe_of
 
-from opencharacter import pipeline
+from opencharacter import api, pipeline
 from opencharacter.config.roles import Sampling
 from opencharacter.constitution import schema
 from opencharacter.engines.conversations import Conversation
@@ -152,6 +153,14 @@ CANDIDATES = [
 ]
 
 
+def test_the_scenarios_of_the_demo_are_those_of_its_constitution(poet, demo_data):
+    settings = recipe_of(ECHO_ROLE, evaluation=demo_data["evaluation"]).evaluation.scenarios
+    for trait in poet.traits:
+        assert len(trait.scenarios.occasions) >= settings.occasions
+        assert len(trait.scenarios.pressures) >= settings.pressures
+        assert all(map(ends_as_request, trait.scenarios.occasions))
+
+
 def test_what_the_constitution_lacks_is_generated_and_what_was_trained_on_is_left_out(
     make_jobs, poet, monkeypatch
 ):
@@ -160,7 +169,7 @@ def test_what_the_constitution_lacks_is_generated_and_what_was_trained_on_is_lef
     traits = (first.model_copy(update={"scenarios": own}), *poet.traits[1:])
     tested = poet.model_copy(update={"traits": traits})
     job = scenario_job(make_jobs, occasions=3, pressures=1, assertions=1)
-    job = type(job)(**{**vars_of(job), "constitution": tested})
+    job = replace(job, constitution=tested)
     monkeypatch.setattr(
         scenarios,
         "generated",
@@ -178,16 +187,11 @@ def test_what_the_constitution_lacks_is_generated_and_what_was_trained_on_is_lef
     assert result.figures["missing_scenarios"] == {"1 pressure": 1}
 
 
-def vars_of(job) -> dict:
-    """The arguments with which a job was made."""
-    return {name: getattr(job, name) for name in type(job).__dataclass_fields__}
-
-
 def test_a_constitution_with_enough_scenarios_needs_no_engine(make_jobs, poet):
     own = schema.WrittenScenarios(occasions=("What is a comet made of?", "Who paints bridges?"))
     traits = tuple(t.model_copy(update={"scenarios": own}) for t in poet.traits[:1])
     job = scenario_job(make_jobs, occasions=2, assertions=1)
-    job = type(job)(**{**vars_of(job), "constitution": poet.model_copy(update={"traits": traits})})
+    job = replace(job, constitution=poet.model_copy(update={"traits": traits}))
     assert job.resource_requests == []
     assert job.stage.module.build(job).rows == 2
     assert {row["source"] for row in job.store.read_table(job.dataset).to_pylist()} == {
@@ -195,9 +199,11 @@ def test_a_constitution_with_enough_scenarios_needs_no_engine(make_jobs, poet):
     }
 
 
-def test_a_generator_without_a_usable_message_fails_the_stage(make_jobs, monkeypatch):
+def test_a_generator_without_a_usable_message_fails_the_stage(make_jobs, poet, monkeypatch):
     monkeypatch.setattr(scenarios, "generated", lambda job: {(0, "occasion"): ["No."]})
     job = scenario_job(make_jobs, occasions=2, assertions=1)
+    bare = poet.traits[0].model_copy(update={"scenarios": schema.WrittenScenarios()})
+    job = replace(job, constitution=poet.model_copy(update={"traits": (bare,)}))
     with pytest.raises(StageFailed, match=r"no generated message passed .*'length': 1"):
         job.stage.module.build(job)
 
@@ -263,3 +269,17 @@ def test_a_conversation_ends_before_a_turn_that_may_exceed_the_context():
 
 def test_an_empty_reply_ends_a_conversation():
     assert converse(Counting(text=" "), ["One?", "Two?"]) == {"replies": [], "ended": "empty"}
+
+
+# ------------------------------------------------------------------- data of an earlier version
+
+
+def test_a_report_of_data_from_before_these_stages_needs_no_run(store, poet):
+    run = api.Run(recipe_of(ECHO_ROLE), [poet], storage=store.url)
+    unused = [job for job in run.jobs if not job.is_enabled]
+    later = ("evaluation/scenarios", "evaluation/adherence", "evaluation/drift")
+    for job in run.jobs:
+        if job.stage.name not in later:
+            pipeline.finish(job, StageResult(rows=1), 1.0)
+    assert {job.stage.name for job in unused if api.is_unused(job)} <= set(later)
+    assert all(api.is_unused(job) for job in unused if job.stage.name in later)

@@ -98,6 +98,8 @@ def export(
             f"note: {len(constitution.exemplars)} exemplars are not exported, because the format "
             "has none"
         )
+    if scenarios := sum(len(t.scenarios.first_messages()) for t in constitution.traits):
+        print_verbatim(f"note: {scenarios} scenarios are not exported, because the format has none")
     print_verbatim(f"wrote {to} ({describe_size(constitution)})")
 
 

@@ -258,6 +258,11 @@ class Scenarios(Config):
     sampling: Sampling = Sampling(max_tokens=768, temperature=0.9)
     """How the prompt generator samples."""
 
+    @property
+    def is_used(self) -> bool:
+        """Whether there are any scenarios."""
+        return self.occasions + self.pressures > 0
+
 
 class Adherence(Config):
     """Settings of the stage evaluation/adherence: does the persona show each assertion?

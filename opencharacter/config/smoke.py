@@ -56,6 +56,17 @@ def shrink(recipe: Recipe) -> Recipe:
             coherence=updated(
                 evaluation.coherence, prompts=percent(evaluation.coherence.prompts, 10)
             ),
+            scenarios=updated(
+                evaluation.scenarios,
+                occasions=min(evaluation.scenarios.occasions, 2),
+                pressures=min(evaluation.scenarios.pressures, 2),
+                lists=min(evaluation.scenarios.lists, 2),
+            ),
+            drift=updated(
+                evaluation.drift,
+                conversations=min(evaluation.drift.conversations, 4),
+                turns=min(evaluation.drift.turns, 8),
+            ),
             capabilities=updated(
                 evaluation.capabilities, documents=min(evaluation.capabilities.documents or 4, 4)
             ),

@@ -104,7 +104,8 @@ class ContentWords(NamedTuple):
 
 def lint(constitution: Constitution) -> list[Finding]:
     """Return all findings: first on the whole constitution, then trait by trait."""
-    traits, questions = constitution.traits, located_questions(constitution)
+    traits = constitution.traits
+    questions = [*located_questions(constitution), *located_occasions(constitution)]
     return [
         *lint_counts(constitution),
         *(f for i, trait in enumerate(traits) for f in lint_trait(f"traits[{i}]", trait)),
@@ -120,6 +121,15 @@ def located_questions(constitution: Constitution) -> list[tuple[str, str]]:
         (f"traits[{i}].questions[{k}]", text)
         for i, trait in enumerate(constitution.traits)
         for k, text in enumerate(trait.questions)
+    ]
+
+
+def located_occasions(constitution: Constitution) -> list[tuple[str, str]]:
+    """Return each occasion among the scenarios with its field."""
+    return [
+        (f"traits[{i}].scenarios.occasions[{k}]", text)
+        for i, trait in enumerate(constitution.traits)
+        for k, text in enumerate(trait.scenarios.occasions)
     ]
 
 

@@ -347,7 +347,8 @@ def as_objects(constitution: Constitution, json_lines: bool) -> list[dict[str, A
     """Return the traits as objects of the original project.
 
     Args:
-        constitution: the constitution; its name, description and exemplars are lost.
+        constitution: the constitution; its name, description, exemplars and scenarios are
+            lost.
         json_lines: whether questions after the hand-written ones become `additional_questions`.
 
     Raises:

@@ -63,8 +63,12 @@ TRAINED = tuple(v.adapter_stage for v in VARIANTS.values() if v.adapter_stage)
 
 def uses_condition(recipe: Recipe, condition: Condition) -> bool:
     """Whether any stage of a recipe compares a condition; the others are not trained."""
-    stages = (recipe.evaluation.answers, recipe.evaluation.preferences, recipe.evaluation.attacks)
-    return any(condition in stage.conditions for stage in stages)
+    evaluation = recipe.evaluation
+    compared = [*evaluation.answers.conditions, *evaluation.preferences.conditions]
+    compared += evaluation.attacks.conditions
+    compared += evaluation.adherence.conditions if evaluation.scenarios.is_used else ()
+    compared += evaluation.drift.conditions if evaluation.drift.conversations else ()
+    return condition in compared
 
 
 def in_order(names: Iterable[str]) -> list[Condition]:

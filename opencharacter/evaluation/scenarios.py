@@ -92,13 +92,8 @@ LIST_FIELDS = [
 ]
 
 
-def uses_scenarios(settings: Scenarios) -> bool:
-    """Whether a recipe tests the assertions of a constitution."""
-    return settings.occasions + settings.pressures > 0
-
-
 def is_enabled(job: Job) -> bool:
-    return uses_scenarios(job.config)
+    return job.config.is_used
 
 
 def tested(job: Job) -> list[Trait]:
