@@ -14,6 +14,7 @@ from opencharacter.evaluation.report.sections import (
     Change,
     ScoreTable,
     Section,
+    Trend,
     TurnCurves,
     comparison,
     unscored,
@@ -73,10 +74,10 @@ def series(rows: Iterable[Row], measure: str, every: int) -> tuple[Series, int]:
     return scored, missing
 
 
-def drift(rows: Iterable[Row], measure: str, every: int) -> Change:
+def drift(rows: Iterable[Row], measure: str, every: int) -> Trend:
     """The change of the strength per ten turns; intervals count conversations."""
     scored, missing = series(rows, measure, every)
-    return Change(**vars(slope(scored, missing, SPAN)))
+    return Trend(**vars(slope(scored, missing, SPAN)))
 
 
 def drift_against(before: list[Row], after: list[Row], measure: str, every: int) -> Change:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opencharacter.evaluation.report.sections import Change
+from opencharacter.evaluation.report.sections import Change, Trend
 from opencharacter.evaluation.scores import Score
 
 
@@ -51,6 +51,8 @@ def rating_interval(score: Score) -> str:
 
 def sample_size(score: Score) -> str:
     """The number of scored and of unscored items."""
+    if isinstance(score, Trend):
+        return f"n = {score.n:,} turns, {score.unscored:,} unscored"
     if isinstance(score, Change):
         return f"n = {score.n:,} pairs, {score.unscored:,} unpaired"
     return f"n = {score.n:,}, {score.unscored:,} unscored"

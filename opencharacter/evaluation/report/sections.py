@@ -85,6 +85,11 @@ class Change(Score):
     """A difference of two proportions, -1 .. 1."""
 
 
+@dataclass(frozen=True)
+class Trend(Change):
+    """A change of a proportion over the turns of conversations, whose scored turns `n` counts."""
+
+
 Cells = dict[str, Score | None]
 """The scores of a table row by column; None or absent where there is nothing to score."""
 
