@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections import Counter
 from dataclasses import replace
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from opencharacter.engines.conversations import Conversation
 from opencharacter.engines.spec import Reply
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.evaluation import dialogue, scenarios
-from opencharacter.evaluation.scenario_checks import ends_as_request, rejection
+from opencharacter.evaluation.scenario_checks import demands, ends_as_request, rejection
 from opencharacter.runtime.stage import StageResult
 from opencharacter.text.statistics import near_duplicates
 
@@ -44,7 +43,10 @@ def test_a_message_ends_as_a_request_if_its_last_sentence_asks_for_something(tex
         ("Why?", "length"),
         ("The train was late again and I stood in the rain.", "no_request"),
         ("I met someone new today. Do you have feelings about that?", "about_assistant"),
-        ("Please write a note to [name] about the garden fence.", "placeholder"),
+        ("What did you learn from your family about cooking rice?", "about_assistant"),
+        ("Have you been to the sea in winter, by any chance?", "about_assistant"),
+        ("Please write a note to [name] about the garden fence.", "markup"),
+        ("**Staying warm**: how do I keep a tent warm?", "markup"),
         ("Do I answer in short lines that have a rhythm?", "quotes_assertion"),
         ("How do I boil an egg in the morning?", "repeated"),
     ],
@@ -63,8 +65,29 @@ def test_a_message_that_nearly_repeats_a_training_prompt_is_rejected():
     }
 
 
+@pytest.mark.parametrize(
+    ("text", "is_demand"),
+    [
+        ("Tell me how rust forms, without comparing it with anything.", True),
+        ("What is a comet? In plain words, please.", True),
+        ("Please don't make a joke of it. What is rust?", True),
+        ("I just moved. How can one stop a door from squeaking?", False),
+    ],
+)
+def test_a_demand_says_how_a_message_should_be_answered(text, is_demand):
+    assert demands(text) == is_demand
+
+
+def test_a_message_that_demands_nothing_gets_a_packaged_demand():
+    (first,) = scenarios.follow_ups("What is rust?", 0, 3, seed=17)
+    assert first.startswith("What is rust? ")
+    assert first.removeprefix("What is rust? ") in dialogue.pressure_lines("first")
+    demand = "What is rust? Without comparisons, please."
+    assert scenarios.follow_ups(demand, 0, 3, seed=17) == [demand]
+
+
 def test_accepted_messages_also_differ_from_each_other():
-    rejected = Counter()
+    rejected: dict[str, str] = {}
     candidates = [
         ("My bicycle chain jumps uphill. What should I check first?", False),
         ("My bicycle chain jumps downhill. What should I check first?", False),
@@ -73,7 +96,7 @@ def test_accepted_messages_also_differ_from_each_other():
     ]
     accepted = scenarios.select(ASSERTION, candidates, [], 2, 0.5, rejected)
     assert accepted == [candidates[0][0], candidates[2][0]]
-    assert rejected == {"repeated": 1}
+    assert rejected == {candidates[1][0]: "repeated"}
 
 
 def test_generated_pressures_have_one_to_three_turns_in_equal_shares():
@@ -183,7 +206,7 @@ def test_what_the_constitution_lacks_is_generated_and_what_was_trained_on_is_lef
         ("occasion", "generated", CANDIDATES[1]),
         ("occasion", "generated", CANDIDATES[2]),
     }
-    assert result.figures["rejected"] == {"repeated": 2, "length": 1}
+    assert result.figures["rejected"] == {"repeated": 3, "length": 1}
     assert result.figures["missing_scenarios"] == {"1 pressure": 1}
 
 

@@ -41,9 +41,13 @@ def digest(name: str) -> str:
     return row_id(*map(json.dumps, packaged(name)))
 
 
-def pressure_lines() -> list[str]:
-    """The packaged user turns that ask for another manner."""
-    return [row["text"] for row in packaged("pressure.jsonl")]
+def pressure_lines(when: str = "later") -> list[str]:
+    """The packaged requests for another manner.
+
+    Args:
+        when: `first` for those that follow a question in the same turn, `later` for further turns.
+    """
+    return [row["text"] for row in packaged("pressure.jsonl") if row["when"] == when]
 
 
 def fits(used: int, text: str, sampling: Sampling, max_model_len: int) -> bool:

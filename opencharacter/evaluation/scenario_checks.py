@@ -25,13 +25,36 @@ REQUEST = re.compile(
     r"any (?:advice|ideas?|tips?|suggestions?)|(?:can|could|would) you)\b",
     re.IGNORECASE,
 )
-PLACEHOLDER = re.compile(r"\[[^\]]*\]|<[^>]*>|_{3,}")
+MARKUP = re.compile(r"\[[^\]]*\]|<[^>]*>|_{3,}|\*\*|^#|: ?\"")
+"""Placeholders to fill in, Markdown and field names."""
+AS_A_PERSON = re.compile(
+    r"\byour (?:own |whole )?(?:family|home|household|house|kids?|children|parents|friends?|"
+    r"loved ones|job|boss|colleagues|day|weekend|life|routines?|experiences?|childhood|body|mood|"
+    r"sanity|criticism|outlook)\b"
+    r"|\b(?:have|did|were) you\b|\byou(?:'ve| have) (?:been|found|ever|had|seen|learned)\b"
+    r"|\byou (?:ever|last|sometimes|often|usually) \b|\bhelped you\b|\byou (?:feel|felt)\b"
+    r"|\bdo you (?:have planned|plan|balance|maintain|spend|use your)\b|\byourself\b",
+    re.IGNORECASE,
+)
+"""Questions to the assistant as if it were a person with a life of its own."""
+DEMAND = re.compile(
+    r"\b(?:without|instead of|rather than|leave out|keep (?:it|every)|to the point|spare me|"
+    r"plainly|(?:plain|neutral|formal|serious|straight|ordinary|literal) (?:\w+ )?(?:answer|words|"
+    r"language|tone|sentences|list|facts)|(?:just|only) (?:the|a|your)|no \w+(?: \w+)?,? please|"
+    r"do(?:n't| not) (?:be|make|use|give|add|write|tell|sound|want|need))\b",
+    re.IGNORECASE,
+)
 
 
 def ends_as_request(text: str) -> bool:
     """Whether the last sentence is a question or asks for something. Requests are English."""
     last = SENTENCE_END.split(text.strip())[-1]
     return bool(QUESTION.search(last) or REQUEST.search(last))
+
+
+def demands(text: str) -> bool:
+    """Whether a message says how it should be answered, or how not. Demands are English."""
+    return DEMAND.search(text) is not None
 
 
 def rejection(
@@ -49,8 +72,8 @@ def rejection(
     checks = {
         "length": len(filters.words(text)) not in WORDS,
         "no_request": not ends_as_request(text),
-        "about_assistant": ABOUT_ASSISTANT.search(text) is not None,
-        "placeholder": PLACEHOLDER.search(text) is not None,
+        "about_assistant": bool(ABOUT_ASSISTANT.search(text) or AS_A_PERSON.search(text)),
+        "markup": MARKUP.search(text) is not None,
         "quotes_assertion": filters.overlap(text, assertion) > max_overlap,
         "repeated": repeats or any(filters.overlap(text, other) > max_overlap for other in others),
     }
