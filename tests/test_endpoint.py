@@ -40,9 +40,10 @@ def server():
     server.shutdown()
 
 
-def request_reply(server, prefill="", **sampling):
+def request_reply(server, prefill="", date_string=None, **sampling):
     url = f"http://127.0.0.1:{server.server_port}/v1"
-    role = Role(model="teacher", name="teacher", self_name="T", endpoint=url)
+    names = {"model": "teacher", "name": "teacher", "self_name": "T"}
+    role = Role(**names, endpoint=url, date_string=date_string)
 
     async def send():
         engine = start(EngineSpec(role, Pool()))
@@ -108,3 +109,13 @@ def test_endpoint_urls_need_a_scheme_and_no_credentials(url):
     with pytest.raises(ValueError, match="endpoint") as refused:
         Role(model="m", name="m", self_name="M", endpoint=url)
     assert "api_key_env" in str(refused.value) or "http://" in str(refused.value)
+
+
+def test_a_date_is_sent_as_an_argument_of_the_chat_template(server):
+    request_reply(server)
+    assert "chat_template_kwargs" not in server.requests[0]
+    request_reply(server, date_string="01 Mar 2025")
+    request_reply(server, EMPTY_THOUGHT, date_string="01 Mar 2025")
+    dated = {"date_string": "01 Mar 2025"}
+    assert server.requests[1]["chat_template_kwargs"] == dated
+    assert server.requests[2]["chat_template_kwargs"] == {**dated, "enable_thinking": False}

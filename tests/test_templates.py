@@ -11,6 +11,7 @@ from template_samples import (
     FAMILIES,
     GOLDEN,
     PREFILL,
+    TEMPLATES,
     describe,
     make_tokenizer,
     mark_loss,
@@ -25,6 +26,7 @@ from opencharacter.text.templates import (
     adapted_template,
     check_continuation,
     check_template,
+    check_thoughts,
     check_trainable,
     encode,
     encode_answer,
@@ -200,6 +202,74 @@ def test_an_endpoint_cannot_continue_a_thought_that_its_template_moves(make):
     with pytest.raises(UserError, match="prefill to false"):
         check_continuation(make("qwen3", thinks=True))
     check_continuation(make("phi3", thinks=True))
+
+
+def test_a_student_that_thinks_is_refused_if_it_would_be_trained_on_empty_thoughts(make):
+    for family in ("qwen3", "glm4_5", "gpt_oss"):
+        with pytest.raises(UserError, match=r"set roles\.student\.thinks to false"):
+            check_thoughts(make(family, thinks=True))
+    check_thoughts(make("phi3", thinks=True))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm4_5", "gpt_oss"])
+def test_a_student_with_thinking_off_is_trained_on_the_answer_alone(make, family):
+    tokenizer = make(family)
+    check_thoughts(tokenizer)
+    ids, answer = encode_answer(tokenizer, [*QUESTION, assistant("Because.")])
+    assert ids == prompt_ids(tokenizer, QUESTION)
+    assert tokenizer.decode(answer).lstrip().startswith("Because.")
+
+
+def test_the_prompt_of_a_role_that_does_not_think_opens_the_final_channel(make):
+    lead = "<|start|>assistant<|channel|>final<|message|>"
+    tokenizer = make("gpt_oss")
+    assert prompt(tokenizer, QUESTION).endswith(lead)
+    assert prompt(tokenizer, QUESTION, EMPTY_THOUGHT).endswith(lead)
+    assert prompt(make("gpt_oss", thinks=True), QUESTION).endswith("<|start|>assistant")
+
+
+def test_a_run_is_refused_if_its_student_would_be_trained_on_empty_thoughts(
+    make, make_jobs, tiny_model, tmp_path
+):
+    import shutil
+
+    path = tmp_path / "student"
+    shutil.copytree(tiny_model, path)
+    template = str(TEMPLATES / "qwen3.jinja")
+    role = {**ECHO_ROLE, "model": str(path), "chat_template": template, "thinks": True}
+    with pytest.raises(UserError, match="role student: thinks is true"):
+        preflight.check_templates(make_jobs(recipe_of(role)), None)
+
+
+# ------------------------------------------------------------------------- independent references
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_have_the_tokens_of_the_published_template(make, family):
+    """Transformers renders the published template with the variables that a run fixes."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = (TEMPLATES / f"{family}.jinja").read_text()
+    adapted = make(family, date_string="26 Jul 2024")
+    messages = CONVERSATION
+    if family == "gemma2":  # the system message is part of the first user turn
+        first = user(f"{CONVERSATION[0]['content']}\n\n{CONVERSATION[1]['content']}")
+        messages = [first, *CONVERSATION[2:]]
+    for end in (len(messages) - 3, len(messages) - 1):
+        (expected,), _ = render_jinja_template(
+            conversations=[messages[:end]],
+            chat_template=source.replace("strftime_now('%Y-%m-%d')", "'2024-07-26'"),
+            add_generation_prompt=True,
+            enable_thinking=False,
+            date_string="26 Jul 2024",
+            bos_token=adapted.bos_token,
+            eos_token=adapted.eos_token,
+        )
+        if family == "gpt_oss":
+            expected += "<|channel|>final<|message|>"
+        ids = adapted(expected, add_special_tokens=False)["input_ids"]
+        shift = len(messages) - len(CONVERSATION)
+        assert prompt_ids(adapted, CONVERSATION[: end - shift]) == ids
 
 
 # -------------------------------------------------------------------------------------- fixed dates

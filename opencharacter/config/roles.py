@@ -94,10 +94,11 @@ class Role(Config):
         None
     )
     """Base URL of an OpenAI-compatible server that serves `model`; no engine is started then.
-    Requests use two extensions of vLLM: `repetition_penalty`, if it is not 1, and
-    `continue_final_message`, if the answer has a prefill. For a server that rejects them, set
-    `repetition_penalty: 1` and `prefill: false`. The server renders its own chat template: the
-    recipe's date does not reach it, and templates such as GLM-4.5's and Qwen3's change a prefilled
+    Requests use extensions of vLLM: `repetition_penalty`, if it is not 1; `continue_final_message`,
+    if the answer has a prefill; and `chat_template_kwargs`, if a `date_string` is set. For a server
+    that rejects them, set `repetition_penalty: 1` and `prefill: false`, and no `date_string`. The
+    server renders its own chat template, which states its own date unless it takes a `date_string`
+    and one is set. Templates such as GLM-4.5's and Qwen3's change a prefilled
     thought, which needs `prefill: false`, too."""
     api_key_env: Annotated[str, NotIdentity] = "OPENAI_API_KEY"
     """Name of the environment variable that holds the endpoint's API key."""

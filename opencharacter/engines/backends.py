@@ -195,7 +195,7 @@ class EndpointEngine:
         from openai import AsyncOpenAI
 
         key = os.environ.get(spec.role.api_key_env, "none")
-        self.model = spec.role.model
+        self.model, self.date = spec.role.model, spec.role.date_string
         self.client = AsyncOpenAI(base_url=spec.role.endpoint, api_key=key, max_retries=8)
         self.limit = asyncio.Semaphore(spec.role.endpoint_concurrency)
 
@@ -207,13 +207,16 @@ class EndpointEngine:
         prefill: str,
     ) -> dict[str, Any]:
         body: dict[str, Any] = {}
+        options: dict[str, Any] = {"date_string": self.date} if self.date else {}
         if sampling.repetition_penalty != 1:  # some servers reject this parameter
             body["repetition_penalty"] = sampling.repetition_penalty
         if prefill == EMPTY_THOUGHT:
-            body["chat_template_kwargs"] = {"enable_thinking": False}
+            options["enable_thinking"] = False
         elif prefill:
             messages = [*messages, assistant(prefill)]
             body |= {"continue_final_message": True, "add_generation_prompt": False}
+        if options:
+            body["chat_template_kwargs"] = options
         return {
             "model": self.model,
             "messages": messages,

@@ -48,6 +48,7 @@ from opencharacter.runtime.attempts import AttemptLog
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, TrainingWorkers
 from opencharacter.runtime.store import SHARDS
 from opencharacter.text.chat import row_id, strip_think
+from opencharacter.text.templates import load_tokenizer
 
 OWN = "commonplace"
 """This package's task: general knowledge, common sense and arithmetic, four options each."""
@@ -171,6 +172,7 @@ def measure(
     # In bfloat16 the likelihoods of options often tie; on the CPU float32 costs little.
     model = harness_model(
         pretrained=str(path),
+        tokenizer=load_tokenizer(path, role),
         device="cuda" if gpus else "cpu",
         dtype=role.dtype if gpus else "float32",
         batch_size="auto" if gpus else CPU_BATCH,

@@ -13,6 +13,7 @@ from opencharacter.runtime.stage import Job
 from opencharacter.text.templates import (
     check_continuation,
     check_template,
+    check_thoughts,
     check_trainable,
     load_tokenizer,
 )
@@ -78,6 +79,8 @@ def check_templates(selected: list[Job], rebuild: str | None) -> None:
             check_template(tokenizer)
             if name == "student":
                 check_trainable(tokenizer)
+                if role.thinks:
+                    check_thoughts(tokenizer)
             if role.endpoint and prefill:
                 check_continuation(tokenizer)
         except UserError as error:

@@ -3,7 +3,8 @@
 Training, generation and serving must give a model the same tokens. Therefore a template is adapted
 once, when its tokenizer is loaded, and everything else renders the adapted template:
 
-- A role that does not think renders with `enable_thinking = false` where the template knows it.
+- A role that does not think renders with `enable_thinking = false` where the template knows it, and
+  its prompts open the final channel where the template has channels (gpt-oss).
 - Dates are the recipe's `date_string`, never the current day.
 - A system message that the template rejects or drops is put before the first user message.
 
@@ -49,6 +50,9 @@ SYSTEM_IN_USER_TURN = """\
 {%- set messages = [{'role': 'user', 'content': system_text}] + messages[1:] %}
 {%- endif %}
 {%- endif %}"""
+CHANNEL = "<|channel|>"
+"""Begins the name of the part of a turn, such as `analysis` or `final`, in the harmony format."""
+ANSWER_OPENED = "{#- The prompt opens the answer. -#}"
 END_OF_PRELUDE = "{{- '' }}"
 """Protects whitespace at the beginning of a template, which Jinja removes after a block."""
 
@@ -90,6 +94,21 @@ def adapt_template(tokenizer: Any, role: Role) -> None:
     tokenizer.chat_template = adapted_source(source, prelude)
     if not accepts_system(tokenizer):
         tokenizer.chat_template = adapted_source(source, prelude + SYSTEM_IN_USER_TURN)
+    if CHANNEL in source and not role.thinks:
+        open_answer(tokenizer)
+
+
+def open_answer(tokenizer: Any) -> None:
+    """Let the generation prompt of a chat template open the channel of the answer.
+
+    Otherwise a model such as gpt-oss chooses the channel and may open one for its thought.
+    """
+    source, lead = template_source(tokenizer) or "", answer_lead(tokenizer)
+    if CHANNEL not in lead:
+        return
+    opened = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(lead)} }}}}{{% endif %}}"
+    source = source.removeprefix(ADAPTED).removesuffix("\n")
+    tokenizer.chat_template = f"{ADAPTED}{source}{ANSWER_OPENED}{opened}"
 
 
 def adapted_source(source: str, prelude: str) -> str:
@@ -194,7 +213,8 @@ def prompt(tokenizer: Any, messages: list[Message], prefill: str = "") -> str:
         messages: the conversation, ending with a user turn.
         prefill: beginning of the reply.
     """
-    if not prefill:
+    opened = ANSWER_OPENED in (template_source(tokenizer) or "")
+    if not prefill or (opened and prefill == EMPTY_THOUGHT):
         return render(tokenizer, messages, True)
     lead = answer_lead(tokenizer)
     if special_tokens(tokenizer).search(lead) and THINK_OPEN not in lead:
@@ -478,6 +498,27 @@ def check_trainable(tokenizer: Any) -> None:
     sequences = encode(tokenizer, [system("SYSTEM"), *turns])
     trained = "".join(tokenizer.decode([s.ids[i] for i in s.loss_positions]) for s in sequences)
     _require_texts(tokenizer, trained, [turns[1], turns[3]])
+
+
+def check_thoughts(tokenizer: Any) -> None:
+    """Check that a student that thinks is not trained on thoughts.
+
+    The answers in the training data have no thoughts. Some templates put an empty one before them,
+    or a channel that skips the thought, and the student would learn to think no more.
+
+    Args:
+        tokenizer: the tokenizer of a student that thinks.
+
+    Raises:
+        UserError: if the text that is trained on contains an empty thought.
+    """
+    _, answer = encode_answer(tokenizer, [user("QUESTION"), assistant("ANSWER")])
+    text = tokenizer.decode(answer)
+    if THINK_CLOSE in text or CHANNEL in text:
+        raise UserError(
+            f"thinks is true, but the training data has no thoughts and the chat template of "
+            f"{tokenizer.name_or_path} would train on empty ones; set roles.student.thinks to false"
+        )
 
 
 def check_continuation(tokenizer: Any) -> None:
