@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from samples import ECHO_ROLE, recipe_of
 
 from opencharacter import pipeline
 from opencharacter.config.evaluation import Rating
@@ -411,9 +412,25 @@ def test_students_are_compared_on_traits_that_both_have_rated(tmp_path):
 
 def test_a_plan_states_the_expected_interval_of_ratings(make_jobs, echo_recipe):
     (job,) = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/rating")
-    (line,) = rating.notes(job)
+    line, groups = rating.notes(job)
     assert "144 traits: 6 games" in line
     assert "+-50 points need 13" in line
+    assert groups == (
+        "138 of 144 traits have no game and the others form 3 groups that never meet, so their "
+        "ratings cannot be compared; increase evaluation.preferences.games or name fewer "
+        "evaluation.preferences.traits"
+    )
+
+
+def test_the_groups_of_a_plan_are_those_of_the_games_that_are_played(make_jobs):
+    settings = {"preferences": {"games": 400, "traits": ["warm", "blunt", "calm"]}}
+    jobs = make_jobs(recipe_of(ECHO_ROLE, evaluation=settings))
+    (job,) = (j for j in jobs if j.stage.name == "evaluation/rating")
+    (player, *_) = (p for p in job.parents if p.stage.name == "evaluation/preferences")
+    played = preferences.games(player)[::2]
+    assert preferences.draw_pair(player, 7) == [played[7]["first"], played[7]["second"]]
+    assert rating.planned_groups(job, ["warm", "blunt", "calm"]).tolist() == [1, 1, 1]
+    assert len(rating.notes(job)) == 1
 
 
 def test_base_games_are_played_once_and_rated_with_every_persona(store, echo_recipe, poet):

@@ -23,11 +23,14 @@ from opencharacter.cli.options import (
     print_table,
 )
 from opencharacter.config.placement import Placement, total_resources
+from opencharacter.config.roles import Role
+from opencharacter.distillation.sources import HUB, check_hub_source
 from opencharacter.planning import cost, simulation
 from opencharacter.planning.savings import savings
 from opencharacter.planning.speeds import Speeds, load_speeds
 from opencharacter.runtime.progress import console, duration
 from opencharacter.runtime.stage import Job
+from opencharacter.runtime.staleness import explain_stale
 
 GIB = 2**30
 COUNTS = ("rows", "tokens read", "generated", "trained")
@@ -70,8 +73,27 @@ def plan(
             console.print(f"{name}: {note}", soft_wrap=True)
     for role in type(run.recipe.roles).model_fields:
         console.print(engine_line(run, role), soft_wrap=True)
+    for line in unchecked_sources(run):
+        console.print(line, soft_wrap=True)
     for line in missing_here(run):
         console.print(f"missing on this machine: {line}", soft_wrap=True)
+
+
+def unchecked_sources(run: Run) -> list[str]:
+    """Check the prompts on the Hugging Face Hub; return a line for each that cannot be reached.
+
+    Raises:
+        UserError: if a dataset does not exist or its first rows have no prompt.
+    """
+    recipe = run.recipe
+    sources = {recipe.distillation.prompts.general_prompts, recipe.evaluation.answers.prompts}
+    lines = []
+    for source in sorted(source for source in sources if source.startswith(HUB)):
+        try:
+            check_hub_source(source)
+        except ConnectionError:
+            lines.append(f"prompts {source!r} could not be checked: the Hub cannot be reached")
+    return lines
 
 
 def stage_notes(group: list[Job]) -> list[str]:
@@ -88,7 +110,7 @@ def engine_line(run: Run, role_name: str) -> str:
     role, pool = getattr(run.recipe.roles, role_name), getattr(run.placement.pools, role_name)
     spec = EngineSpec(role, pool)
     if not spec.has_weights:
-        return f"engine {role_name}: {role.endpoint or role.model}"
+        return f"engine {role_name}: {role.endpoint or role.model}{endpoint_date(role)}"
     batched_tokens = engine_arguments(spec)["max_num_batched_tokens"]
     reason = no_swap_reason(pool) if role_name == "student" else ""
     line = (
@@ -109,6 +131,15 @@ def engine_line(run: Run, role_name: str) -> str:
     )
 
 
+def endpoint_date(role: Role) -> str:
+    """Say which date the chat template of an endpoint states, if it states one."""
+    if not role.endpoint:
+        return ""
+    if role.date_string is None:
+        return " (its chat template states its own date unless date_string is set)"
+    return f" (date_string {role.date_string!r} is sent; templates that ignore it state their own)"
+
+
 def group_jobs(run: Run) -> dict[str, list[Job]]:
     """Group jobs by dataset, with `*` for the persona if the run has several."""
     groups: dict[str, list[Job]] = {}
@@ -123,7 +154,10 @@ def group_jobs(run: Run) -> dict[str, list[Job]]:
 
 def describe_states(states: list[tuple[str, list[str]]]) -> str:
     """Summarize the states of a group of jobs."""
-    counts = Counter(": ".join([state, *differing[:1]]) for state, differing in states)
+    counts = Counter(
+        f"{state}: {explain_stale(differing)}" if differing else state
+        for state, differing in states
+    )
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{count} {state}" for state, count in counts.items())

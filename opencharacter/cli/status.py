@@ -20,6 +20,7 @@ from opencharacter.cli.options import (
 from opencharacter.runtime.attempts import repeated_work
 from opencharacter.runtime.progress import console, duration
 from opencharacter.runtime.stage import Job
+from opencharacter.runtime.staleness import explain_stale
 
 USAGE = ("held_seconds", "busy_seconds", "gpu_seconds", "gpu_busy_seconds")
 
@@ -71,7 +72,7 @@ def status_cells(job: Job) -> list[str]:
     if manifest is None:
         return [state, *[""] * 7]
     if differing:
-        state = f"stale: {differing[0]}"
+        state = f"stale: {explain_stale(differing)}"
     reserved, busy = manifest.get("held_seconds", 0), manifest.get("busy_seconds", 0)
     return [
         state,

@@ -25,6 +25,10 @@ FIELDS = ("prompt", "messages", "conversations", "conversation")
 USER_ROLES = frozenset({"user", "human", "prompter"})
 CONTENT_FIELDS = ("content", "value", "text", "input")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+PROBED_ROWS = 100
+"""Rows of a dataset on the Hub that `plan` reads."""
+HUB_TIMEOUT = 10
+"""Seconds that `plan` waits for the Hub."""
 SHOWN_FIELDS = 10
 """Number of field names that an error lists."""
 
@@ -99,6 +103,35 @@ def load_hub_rows(name: str) -> Iterable[Any]:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"prompts 'hf:{name}' could not be loaded ({reason}); use a file") from None
+
+
+def check_hub_source(source: str) -> None:
+    """Check that a dataset exists on the Hugging Face Hub and has a prompt in its first rows.
+
+    Only these rows are downloaded.
+
+    Raises:
+        UserError: if the dataset does not exist, is not accessible, or the rows have no prompt.
+        ConnectionError: if the Hub cannot be reached.
+    """
+    import httpx
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    name = source.removeprefix(HUB)
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
+        rows = list(load_dataset(name, split="train", streaming=True).take(PROBED_ROWS))
+    except (httpx.TransportError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise ConnectionError(str(error)) from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"prompts {source!r} could not be loaded ({reason}); check the name and HF_TOKEN, or "
+            "use a file"
+        ) from None
+    collect_prompts(source, "row", enumerate(rows, 1), "")
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:

@@ -90,7 +90,6 @@ def games(job: Job) -> list[Row]:
     pair to pair.
     """
     settings: Preferences = job.config
-    traits = settings.traits or all_traits()
     prompts = untrained_prompts(job)
     if not prompts:
         raise StageFailed(
@@ -100,7 +99,7 @@ def games(job: Job) -> list[Row]:
     rows = []
     for game in range(settings.games):
         pair, swapped = divmod(game, 2)
-        drawn = generator(job, f"pair-{pair}").sample(traits, 2)
+        drawn = draw_pair(job, pair)
         first, second = reversed(drawn) if swapped else drawn
         rows.append(
             {
@@ -113,6 +112,11 @@ def games(job: Job) -> list[Row]:
             }
         )
     return rows
+
+
+def draw_pair(job: Job, pair: int) -> list[str]:
+    """The two traits of a pair of games."""
+    return generator(job, f"pair-{pair}").sample(job.config.traits or all_traits(), 2)
 
 
 def untrained_prompts(job: Job) -> list[str]:

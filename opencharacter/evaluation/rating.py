@@ -296,14 +296,44 @@ def notes(job: Job) -> list[str]:
     from opencharacter.evaluation.preferences import all_traits
 
     settings, preferences = job.config, job.recipe.evaluation.preferences
-    traits = len(preferences.traits or all_traits())
+    names = preferences.traits or all_traits()
+    traits = len(names)
     width = half_width(preferences.games, traits, settings.scale)
     target = settings.target_half_width
     needed = games_needed(target, traits, settings.scale)
     return [
         f"ratings of {traits} traits: {preferences.games:,} games per condition give about "
         f"+-{width:.0f} points (95 %) if every verdict is readable; +-{target:.0f} points need "
-        f"{needed:,} games"
+        f"{needed:,} games",
+        *group_notes(planned_groups(job, names)),
+    ]
+
+
+def planned_groups(job: Job, traits: Sequence[str]) -> Indices:
+    """The groups of traits that the planned games connect, if every verdict is readable."""
+    from opencharacter.evaluation.preferences import draw_pair
+
+    (played,) = [p for p in job.parents if p.stage.name == "evaluation/preferences"][:1]
+    index = {trait: i for i, trait in enumerate(traits)}
+    met = np.zeros((len(traits), len(traits)), np.int64)
+    for pair in range(math.ceil(played.config.games / 2)):
+        first, second = draw_pair(played, pair)
+        met[index[first], index[second]] += 1
+    return connected_groups(met + met.T)
+
+
+def group_notes(groups: Indices) -> list[str]:
+    """Say that traits will have no rating, or ratings that cannot be compared."""
+    unplayed, separate = int((groups == 0).sum()), int(groups.max(initial=0))
+    if not unplayed and separate < 2:
+        return []
+    problems = [
+        *([f"{unplayed} of {len(groups)} traits have no game"] if unplayed else []),
+        *([f"the others form {separate} groups that never meet"] if separate > 1 else []),
+    ]
+    return [
+        f"{' and '.join(problems)}, so their ratings cannot be compared; increase "
+        "evaluation.preferences.games or name fewer evaluation.preferences.traits"
     ]
 
 
