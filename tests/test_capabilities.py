@@ -8,6 +8,7 @@ import pytest
 from samples import ECHO_ROLE, recipe_of
 
 from opencharacter.config.evaluation import Capabilities, Capability
+from opencharacter.config.roles import Role
 from opencharacter.errors import UserError
 from opencharacter.evaluation import capabilities
 from opencharacter.evaluation.capabilities import (
@@ -250,3 +251,19 @@ def test_base_and_persona_are_evaluated_on_the_same_documents(
     # A second attempt finds what the first one finished.
     monkeypatch.setattr(capabilities, "measure", lambda *_: pytest.fail("asked again"))
     assert capabilities.build(persona).rows == expected
+
+
+def test_the_harness_renders_the_adapted_chat_template(monkeypatch, tiny_model, tmp_path):
+    """The template states a date and thinks by default; a role fixes both."""
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ date_string }}"
+        "{% if enable_thinking is not defined or enable_thinking %}THINKS{% endif %}"
+    )
+    fields = {"model": str(tiny_model), "chat_template": template, "date_string": "01 Mar 2025"}
+    seen = []
+    monkeypatch.setattr(capabilities, "samples", lambda model, *_, **__: seen.append(model) or {})
+    task, settings = Capability(task="winogrande"), Capabilities()
+    capabilities.measure(Role.model_validate(ECHO_ROLE | fields), None, task, settings, 0, 1)
+    (model,) = seen
+    question = [{"role": "user", "content": "Why?"}]
+    assert model.apply_chat_template(question) == "Why?01 Mar 2025"
