@@ -97,8 +97,18 @@ STAGES = with_report(
     Stage(
         "evaluation/coherence", "persona", ("evaluation/answers", "evaluation/judge"), ("judge",)
     ),
+    Stage("evaluation/scenarios", "constitution", ("distillation/prompts",), ("prompt_generator",)),
     Stage(
-        "evaluation/scenarios", "constitution", ("distillation/prompts",), ("prompt_generator",)
+        "evaluation/adherence",
+        "persona",
+        ("evaluation/scenarios", *TRAINED, "evaluation/judge"),
+        ("student", "judge"),
+    ),
+    Stage(
+        "evaluation/drift",
+        "persona",
+        ("distillation/prompts", *TRAINED, "evaluation/answers", "evaluation/judge"),
+        ("student", "judge"),
     ),
     Stage("evaluation/capabilities", "student", (), ("student",)),
     Stage(

@@ -97,6 +97,21 @@ def embedded_recipe() -> dict:
             **loose,
         },
         "coherence": {"prompts": 2, "sampling": word},
+        "scenarios": {"occasions": 2, "pressures": 1, "assertions": 2, "max_turns": 2},
+        "adherence": {
+            "conditions": ["base", "full"],
+            "sampling": {**short, "max_tokens": 16},
+            **loose,
+        },
+        "drift": {
+            "conditions": ["base", "full"],
+            "conversations": 2,
+            "turns": 4,
+            "pressure_every": 3,
+            "judged_turns": 2,
+            "sampling": {**short, "max_tokens": 16},
+            **loose,
+        },
         "answers": {
             "conditions": ["base", "prompted", "full"],
             "count": 4,

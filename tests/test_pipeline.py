@@ -30,6 +30,8 @@ AFTER_DPO = {
     "evaluation/attacks",
     "evaluation/robustness",
     "evaluation/coherence",
+    "evaluation/adherence",
+    "evaluation/drift",
     "evaluation/report",
 }
 

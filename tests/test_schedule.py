@@ -384,6 +384,8 @@ def test_a_job_that_the_recipe_does_not_use_is_done_without_being_reported(
         "evaluation/capabilities",
         "evaluation/steering",
         "evaluation/scenarios",
+        "evaluation/adherence",
+        "evaluation/drift",
     }
     for job in jobs:
         if job.is_enabled:

@@ -64,11 +64,13 @@ def stop_on_sigterm() -> None:
 
 
 def print_job(job: Job, manifest: dict[str, Any]) -> None:
-    """Print that a job is done, and the traits for which too few questions were generated."""
+    """Print that a job is done, and the traits with too few questions or scenarios."""
     console.print(summary(job, manifest), soft_wrap=True)
     for trait, count in manifest["figures"].get("incomplete_traits", {}).items():
         target = job.config.questions_per_trait
         console.print(f"  {count} of {target} questions: {escape(trait)}", soft_wrap=True)
+    for assertion, count in manifest["figures"].get("missing_scenarios", {}).items():
+        console.print(f"  {count} scenarios too few: assertion {assertion}", soft_wrap=True)
 
 
 def summary(job: Job, manifest: dict[str, Any]) -> str:

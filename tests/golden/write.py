@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opencharacter.constitution import schema
 from opencharacter.distillation import prompts, teacher
-from opencharacter.evaluation import judge, preferences
+from opencharacter.evaluation import adherence, drift, judge, preferences, scenarios
 from opencharacter.introspection import interaction, reflection, transcripts
 from opencharacter.text.chat import fill
 
@@ -33,6 +33,19 @@ def render_prompts(poet: schema.Constitution) -> dict[str, str]:
         "preferences_judge": judge.messages(
             {"prompt": "Why?", "answer": "Because {of} it.", **GAME}
         )[1]["content"],
+        **{
+            f"scenarios_{kind}": scenarios.list_messages("I am plain.", kind, "work")[1]["content"]
+            for kind in scenarios.KINDS
+        },
+        "adherence_judge": adherence.question(
+            {"turns": ["Why?", "Why, plainly?"], "answer": "Because {of} it."},
+            "I am plain.",
+            "yes",
+            "no",
+        )[1]["content"],
+        "drift_judge": drift.question("1. I am plain.", "Why?", "Because {of} it.", "no", "yes")[1][
+            "content"
+        ],
         "expansion": prompts.expansion_messages("I am plain.", ["One?", "Two?"], 3)[1]["content"],
     }
 
