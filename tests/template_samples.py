@@ -40,6 +40,10 @@ class Family(NamedTuple):
 
 COMMAND_TURNS = ("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>")
 FAMILIES = {
+    "chatml": Family(("<|im_start|>",), "<|im_end|>", ("<|endoftext|>",)),
+    "granite3": Family(("<|start_of_role|>", "<|end_of_role|>"), "<|end_of_text|>"),
+    "olmo2": Family((), "<|endoftext|>", bos="<|endoftext|>"),  # role markers are plain text
+    "smollm3": Family(("<|im_start|>",), "<|im_end|>"),
     "qwen3": Family(("<|im_start|>",), "<|im_end|>", ("<|endoftext|>",)),
     "glm4_5": Family(
         ("[gMASK]", "<sop>", "<|system|>", "<|assistant|>"), "<|endoftext|>", ("<|user|>",)
@@ -50,6 +54,7 @@ FAMILIES = {
     "mistral": Family(("[INST]", "[/INST]"), "</s>"),
     "phi3": Family(("<|system|>", "<|user|>", "<|assistant|>"), "<|endoftext|>", ("<|end|>",)),
     "gemma2": Family(("<start_of_turn>",), "<eos>", ("<end_of_turn>",), "<bos>"),
+    "gemma3": Family(("<start_of_turn>",), "<eos>", ("<end_of_turn>",), "<bos>"),
     "gpt_oss": Family(("<|start|>", "<|channel|>", "<|message|>", "<|end|>"), "<|return|>"),
     "command_a": Family(
         ("<|START_OF_TURN_TOKEN|>", *COMMAND_TURNS, "<|END_RESPONSE|>"),
