@@ -60,6 +60,22 @@ def test_the_report_is_self_contained_and_shows_answers_side_by_side(finished):
     assert page.count("<svg") >= 4
 
 
+def test_the_report_shows_each_assertion_and_the_turns_of_long_conversations(finished):
+    folder, _, _ = finished
+    persona = "smollm2-135m/poeticism"
+    datasets = manifests(folder)
+    assert datasets["poeticism/evaluation/scenarios"]["rows"] == 6
+    assert datasets[f"{persona}/evaluation/adherence"]["rows"] == 12
+    drift = datasets[f"{persona}/evaluation/drift"]
+    assert drift["rows"] == 4
+    conversations = Store(str(folder / "runs/tiny")).read_table(f"{persona}/evaluation/drift")
+    assert all(map(len, conversations["recognized"].to_pylist()))
+    assert drift["figures"]["conditions"]["full"]["drift_classifier"]["n"] > 0
+    page = (folder / "runs/tiny/smollm2-135m/evaluation/report/report.html").read_text()
+    assert "Does the persona show its assertions?" in page
+    assert "Strength of the character by turn (classifier)" in page
+
+
 def test_a_second_run_does_nothing(finished):
     folder, recipe, _ = finished
     again = cli("run", recipe, "-c", "poeticism", cwd=folder)

@@ -367,15 +367,10 @@ def report(job: Job) -> list[Section]:
     scored = assertion_scores(job.persona, rows)
     conditions = in_order(row["condition"] for row in rows)
     findings = {about: finding(cells) for about, cells in scored.items() if about != ALL}
-    persona, overall = job.persona.name, scored[ALL]
-    columns = {"Assertions shown": MEASURES[OCCASION][0]}
-    columns |= {"Assertions shown, under pressure": MEASURES[PRESSURE][0]}
+    persona, column = job.persona.name, "Assertions shown, against base"
+    changes = {c: scored[ALL].get((MEASURES[OCCASION][1], c)) for c in conditions if c != BASE}
     return [
-        comparison(
-            persona,
-            list(columns),
-            {c: {name: overall.get((m, c)) for name, m in columns.items()} for c in conditions},
-        ),
+        comparison(persona, [column], {c: {column: score} for c, score in changes.items()}),
         assertion_table(persona, scored, conditions, findings),
         unscored(unreadable(rows), persona),
     ]

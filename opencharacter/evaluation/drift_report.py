@@ -179,6 +179,7 @@ def sections(persona: str, rows: list[Row], every: int) -> list[Section]:
     cells: dict[str, Cells] = {
         condition: {name: scores[measure] for name, measure in columns.items()}
         for condition, scores in drifts.items()
+        if condition != BASE  # which has no character; its drift is in the table below
     }
     return [
         comparison(persona, list(columns), cells),
