@@ -142,6 +142,7 @@ def test_dpo_sft_and_merge_run_in_sequence(cpu_ray, jobs, tokenizer):
     pipeline.finish(reference, build(reference), seconds=1)
     outcome = build(dpo)
     assert outcome.rows == 8  # the dropped pair is not trained on
+    assert outcome.figures["packed"] is True
     margins, losses = metric(dpo, "dpo/margin"), metric(dpo, "loss")
     assert len(losses) == 4  # 8 pairs, batch 4, two epochs
     assert margins[0] == pytest.approx(0, abs=1e-3)  # the reference is the model before training

@@ -23,7 +23,7 @@ from opencharacter.runtime import cluster
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import assistant, user
 from opencharacter.text.templates import encode_answer, load_tokenizer
-from opencharacter.training.architectures import student_notes
+from opencharacter.training.architectures import report_packing, student_notes
 from opencharacter.training.packing import Example, Tokens
 
 SIDES = ("chosen", "rejected")
@@ -222,7 +222,7 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> StageResult:
     from opencharacter.engines.allocation import acquire
     from opencharacter.engines.generate import silence_ray_data
-    from opencharacter.runtime.progress import active_seconds, console, start_counters
+    from opencharacter.runtime.progress import active_seconds, start_counters
 
     silence_ray_data()
     pairs, workers = job.read("distillation/pairs"), job.workers()
@@ -230,13 +230,7 @@ def build(job: Job) -> StageResult:
     with acquire(job.dataset, [workers], job.placement.autoscaling_resources) as allocation:
         rows = compute_reference(job, pairs, counters)
         allocation.work_seconds = active_seconds(counters)
-    packed = bool(ray.get(counters.read.remote()).get("packed", True))
+    packed = report_packing(job.dataset, ray.get(counters.read.remote()))
     counters.end.remote()
-    if not packed:
-        console.print(
-            f"{job.dataset}: training processes one sequence per forward pass, because "
-            "the student does not support packing",
-            soft_wrap=True,
-        )
     tokens = sum(pc.sum(pc.list_value_length(rows[name])).as_py() or 0 for name in ID_COLUMNS)
-    return job.write(rows, figures={"tokens_read": tokens, "packed": packed})
+    return job.write(rows, figures={"tokens_read": tokens, **packed})

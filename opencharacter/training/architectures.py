@@ -16,6 +16,7 @@ from opencharacter.config.base import ECHO
 from opencharacter.config.placement import Training
 from opencharacter.config.roles import Role
 from opencharacter.errors import UserError
+from opencharacter.runtime.progress import console
 
 PACKED = frozenset(
     """
@@ -121,6 +122,28 @@ def adapter_notes(name: str, path: Path) -> list[str]:
     fused = any("expert" in key and p.dim() == 3 for key, p in model.named_parameters())
     cause = f"the experts of {name} are fused and are" if fused else "other kinds of layers are"
     return [f"adapters: on {share:.0%} of the weights of the decoder's layers; {cause} not adapted"]
+
+
+def report_packing(dataset: str, counts: dict[str, float]) -> dict[str, bool]:
+    """Print a line if the sequences of packs were processed one by one.
+
+    Args:
+        dataset: the dataset that was made.
+        counts: what its workers reported, with `packed` as `probe.prepare` returned it.
+
+    Returns:
+        The figure for the manifest; none if the counts were lost.
+    """
+    if "packed" not in counts:
+        return {}
+    packed = bool(counts["packed"])
+    if not packed:
+        console.print(
+            f"{dataset}: training processes one sequence per forward pass, because the student "
+            "does not support packing",
+            soft_wrap=True,
+        )
+    return {"packed": packed}
 
 
 def local_path(role: Role) -> Path | None:

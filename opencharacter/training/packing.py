@@ -248,8 +248,7 @@ def attention(
     """Compute causal attention within each sequence of a pack.
 
     On a GPU with 16-bit values this is PyTorch's variable-length flash attention. Elsewhere, and
-    for what that kernel does not support (float32, soft-capped scores, attention sinks, large
-    heads), sequences are processed one by one.
+    for what that kernel does not support (see `fits_flash`), sequences are processed one by one.
 
     Args:
         module: the attention layer.
@@ -288,8 +287,7 @@ def attention(
             f"{type(module).__name__} received no cu_seq_lens_q and max_length_q, which attention "
             "over packs needs"
         )
-    plain = softcap is None and s_aux is None and query.shape[-1] <= MAX_HEAD_SIZE
-    if plain and value.is_cuda and value.dtype.itemsize == 2:
+    if value.is_cuda and value.dtype.itemsize == 2 and fits_flash(query, value, softcap, s_aux):
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         # A rotary embedding in float32 changes the dtype to one that flash attention rejects.
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -301,6 +299,19 @@ def attention(
         query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window, softcap, s_aux
     )
     return output.transpose(1, 2), None
+
+
+def fits_flash(query: Any, value: Any, softcap: float | None, s_aux: Any) -> bool:
+    """Return whether flash attention over packs supports the heads and has no scores to change.
+
+    Args:
+        query: (1, heads, t, d).
+        value: (1, key heads, t, dv); with multi-head latent attention, dv is smaller than d.
+        softcap: as in `attention`.
+        s_aux: as in `attention`.
+    """
+    same_size = query.shape[-1] == value.shape[-1]
+    return softcap is None and s_aux is None and same_size and query.shape[-1] <= MAX_HEAD_SIZE
 
 
 def varlen(*arguments: Any, **options: Any) -> Any:

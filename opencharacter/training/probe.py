@@ -68,6 +68,8 @@ def prepare(model: Any) -> bool:
             problem = difference(values, expected, model.dtype)
             if problem is None and name not in architectures.KNOWN:
                 problem = with_attention(model, attention, lambda: leak(model, batch))
+        except torch.OutOfMemoryError:  # says nothing about the attention
+            raise
         except Exception as error:  # whatever the model raises, this way does not work
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         if problem is None:

@@ -58,6 +58,7 @@ from opencharacter.training.adapters import (
     plan_memory,
     select_kernels,
 )
+from opencharacter.training.architectures import report_packing
 from opencharacter.training.batches import PackedBatches
 from opencharacter.training.frozen import fuse_lora
 from opencharacter.training.packing import Example, LossDenominators, Pack
@@ -140,7 +141,8 @@ def train(
         base_adapter: adapter to merge into the student's weights before training, or None.
 
     Returns:
-        The result, with the final metrics as figures.
+        The result; its figures are the final metrics, and whether packs were processed in one
+        forward pass.
 
     Raises:
         StageFailed: if the workers failed more often than the placement allows.
@@ -173,12 +175,13 @@ def train(
             raise StageFailed(f"{job.dataset}: training failed: {error_message(error)}") from error
         allocation.work_seconds = active_seconds(counters)
     progress()
+    packed = report_packing(job.dataset, ray.get(counters.read.remote()))
     counters.end.remote()
     curves = job.store.read_table(job.dataset, "curves")
     return StageResult(
         rows=without_dropped(job.store.read_table(task.data, columns=["drop_reason"])).num_rows,
         schema=[f"{f.name}: {f.type}" for f in curves.schema],
-        figures=summarize_curves(curves),
+        figures=summarize_curves(curves) | packed,
     )
 
 
@@ -243,7 +246,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     models.weight_names(path, adapted_layers(model))  # fail now if a later merge would fail
     model.config._name_or_path = task.role.model
     memory = plan_memory(model, placement, max(map(packing.num_tokens, examples)))
-    verify_packing(model, placement)
+    packed = verify_packing(model, placement)
     transformers.set_seed(task.seed)  # all workers initialize the same adapter
     model = add_lora(model, task.lora, memory.activation_checkpointing, select_kernels(placement))
     rank = ray.train.get_context().get_world_rank()
@@ -260,7 +263,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         )
         fuse_frozen(trainer.model, task)
         trainer.add_callback(ray_hf.RayTrainReportCallback())
-        trainer.add_callback(ProgressCallback(task.counters))
+        trainer.add_callback(ProgressCallback(task.counters, packed))
         checkpoint = ray.train.get_checkpoint()
         if checkpoint:
             with checkpoint.as_directory() as folder:
@@ -270,10 +273,13 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         save(task, trainer, tokenizer, Path(scratch), rank)
 
 
-def verify_packing(model: Any, placement: Training) -> None:
+def verify_packing(model: Any, placement: Training) -> bool:
     """Move a model to its device and choose how it processes packs; see `probe.prepare`.
 
     A model that will be sharded does not fit on one GPU, so it is verified on the CPU.
+
+    Returns:
+        Whether packs are processed in one forward pass.
 
     Raises:
         UserError: if the log-probabilities would be wrong.
@@ -281,11 +287,13 @@ def verify_packing(model: Any, placement: Training) -> None:
     sharded = placement.strategy == "fsdp"
     if placement.gpus and not sharded:
         model.to("cuda")
-    if not prepare(model) and sharded:
+    packed = prepare(model)
+    if not packed and sharded:
         raise UserError(
             f"{model.config.model_type}: its sequences are processed one by one, which does not "
             "work with strategy: fsdp; set strategy: ddp"
         )
+    return packed
 
 
 def fuse_frozen(model: Any, task: TrainingTask) -> None:
@@ -479,10 +487,11 @@ class ProgressCallback(transformers.TrainerCallback):
 
     Args:
         counters: handle of a `ProgressCounters` actor.
+        packed: whether packs are processed in one forward pass.
     """
 
-    def __init__(self, counters: Any):
-        self.counters = counters
+    def __init__(self, counters: Any, packed: bool):
+        self.counters, self.packed = counters, packed
         self.start = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -499,4 +508,4 @@ class ProgressCallback(transformers.TrainerCallback):
 
     def _set(self, **numbers: float) -> None:
         if ray.train.get_context().get_world_rank() == 0:
-            self.counters.set.remote(**numbers)
+            self.counters.set.remote(packed=self.packed, **numbers)
