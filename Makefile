@@ -31,7 +31,7 @@ docs: $(READY)
 
 lock: $(READY)
 	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip compile requirements/cpu.in --upgrade --no-config --no-header --no-annotate \
-	  --override requirements/overrides.txt --python-version 3.11 --python-platform linux -o requirements/cpu.txt
+	  --override requirements/overrides.txt --python-version 3.11.0 --python-platform linux -o requirements/cpu.txt
 	sed -i -e 's/+cpu$$//' -e '/^-e /d' -e "/'never'/d" requirements/cpu.txt
 	$(BIN)/uv pip compile pyproject.toml --extra vllm --extra capabilities --constraint requirements/gpu.in --upgrade \
 	  --no-config --no-header --no-annotate --generate-hashes --python-version 3.12 --python-platform x86_64-manylinux_2_28 \

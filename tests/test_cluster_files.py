@@ -38,9 +38,8 @@ MACHINES = {
 FIELDS = {
     "RayJob": """entrypoint backoffLimit shutdownAfterJobFinishes ttlSecondsAfterFinished
         rayClusterSpec""",
-    "RayService": """serviceUnhealthySecondThreshold deploymentUnhealthySecondThreshold
-        serveConfigV2 rayClusterConfig""",
-    "cluster": """rayVersion enableInTreeAutoscaling autoscalerOptions headGroupSpec
+    "RayService": "serveConfigV2 rayClusterConfig",
+    "cluster": """rayVersion authOptions enableInTreeAutoscaling autoscalerOptions headGroupSpec
         workerGroupSpecs""",
     "autoscaler": "idleTimeoutSeconds upscalingMode",
     "head": "rayStartParams template",
@@ -123,6 +122,7 @@ def test_every_field_belongs_to_kuberay(name):
     assert cluster.get("autoscalerOptions", {}).keys() <= set(FIELDS["autoscaler"].split())
     assert cluster["headGroupSpec"].keys() == set(FIELDS["head"].split())
     assert cluster["rayVersion"] == "2.60.0"
+    assert cluster["authOptions"] == {"mode": "token"}
     for group in cluster["workerGroupSpecs"]:
         assert group.keys() == set(FIELDS["workers"].split())
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
