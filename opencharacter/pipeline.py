@@ -25,6 +25,7 @@ from opencharacter.config.recipe import Recipe
 from opencharacter.constitution.schema import Constitution
 from opencharacter.engines.allocation import (
     capacity,
+    delete_applications,
     resource_usage,
     running_engines,
     stop_unused_engines,
@@ -212,20 +213,23 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
     running: list[Job] = []
     errors: list[Exception] = []
     results: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]] = queue.SimpleQueue()
-    while waiting or running:
-        while job := next_job(waiting, running):
-            waiting.remove(job)
-            running.append(job)
-            threading.Thread(target=build_in_thread, args=(job, results), daemon=True).start()
-        job, result = results.get()
-        running.remove(job)
-        if isinstance(result, Exception):
-            errors.append(result)
-            waiting = [other for other in waiting if not depends_on(other, job)]
-            if waiting or running:
-                print_failure(job, result)
-        elif job.is_enabled:
-            yield job, result
+    try:
+        while waiting or running:
+            while job := next_job(waiting, running):
+                waiting.remove(job)
+                running.append(job)
+                threading.Thread(target=build_in_thread, args=(job, results), daemon=True).start()
+            job, result = results.get()
+            running.remove(job)
+            if isinstance(result, Exception):
+                errors.append(result)
+                waiting = [other for other in waiting if not depends_on(other, job)]
+                if waiting or running:
+                    print_failure(job, result)
+            elif job.is_enabled:
+                yield job, result
+    finally:
+        delete_applications()
     if errors:
         raise errors[-1]
     if marker:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from opencharacter.api import Run
 from opencharacter.config import files
+from opencharacter.config.placement import Placement
 from opencharacter.runtime.progress import console
 
 RECIPES = ", ".join(files.packaged(files.RECIPES))
@@ -59,6 +60,7 @@ def open_run(
     storage: str | None,
     smoke: bool,
     assignments: list[str] | None,
+    served: str | None = None,
 ) -> Run:
     """Load and check what the options of a command name.
 
@@ -72,12 +74,20 @@ def open_run(
     return Run(
         recipe,
         personas,
-        placement,
+        with_served(files.load_placement(placement), served),
         storage,
         smoke=smoke,
         overrides=files.parse_assignments(assignments or ()),
         arguments=arguments,
     )
+
+
+def with_served(placement: Placement, served: str | None) -> Placement:
+    """Return a placement whose evaluation is served as an option says; None changes nothing."""
+    if served is None:
+        return placement
+    evaluation = placement.evaluation.model_copy(update={"served": served})
+    return placement.model_copy(update={"evaluation": evaluation})
 
 
 def job_table(*columns: str) -> Table:

@@ -40,9 +40,17 @@ def run(
         typer.Option(help="Replace the results of this stage and of all that depend on it."),
     ] = None,
     smoke: SmokeOption = False,
+    served: Annotated[
+        str | None,
+        typer.Option(
+            metavar="own|NAME|URL",
+            help="Evaluate through Ray Serve: `own` deploys an application for this run; the name "
+            "of an application of the cluster, or the URL of a server, joins one.",
+        ),
+    ] = None,
 ) -> None:
     """Run all stages that are missing. Interrupted stages resume where they stopped."""
-    requested = open_run(recipe, constitution, placement, storage, smoke, set_)
+    requested = open_run(recipe, constitution, placement, storage, smoke, set_, served)
     selected = requested.select(only, until, rebuild)
     if is_done(selected, rebuild):
         console.print("nothing to do: every stage is done")

@@ -59,6 +59,8 @@ def fits(requests: Iterable[Resources], available: Resources) -> bool:
 MAX_JOBS_PER_ENGINE = 2
 """Number of jobs that use an engine concurrently: a second job fills the batch while the last rows
 of the first one finish, and while the first one sends no requests."""
+OWN_APPLICATION = "own"
+"""Value of `evaluation.served` for an application that the run deploys itself."""
 LIGHT_TASK_CPUS = 0.02
 """CPUs that Ray reserves for a task that only waits or writes; engines reserve the rest."""
 
@@ -201,6 +203,23 @@ class Serving(Config):
     """Seconds that running requests may take to finish when the server stops."""
 
 
+class EvaluationPlacement(Config):
+    """Where evaluations generate."""
+
+    served: str | None = None
+    """Generate through a Ray Serve application that hosts the student with all adapters, and the
+    judge: `own` deploys one for the run; the name of an application of the cluster, or the URL of a
+    server, joins one. If null, each condition has an engine with merged weights."""
+    port: PositiveInt = 8001
+    """Port on which an application of the run's own accepts chats meanwhile, on this machine
+    only."""
+
+    @property
+    def deploys(self) -> bool:
+        """Whether a run deploys an application of its own."""
+        return self.served == OWN_APPLICATION
+
+
 class AutoscalingGroup(Config):
     """A group of nodes that an autoscaling cluster may add on demand."""
 
@@ -233,6 +252,8 @@ class Placement(Config):
     """Training workers."""
     serving: Serving = Serving()
     """Limits of a server."""
+    evaluation: EvaluationPlacement = EvaluationPlacement()
+    """Where evaluations generate."""
     autoscaling: tuple[AutoscalingGroup, ...] = ()
     """Nodes that the cluster may add. A run that needs them waits for them instead of being
     refused."""

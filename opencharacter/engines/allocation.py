@@ -21,6 +21,7 @@ import ray.exceptions
 
 from opencharacter.config.placement import Resources, fits
 from opencharacter.engines.replicas import PLACEMENT_TIMEOUT_S, EngineReplicas, create_actors
+from opencharacter.engines.served import RunningApp, ServedSpec, start_app
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.errors import StageFailed, UserError
 from opencharacter.runtime.progress import console
@@ -57,7 +58,7 @@ class Allocation:
     swap_seconds: float = 0
     engines_swapped: list[str] = field(default_factory=list)
 
-    def replicas(self, spec: EngineSpec) -> EngineReplicas | None:
+    def replicas(self, spec: EngineSpec) -> EngineReplicas | RunningApp | None:
         """Return the running replicas of an engine, or None for an engine without weights."""
         return self.leases[spec.key()].replicas.result() if spec.has_weights else None
 
@@ -78,7 +79,7 @@ class _Lease:
     request: ResourceRequest
     charged_until: float
     users: list[Allocation] = field(default_factory=list)
-    replicas: Future[EngineReplicas] = field(default_factory=Future)
+    replicas: Future[EngineReplicas | RunningApp] = field(default_factory=Future)
     swapped_from: _Lease | None = None
 
 
@@ -260,7 +261,7 @@ def _await_engine(lease: _Lease, spec: EngineSpec) -> None:
     """Wait until an engine has started, and request the replicas that may join it later."""
     replicas = lease.replicas.result()
     with _leases_changed:
-        if not replicas.pending:
+        if isinstance(replicas, EngineReplicas) and not replicas.pending:
             replicas.pending.extend(
                 create_actors(spec, spec.pool.replica_limit - spec.pool.replicas)
             )
@@ -300,6 +301,7 @@ def _swap_engine(lease: _Lease, old: _Lease, spec: EngineSpec) -> bool:
         Whether the lease has the engine now.
     """
     replicas, lease.swapped_from = old.replicas.result(), None
+    assert isinstance(replicas, EngineReplicas)  # an application has no swap group
     try:
         swapped = replicas.swap(spec)
     except Exception as error:  # whatever the reason, an engine that is started is right
@@ -324,6 +326,9 @@ def _start_engine(lease: _Lease, spec: EngineSpec) -> None:
     """Start an engine's replicas; a failure is raised to everyone who waits for the engine."""
     actors: list[Any] = []
     try:
+        if isinstance(spec, ServedSpec):
+            lease.replicas.set_result(start_app(spec))
+            return
         actors += create_actors(spec, spec.pool.replicas)
         _await_placement(actors)
         ray.get([actor.start.remote(spec) for actor in actors])
@@ -427,6 +432,15 @@ def effort(spec: EngineSpec) -> int:
         if spec.key() in _leases:
             return 0
         return 1 if _swap_sources([spec]) else 2
+
+
+def delete_applications() -> None:
+    """Delete the Serve applications that this process deployed; they would outlive it."""
+    with _leases_changed:
+        for key, lease in list(_leases.items()):
+            if isinstance(lease.request, ServedSpec):
+                del _leases[key]
+                RunningApp(lease.request).stop()
 
 
 def stop_unused_engines(requests: Iterable[ResourceRequest] = ()) -> None:

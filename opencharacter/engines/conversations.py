@@ -18,6 +18,7 @@ import pyarrow as pa
 from opencharacter.config.roles import Sampling
 from opencharacter.engines.backends import ENGINE_ERROR, start
 from opencharacter.engines.replicas import EngineClient, EngineReplicas, num_slots
+from opencharacter.engines.served import RunningApp, ServedSpec
 from opencharacter.engines.spec import Engine, EngineSpec, Reply
 from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.runtime.progress import ProgressReporter
@@ -132,10 +133,14 @@ class EngineRef:
     """
 
     spec: EngineSpec
-    replicas: EngineReplicas | None
+    replicas: EngineReplicas | RunningApp | None
 
     def connect(self) -> Engine:
-        return EngineClient(self.replicas) if self.replicas else start(self.spec)
+        if isinstance(self.spec, ServedSpec):
+            return self.spec.connect()
+        if isinstance(self.replicas, EngineReplicas):
+            return EngineClient(self.replicas)
+        return start(self.spec)
 
 
 def run_conversations(block: pa.Table, **settings: Any) -> Iterator[pa.Table]:

@@ -170,5 +170,9 @@ def engine_spec(
         adapter: LoRA adapter to apply to the model, or None.
         model: replaces the role's model, for roles with several models.
     """
+    from opencharacter.engines.served import served_spec  # which builds on this module
+
+    if served := served_spec(job, role, adapter, model):
+        return served
     pool: Pool = getattr(job.placement.pools, role)
     return EngineSpec(model or getattr(job.recipe.roles, role), pool, adapter, role)

@@ -11,6 +11,7 @@ from typing import Any
 from opencharacter import models
 from opencharacter.runtime.stage import Job, StageResult
 from opencharacter.runtime.store import SHARDS
+from opencharacter.text.chat import row_id
 
 PACKAGES = (
     "opencharacter",
@@ -24,6 +25,15 @@ PACKAGES = (
     "lm-eval",
 )
 """Packages whose versions are recorded if they are installed."""
+
+
+def adapter_revision(manifest: dict[str, Any]) -> str:
+    """Return what identifies one training of an adapter.
+
+    It is the fingerprint of what the adapter was trained from and a hash of its manifest, which
+    every training writes anew, so no two adapters share a revision.
+    """
+    return f"{manifest['fingerprint']}.{row_id(manifest)[:8]}"
 
 
 def finish(job: Job, result: StageResult, seconds: float, usage: dict[str, Any]) -> dict[str, Any]:

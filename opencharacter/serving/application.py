@@ -11,6 +11,7 @@ from opencharacter.config.base import ECHO
 from opencharacter.config.placement import Placement, Serving
 from opencharacter.config.recipe import Recipe
 from opencharacter.constitution.schema import Constitution
+from opencharacter.engines.served import JUDGE, has_same_weights
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.errors import UserError
 from opencharacter.runtime.store import Store
@@ -20,9 +21,6 @@ from opencharacter.serving.echo import EchoModel
 from opencharacter.serving.ingress import Ingress, build_http_app
 from opencharacter.serving.metrics import MetricsAggregator
 from opencharacter.serving.protocol import BaseModelEntry
-
-JUDGE = "judge"
-"""The name under which the judge is served."""
 
 
 def build_application(
@@ -85,14 +83,6 @@ def build_application(
         serving,
         access_policy,
         MetricsAggregator.bind() if serving.ingress_replicas > 1 else None,
-    )
-
-
-def has_same_weights(first: EngineSpec, second: EngineSpec) -> bool:
-    """Return whether one engine can serve both roles."""
-    return (first.role.model, first.role.max_model_len) == (
-        second.role.model,
-        second.role.max_model_len,
     )
 
 

@@ -21,11 +21,9 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from opencharacter.config.base import NAME
+from opencharacter.engines.served import ADAPTER_STAGES
+from opencharacter.runtime.manifests import adapter_revision
 from opencharacter.runtime.store import RemoteDir, Store
-from opencharacter.text.chat import row_id
-
-ADAPTER_STAGES = {"": "persona/merge", ":dpo": "distillation/dpo"}
-"""The stage that writes an adapter, by the suffix of its served name."""
 
 log = logging.getLogger("ray.serve")
 warn_once = lru_cache(log.warning)
@@ -109,10 +107,8 @@ class Catalogue:
             return None
         if manifest["payload"]["roles"]["student"]["model"] != self.base:
             return None
-        revision = f"{manifest['fingerprint']}.{row_id(manifest)[:8]}"
-        return ServedAdapter(
-            f"{self.student}:{persona}{suffix}", persona, revision, dataset, manifest
-        )
+        model, revision = f"{self.student}:{persona}{suffix}", adapter_revision(manifest)
+        return ServedAdapter(model, persona, revision, dataset, manifest)
 
     def _is_inside_storage(self, relative: str) -> bool:
         """Return whether a folder is below the storage root once symbolic links are resolved."""

@@ -10,7 +10,11 @@ from typing import Any
 
 from ray import serve
 
+from opencharacter.config.roles import Role, Sampling
+from opencharacter.engines.backends import EchoEngine
+from opencharacter.engines.spec import Reply
 from opencharacter.serving.protocol import ResponsePart, format_event
+from opencharacter.text.chat import Message
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100)
@@ -27,6 +31,19 @@ class EchoModel:
     async def ready(self) -> bool:
         """Report that the replica responds."""
         return True
+
+    async def reply(
+        self,
+        role: Role,
+        model: str,
+        messages: list[Message],
+        sampling: Sampling,
+        seed: int | None,
+        prefill: str,
+    ) -> Reply:
+        """Reply to a conversation, as `PersonaServer.reply` does, like an echo engine."""
+        engine = EchoEngine(self.seconds)
+        return await engine.reply(messages, sampling, seed=seed, prefill=prefill)
 
     async def answer(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[ResponsePart]:
         """Respond to one request, as `replica.PersonaServer.answer` does."""

@@ -206,7 +206,8 @@ class Ingress:
     async def status(self, request: Request) -> Response:
         """Report the status and replicas of each deployment."""
         self.authenticate(request)
-        deployments = (await asyncio.to_thread(serve.status)).applications[APP].deployments
+        app = serve.get_replica_context().app_name
+        deployments = (await asyncio.to_thread(serve.status)).applications[app].deployments
         return JSONResponse({name: describe_deployment(d) for name, d in deployments.items()})
 
     async def metrics(self, request: Request) -> Response:

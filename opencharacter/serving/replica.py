@@ -31,12 +31,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from opencharacter import models
 from opencharacter.config.placement import Serving
-from opencharacter.config.roles import Role
-from opencharacter.engines.backends import engine_arguments, environment
-from opencharacter.engines.spec import EngineSpec
+from opencharacter.config.roles import Role, Sampling
+from opencharacter.engines.backends import ENGINE_ERROR, engine_arguments, environment
+from opencharacter.engines.spec import EngineSpec, Reply
+from opencharacter.errors import RowFailed
 from opencharacter.runtime.cluster import accelerator_resource
+from opencharacter.serving import replies
 from opencharacter.serving.catalogue import Catalogue
 from opencharacter.serving.protocol import ErrorBody, ResponsePart, coalesce
+from opencharacter.text.chat import Message
 from opencharacter.text.templates import adapted_template
 
 REQUEST_TYPES = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
@@ -204,6 +207,7 @@ class ReplicaEngine(VLLMEngine):
         arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
         if config.parallel_config.world_size == 1 and not current_platform.is_cpu():
             config.parallel_config.distributed_executor_backend = "uni"
+        frontend.enable_prompt_tokens_details = True
         frontend.chat_template = adapted_template(models.resolve_role(self.role), self.role)
         return arguments, frontend, config
 
@@ -248,6 +252,38 @@ class PersonaServer(LLMServer):
         """Return True if the engine is healthy; raise if it is not."""
         await self.check_health()
         return True
+
+    async def reply(
+        self,
+        role: Role,
+        model: str,
+        messages: list[Message],
+        sampling: Sampling,
+        seed: int | None,
+        prefill: str,
+    ) -> Reply:
+        """Reply to a conversation of an evaluation, as the engines of the pipeline do.
+
+        Args:
+            role: the role whose chat template and context length apply.
+            model: full name of the adapter; empty for the base model.
+            messages: the conversation; the last message is the user's.
+            sampling: sampling parameters.
+            seed: seed of this request, or None for unseeded sampling.
+            prefill: beginning of the reply, which the model continues.
+
+        Raises:
+            RowFailed: if this conversation cannot be continued although others can.
+            StageFailed: if storage does not hold the adapter.
+        """
+        payload = replies.completion_payload(role, messages, sampling, seed, prefill)
+        payload["model"] = model or self._llm_config.model_id
+        async for part in self.answer("completions", payload):
+            if isinstance(part, ErrorBody):
+                raise replies.to_error(part)
+            if isinstance(part, dict) and "body" in part:
+                return replies.to_reply(part["body"])
+        raise RowFailed(ENGINE_ERROR, "the engine returned no completion")
 
     async def answer(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[ResponsePart]:
         """Respond to one request.

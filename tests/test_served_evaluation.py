@@ -1,0 +1,224 @@
+"""Evaluation through a Ray Serve application gives the rows of the batch way."""
+
+import asyncio
+import time
+
+import pyarrow as pa
+import pytest
+import ray
+from ray import serve
+from ray.serve.exceptions import BackPressureError
+from samples import ECHO_ROLE, recipe_of
+
+from opencharacter import pipeline
+from opencharacter.config.placement import Placement
+from opencharacter.config.roles import Sampling
+from opencharacter.constitution import schema
+from opencharacter.engines import served
+from opencharacter.engines.spec import Reply, engine_spec
+from opencharacter.errors import RowFailed, StageFailed, UserError
+from opencharacter.runtime.stage import StageResult
+from opencharacter.runtime.store import Store
+from opencharacter.text.chat import user
+
+PERSONAS = ("poeticism", "humor")
+STUDENT = {**ECHO_ROLE, "name": "echo-1.5b"}
+JUDGE = {**ECHO_ROLE, "model": "echo:0.01", "name": "echo-judge"}
+SERVED = Placement.model_validate({"max_concurrent_jobs": 3, "evaluation": {"served": "own"}})
+EVALUATION = {
+    "judge": {"gold_items": 4, "min_agreement": None},
+    "answers": {"count": 6, "conditions": ["base", "prompted", "distilled", "full"]},
+    "attacks": {"prompts": 2, "kinds": ["plain", "prefill"], "conditions": ["base", "full"]},
+    "preferences": {"games": 8, "conditions": ["base", "full"]},
+    "coherence": {"prompts": 2},
+}
+MEASURED = {f"evaluation/{name}" for name in EVALUATION}
+SHORT = Sampling(max_tokens=12)
+ADDED_BY_STORAGE = ("tokens_in", "tokens_out", "cached_tokens")
+
+
+def recipe(**student):
+    roles = dict.fromkeys(("teacher", "student", "prompt_generator"), STUDENT | student)
+    return recipe_of(STUDENT, roles=roles | {"judge": JUDGE}, evaluation=EVALUATION)
+
+
+def trained_jobs(storage, placement, made_of=None, personas=PERSONAS):
+    """All jobs of a run whose personas are trained, as far as echoes can tell."""
+    constitutions = [schema.load(name) for name in personas]
+    jobs = pipeline.jobs(made_of or recipe(), constitutions, placement, Store(str(storage)))
+    for job in jobs:
+        trains = not job.stage.name.startswith("evaluation/") or job.stage.name.endswith("steering")
+        if trains and job.state()[0] != "done":
+            table = pa.table({"id": ["1"], "prompt": [f"What is {job.scope}?"]})
+            job.store.write_tables(job.dataset, [table], table.schema)
+            pipeline.finish(job, StageResult(1), 0.1)
+    return jobs
+
+
+def measured(jobs):
+    return [job for job in jobs if job.stage.name in MEASURED]
+
+
+def evaluate(jobs):
+    """Run the evaluation; verdicts of echoes name no trait, so ratings are left out."""
+    return {job.dataset: manifest for job, manifest in pipeline.run(measured(jobs))}
+
+
+def rows_of(jobs):
+    """All rows without their costs, by dataset."""
+    return {
+        job.dataset: sorted(
+            job.store.read_table(job.dataset).to_pylist(), key=lambda row: row["id"]
+        )
+        for job in measured(jobs)
+    }
+
+
+@pytest.fixture
+def readable(monkeypatch):
+    """Accept games whose verdicts name no trait, as those of echoes do."""
+    monkeypatch.setattr("opencharacter.evaluation.preferences.check_scored", lambda *_: None)
+
+
+@pytest.fixture
+def serve_ray(cpu_ray):
+    yield
+    serve.shutdown()
+
+
+@pytest.mark.slow
+def test_a_served_evaluation_has_the_ids_prompts_and_texts_of_the_batch_way(
+    serve_ray, readable, tmp_path
+):
+    batch = trained_jobs(tmp_path / "batch", Placement())
+    through_serve = trained_jobs(tmp_path / "served", SERVED)
+    evaluate(batch)
+    manifests = evaluate(through_serve)
+    assert rows_of(through_serve) == rows_of(batch)
+    fingerprints = [{job.fingerprint for job in measured(jobs)} for jobs in (batch, through_serve)]
+    assert fingerprints[0] == fingerprints[1]
+    starts = [label for m in manifests.values() for label in m["engines_started"]]
+    assert len(starts) == 1 and starts[0].startswith("Serve application")
+    assert not serve.status().applications  # deleted at the end
+
+
+def test_only_student_and_judge_of_the_evaluation_are_served(tmp_path):
+    jobs = {(job.stage.name, job.scope): job for job in trained_jobs(tmp_path, SERVED)}
+    student = STUDENT["name"]
+    answers = jobs["evaluation/answers", f"{student}/humor"]
+
+    def is_served(job, *arguments):
+        return isinstance(engine_spec(job, *arguments), served.ServedSpec)
+
+    merged = answers.parent("persona/merge").adapter
+    assert is_served(answers, "student") and is_served(answers, "judge")
+    assert is_served(answers, "student", merged)
+    assert is_served(answers, "student", answers.parent("distillation/dpo").adapter)
+    assert not is_served(answers, "student", answers.parent("evaluation/steering").adapter)
+    assert not is_served(answers, "prompt_generator")
+    assert not is_served(jobs["distillation/student", student], "student")
+    other = answers.recipe.roles.judge.model_copy(update={"name": "another"})
+    assert not is_served(answers, "judge", None, other)
+    keys = {engine_spec(answers, "student", a).key() for a in (None, merged)}
+    assert keys == {engine_spec(answers, "judge").key()}
+
+
+def test_an_adapter_is_requested_by_its_revision(tmp_path):
+    (job,) = (
+        job
+        for job in trained_jobs(tmp_path, SERVED, personas=["humor"])
+        if job.stage.name == "evaluation/answers"
+    )
+    merged, dpo = job.parent("persona/merge"), job.parent("distillation/dpo")
+    names = [
+        served.served_model(served.served_spec(job, "student", parent.adapter, None))
+        for parent in (merged, dpo)
+    ]
+    assert names[0].startswith(f"echo-1.5b:humor@{merged.fingerprint}.")
+    assert names[1].startswith(f"echo-1.5b:humor:dpo@{dpo.fingerprint}.")
+    job.store.delete(merged.dataset)
+    with pytest.raises(StageFailed, match="is not in storage"):
+        served.served_model(served.served_spec(job, "student", merged.adapter, None))
+
+
+class Handle:
+    """A handle whose replies are taken from a list; exceptions in it are raised."""
+
+    def __init__(self, *results):
+        self.results, self.calls = list(results), []
+        self.reply = self
+
+    async def remote(self, *arguments):
+        self.calls.append(arguments)
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+def client(*results):
+    engine = object.__new__(served.ServedEngine)
+    engine.role, engine.model, engine.handle = None, "student:humor@1", Handle(*results)
+    engine.app, engine.last_reply = type("App", (), {"name": "app"}), time.monotonic()
+    return engine
+
+
+HELLO = Reply("Hello.", "stop", 1, 2, 0)
+
+
+def ask(engine):
+    return asyncio.run(engine.reply([user("Hi")], SHORT, seed=3))
+
+
+def test_a_request_is_sent_again_when_the_queue_is_full_or_a_replica_was_lost():
+    full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+    engine = client(full, ray.exceptions.ActorDiedError(), full, HELLO)
+    assert ask(engine) == HELLO
+    first, *others = engine.handle.calls
+    assert len(others) == 3 and all(call == first for call in others)
+    assert first[1:] == ("student:humor@1", [user("Hi")], SHORT, 3, "")
+
+
+def test_a_request_fails_after_losing_many_replicas_or_by_the_error_of_its_replica(monkeypatch):
+    monkeypatch.setattr(served, "MAX_WAIT_SECONDS", 0.01)
+    with pytest.raises(StageFailed, match="'app' does not reply"):
+        ask(client(*[ray.exceptions.ActorDiedError()] * served.MAX_FAILURES))
+    refused = ray.exceptions.RayTaskError("reply", "trace", RowFailed("too_long", "9 tokens"))
+    with pytest.raises(RowFailed, match="too_long"):
+        ask(client(refused))
+
+
+def test_a_deployment_is_found_although_ray_changes_its_name():
+    names = ["ingress", "PersonaServer:qwen-2_5-coder", "PersonaServer:judge"]
+    assert served.find_deployment(names, "qwen-2.5-coder") == names[1]
+    with pytest.raises(StageFailed, match="no deployment of other"):
+        served.find_deployment(names, "other")
+
+
+def test_an_application_reserves_what_student_and_judge_do_and_shares_equal_engines():
+    pools = {"student": {"gpus": 1, "cpus": 2}, "judge": {"gpus": 1, "cpus": 3}}
+    placement = Placement.model_validate({"pools": pools, "evaluation": {"served": "own"}})
+
+    def app(**judge):
+        real = {**ECHO_ROLE, "model": "org/model"}
+        made = recipe_of(
+            real,
+            roles=dict.fromkeys(("teacher", "prompt_generator", "student"), real)
+            | {"judge": real | judge},
+        )
+        return served.ServedApp("own", made, placement, Store("runs"), ())
+
+    assert app(model="org/judge").resources.gpus == 2
+    assert app(name="same").resources.gpus == 1
+    assert app(endpoint="http://127.0.0.1:1/v1").resources.gpus == 1
+    assert app().name == app().name != app(model="org/judge").name
+
+
+def test_a_cluster_that_is_too_small_for_both_models_is_refused(cpu_ray, monkeypatch):
+    from opencharacter.serving import evaluation
+
+    real = {**ECHO_ROLE, "model": "org/model"}
+    placement = Placement.model_validate({"pools": {"student": {"cpus": 64}}})
+    app = served.ServedApp("own", recipe_of(real), placement, Store("runs"), ())
+    with pytest.raises(UserError, match=r"together need 64.*the cluster has .*without --served"):
+        evaluation.deploy(app)
