@@ -13,6 +13,7 @@ from opencharacter.config.roles import Sampling
 from opencharacter.engines.replicas import EngineClient, EngineReplicas
 from opencharacter.engines.spec import EngineSpec, Reply
 from opencharacter.errors import StageFailed
+from opencharacter.text.chat import user
 
 SPEC = EngineSpec(recipe_of(ECHO_ROLE).roles.student, Pool())
 
@@ -64,6 +65,62 @@ def test_the_client_waits_for_the_restart_of_its_only_replica(cpu_ray, tmp_path)
     texts, client = send_requests(replica, count=4)
     assert texts == ["again"] * 4
     assert client.in_flight == {replica: 0}
+
+
+@ray.remote(num_cpus=0)
+class CachingReplica:
+    """Has the messages of earlier requests in a prefix cache, and counts conversations."""
+
+    def __init__(self):
+        self.cache: set[tuple[str, ...]] = set()
+
+    async def reply(self, messages, sampling, *, seed, prefill="", weights="") -> Reply:
+        texts = tuple(message["content"] for message in messages)
+        prefixes = [texts[:count] for count in range(1, len(texts) + 1)]
+        cached = sum(prefix in self.cache for prefix in prefixes)
+        self.cache.update(prefixes)
+        await asyncio.sleep(0.01 * (1 + seed % 3))
+        return Reply(f"{texts[0]} {len(texts)}", "stop", len(texts), 1, cached)
+
+    async def first_messages(self) -> int:
+        return len({prefix[0] for prefix in self.cache})
+
+
+def chat(client: EngineClient, turns: int, conversations: int) -> float:
+    """Run conversations at the same time; return the cached share of their prompts."""
+
+    async def converse(number: int) -> list[Reply]:
+        engine, texts, replies = client.for_conversation(), [str(number)], []
+        for turn in range(turns):
+            messages = [user(text) for text in texts]
+            replies.append(await engine.reply(messages, Sampling(max_tokens=1), seed=number + turn))
+            texts += [replies[-1].text, f"{number}: {turn}"]
+        return replies
+
+    async def converse_all() -> list[Reply]:
+        each = await asyncio.gather(*map(converse, range(conversations)))
+        return [reply for replies in each for reply in replies]
+
+    replies = asyncio.run(asyncio.wait_for(converse_all(), 60))
+    return sum(r.cached_tokens for r in replies) / sum(r.tokens_in for r in replies)
+
+
+def test_a_conversation_stays_on_its_replica_whose_cache_has_the_earlier_turns(cpu_ray):
+    replicas = [CachingReplica.remote() for _ in range(2)]
+    share = chat(EngineClient(EngineReplicas(SPEC, replicas, [])), turns=5, conversations=8)
+    assert share == 16 / 25  # everything but the first message and two more in each turn
+    assert ray.get([replica.first_messages.remote() for replica in replicas]) == [4, 4]
+
+
+def test_a_conversation_continues_on_another_replica_if_its_own_is_lost(cpu_ray, tmp_path):
+    lost, other = FakeReplica.remote("lost", tmp_path / "marker"), FakeReplica.remote("other")
+
+    async def converse() -> list[str]:
+        engine = EngineClient(EngineReplicas(SPEC, [lost, other], [])).for_conversation()
+        requests = [engine.reply([], Sampling(max_tokens=1), seed=None) for _ in range(3)]
+        return [(await request).text for request in requests]
+
+    assert asyncio.run(asyncio.wait_for(converse(), 60)) == ["other"] * 3
 
 
 def test_the_loss_of_every_replica_fails_the_stage(cpu_ray, tmp_path):

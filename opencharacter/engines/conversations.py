@@ -262,10 +262,11 @@ class ConversationRunner:
 
     def _conversation(self, row: Row) -> Conversation:
         seed = self._row_seed(row.get("seed_id") or row["id"])
-        conversation = Conversation(self.engine, seed, self.thinks)
+        conversation = Conversation(for_conversation(self.engine), seed, self.thinks)
         if self.partner:
             engine, thinks = self.partner
-            conversation.partner = Conversation(engine, self._row_seed(row["id"]), thinks)
+            partner_seed = self._row_seed(row["id"])
+            conversation.partner = Conversation(for_conversation(engine), partner_seed, thinks)
         return conversation
 
     def _check_leading_errors(self, result: Row) -> None:
@@ -288,6 +289,11 @@ class ConversationRunner:
         table = pa.Table.from_pylist(rows, schema=self.shards.schema)
         await asyncio.to_thread(self.shards.write, table, name)
         return len(rows)
+
+
+def for_conversation(engine: Engine) -> Engine:
+    """Return the engine for one conversation, which stays on one of several replicas."""
+    return engine.for_conversation() if isinstance(engine, EngineClient) else engine
 
 
 def iter_rows(table: pa.Table) -> Iterator[Row]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,25 +55,33 @@ class EngineActor:
         if self.engine is None:  # its process died while it was unused
             self.engine = VllmEngine(spec)
         else:
-            await self.engine.swap(spec)
+            with exit_if_dead(self.engine):
+                await self.engine.swap(spec)
         self.weights = spec.weights
 
     @ray.method(max_task_retries=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
     async def reply(self, messages, sampling, *, seed, prefill="", weights="") -> Reply:
         if self.engine is None or self.weights != weights:
             raise OtherWeights(f"the engine has the weights {self.weights}")
-        try:
+        with exit_if_dead(self.engine):
             return await self.engine.reply(messages, sampling, seed=seed, prefill=prefill)
-        except RowFailed:
-            raise
-        except Exception:
-            if self.engine.engine.errored:
-                os._exit(1)
-            raise
 
     async def close(self) -> None:
         if self.engine is not None:
             self.engine.close()
+
+
+@contextlib.contextmanager
+def exit_if_dead(engine: VllmEngine) -> Iterator[None]:
+    """End this process if the block fails because a process of the engine has died."""
+    try:
+        yield
+    except RowFailed:
+        raise
+    except Exception:
+        if engine.engine.errored:
+            os._exit(1)
+        raise
 
 
 CALLS_PER_SLOT = 2
@@ -151,8 +159,10 @@ def create_actors(spec: EngineSpec, count: int) -> list[Any]:
 class EngineClient:
     """An `Engine` that sends each request to the replica with the fewest requests in flight.
 
-    Requests that were in flight on a lost replica are sent again to the others. The lost replica
-    rejoins when Ray has restarted it; the client waits for that only if no other replica is left.
+    The requests of one conversation stay on one replica, whose prefix cache has the earlier turns;
+    see `for_conversation`. Requests that were in flight on a lost replica are sent again to the
+    others. The lost replica rejoins when Ray has restarted it; the client waits for that only if no
+    other replica is left.
 
     Args:
         replicas: the replicas of the engine.
@@ -182,7 +192,14 @@ class EngineClient:
         if self.in_flight.pop(replica, None) is not None:
             self._join_later(replica)
 
-    async def _least_busy(self) -> Any:
+    def for_conversation(self) -> ConversationClient:
+        """Return the engine for the requests of one conversation."""
+        return ConversationClient(self)
+
+    async def _choose(self, preferred: Any) -> Any:
+        """Return the preferred replica if it is ready, otherwise the least busy one."""
+        if preferred in self.in_flight:
+            return preferred
         if self.joins is None:
             self.joins = set()
             for replica in self.pending:
@@ -196,13 +213,26 @@ class EngineClient:
         return min(self.in_flight, key=self.in_flight.__getitem__)
 
     async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        reply, _ = await self.reply_from(None, messages, sampling, seed=seed, prefill=prefill)
+        return reply
+
+    async def reply_from(self, preferred: Any, *request: Any, **options: Any) -> tuple[Reply, Any]:
+        """Generate a reply on a preferred replica if that is ready, otherwise on another one.
+
+        Args:
+            preferred: an actor handle, or None for the least busy replica.
+            request: positional arguments of `reply`.
+            options: keyword arguments of `reply`.
+
+        Returns:
+            The reply and the replica that generated it.
+        """
         while True:
-            replica = await self._least_busy()
+            replica = await self._choose(preferred)
             self.in_flight[replica] += 1
             try:
-                return await replica.reply.remote(
-                    messages, sampling, seed=seed, prefill=prefill, weights=self.spec.weights
-                )
+                reply = await replica.reply.remote(*request, **options, weights=self.spec.weights)
+                return reply, replica
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, RowFailed):
                     raise error.cause from None
@@ -217,6 +247,31 @@ class EngineClient:
 
     def stream(self, messages, sampling) -> AsyncIterator[str]:
         raise NotImplementedError("an engine in an actor does not stream its replies")
+
+    def close(self) -> None:
+        """Do nothing: replicas outlive the clients that use them."""
+
+
+class ConversationClient:
+    """An `Engine` for one conversation, which stays on the replica that replied first.
+
+    If that replica is lost, the conversation continues on another one and stays there.
+
+    Args:
+        client: the client of all conversations.
+    """
+
+    def __init__(self, client: EngineClient):
+        self.client, self.replica = client, None
+
+    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+        reply, self.replica = await self.client.reply_from(
+            self.replica, messages, sampling, seed=seed, prefill=prefill
+        )
+        return reply
+
+    def stream(self, messages, sampling) -> AsyncIterator[str]:
+        return self.client.stream(messages, sampling)
 
     def close(self) -> None:
         """Do nothing: replicas outlive the clients that use them."""
