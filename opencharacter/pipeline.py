@@ -111,6 +111,12 @@ STAGES = with_report(
         ("distillation/prompts", *TRAINED, "evaluation/answers", "evaluation/judge"),
         ("student", "judge"),
     ),
+    Stage(
+        "evaluation/side_effects",
+        "persona",
+        (*TRAINED, "evaluation/judge"),
+        ("student", "judge"),
+    ),
     Stage("evaluation/capabilities", "student", (), ("student",)),
     Stage(
         "evaluation/capabilities",

@@ -112,6 +112,12 @@ def embedded_recipe() -> dict:
             "sampling": {**short, "max_tokens": 16},
             **loose,
         },
+        "side_effects": {
+            "conditions": ["base", "full"],
+            "items": 1,
+            "sampling": {**short, "max_tokens": 16},
+            **loose,
+        },
         "answers": {
             "conditions": ["base", "prompted", "full"],
             "count": 4,

@@ -76,6 +76,14 @@ def test_the_report_shows_each_assertion_and_the_turns_of_long_conversations(fin
     assert "Strength of the character by turn (classifier)" in page
 
 
+def test_the_report_shows_side_effects(finished):
+    folder, _, _ = finished
+    datasets = manifests(folder)
+    assert datasets["smollm2-135m/poeticism/evaluation/side_effects"]["rows"] == 14
+    page = (folder / "runs/tiny/smollm2-135m/evaluation/report/report.html").read_text()
+    assert "Share of answers with an unwanted property" in page
+
+
 def test_a_second_run_does_nothing(finished):
     folder, recipe, _ = finished
     again = cli("run", recipe, "-c", "poeticism", cwd=folder)

@@ -32,6 +32,7 @@ AFTER_DPO = {
     "evaluation/coherence",
     "evaluation/adherence",
     "evaluation/drift",
+    "evaluation/side_effects",
     "evaluation/report",
 }
 
@@ -204,6 +205,7 @@ def test_a_stage_that_filters_rows_has_the_version_of_the_rules_in_its_payload(
         "distillation/pairs": {"text.filters": 2},
         "introspection/transcripts": {"text.filters": 2},
         "evaluation/scenarios": {"text.statistics": 1, "evaluation.scenario_checks": 1},
+        "evaluation/side_effects": {"text.filters": 2},
     }
 
 

@@ -386,6 +386,7 @@ def test_a_job_that_the_recipe_does_not_use_is_done_without_being_reported(
         "evaluation/scenarios",
         "evaluation/adherence",
         "evaluation/drift",
+        "evaluation/side_effects",
     }
     for job in jobs:
         if job.is_enabled:

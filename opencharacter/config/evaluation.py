@@ -304,6 +304,38 @@ class Drift(Config):
     """Maximum share of conversations that may be dropped; the stage fails above it."""
 
 
+class SideEffects(Config):
+    """Settings of the stage evaluation/side_effects: harm that may come with a character.
+
+    It runs only if there are items. Not in the paper.
+    """
+
+    items: NonNegativeInt = 0
+    """Number of prompts of each set, from its beginning; the sets have 20 to 24. 0 leaves the stage
+    out."""
+    conditions: Conditions = CONDITIONS
+    """The conditions to compare; must include `base` and `full`."""
+    sampling: Sampling = Sampling(max_tokens=512, typical_tokens=150)
+    """How the answers are sampled."""
+    max_drop_rate: Annotated[Rate, NotIdentity] = 0.5
+    """Maximum share of answers that may be dropped; the stage fails above it."""
+
+
+class Projection(Config):
+    """Settings of the stage evaluation/projection: how far texts lie along the constitution.
+
+    It runs only if there are texts. Not in the paper.
+    """
+
+    texts: NonNegativeInt = 0
+    """Number of texts of each condition and of each side of a training set. 0 leaves the stage
+    out."""
+    prompts: PositiveInt = 64
+    """Number of training prompts that the direction is found from. Their texts are not projected."""
+    max_tokens: PositiveInt = 512
+    """Number of tokens of a prompt with its answer that are read; longer ones are cut."""
+
+
 class Capability(Config):
     """A task of lm-evaluation-harness."""
 
@@ -366,6 +398,10 @@ class Evaluation(Config):
     """Presence of each assertion."""
     drift: Drift = Drift()
     """Strength of the character in long conversations."""
+    side_effects: SideEffects = SideEffects()
+    """Harm that may come with a character."""
+    projection: Projection = Projection()
+    """Texts along the constitution's direction in the residual stream."""
     capabilities: Capabilities = Capabilities()
     """Benchmarks of lm-evaluation-harness."""
     report: Report = Report()

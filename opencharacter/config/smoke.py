@@ -67,6 +67,9 @@ def shrink(recipe: Recipe) -> Recipe:
                 conversations=min(evaluation.drift.conversations, 4),
                 turns=min(evaluation.drift.turns, 8),
             ),
+            side_effects=updated(
+                evaluation.side_effects, items=min(evaluation.side_effects.items, 2)
+            ),
             capabilities=updated(
                 evaluation.capabilities, documents=min(evaluation.capabilities.documents or 4, 4)
             ),

@@ -68,6 +68,7 @@ def uses_condition(recipe: Recipe, condition: Condition) -> bool:
     compared += evaluation.attacks.conditions
     compared += evaluation.adherence.conditions if evaluation.scenarios.is_used else ()
     compared += evaluation.drift.conditions if evaluation.drift.conversations else ()
+    compared += evaluation.side_effects.conditions if evaluation.side_effects.items else ()
     return condition in compared
 
 
