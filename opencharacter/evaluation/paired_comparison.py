@@ -291,7 +291,7 @@ def p_values(change: Array, error: Array, freedom: Array) -> Array:
     """Two-sided p-values of no change, by Student's t-distribution; NaN where not measured.
 
     Among many traits, a discovery lies far out in the tails, where the normal approximation of the
-    intervals does not hold: for 24 traits it gave twice as many false discoveries.
+    intervals does not hold: for 24 traits it gave almost three times as many false discoveries.
 
     The p-value of a player that never lost is not small: its error grows as fast as its strength
     (Hauck and Donner, 1977).
