@@ -5,6 +5,8 @@ pods and claims inside are validated with Kubernetes' schema, and Ray's autoscal
 groups.
 """
 
+import os
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -24,7 +26,18 @@ from opencharacter.planning.cost import planning_resources
 from opencharacter.runtime.cluster import GIB, autoscaled_nodes, check_fits, ray_resources
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
-NAMES = ["aws", "gpu-cluster", "gpu-node", "kuberay", "laptop", "single-gpu", "single-gpu-shared"]
+NAMES = [
+    "aws",
+    "gpu-cluster",
+    "gpu-node",
+    "hf-jobs",
+    "kuberay",
+    "laptop",
+    "single-gpu",
+    "single-gpu-shared",
+    "skypilot",
+    "slurm",
+]
 HOST = ray_resources(cpus=96, gpus=8, memory_gib=700)
 MACHINES = {
     "laptop": [ray_resources(cpus=2, gpus=0, memory_gib=5)],
@@ -32,6 +45,9 @@ MACHINES = {
     "single-gpu-shared": [ray_resources(cpus=16, gpus=1, memory_gib=80)],
     "gpu-node": [HOST],
     "gpu-cluster": [HOST] * 4,
+    "hf-jobs": [ray_resources(cpus=23, gpus=1, memory_gib=256)],
+    "slurm": [HOST] * 2,
+    "skypilot": [ray_resources(cpus=80, gpus=8, memory_gib=700)] * 2,
     "aws": [],
     "kuberay": [],
 }
@@ -173,6 +189,80 @@ def test_the_rayjob_runs_a_valid_command():
     storage = options.index("--storage")
     planned = CliRunner().invoke(app, ["plan", recipe, *options[:storage]])
     assert planned.exit_code == 0, planned.output
+
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do
+  case $1 in --nodelist=*) export NODE=${1#*=};; esac
+  shift
+done
+exec "$@"
+"""
+RECORD = """#!/bin/bash
+token="mode=$RAY_AUTH_MODE token=${#RAY_AUTH_TOKEN}"
+echo "$NODE ${0##*/} $* address=${RAY_ADDRESS-} $token" >> "$LOG"
+case "$*" in *--block) sleep 20;; esac
+"""
+
+
+def test_the_slurm_script_starts_ray_on_all_nodes_and_runs_the_command_on_the_first(tmp_path):
+    """With stand-ins for Slurm's commands, ray and opencharacter, which record how they are run."""
+    programs = {
+        "srun": SRUN,
+        "scontrol": "#!/bin/bash\nprintf 'a1\\na2\\n'\n",
+        "ray": RECORD,
+        "opencharacter": RECORD,
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_NODELIST": "a[1-2]", "JOB_ID": "20001", "GPUS_ON_NODE": "8", "CPUS_ON_NODE": "96"}
+    log = tmp_path / "log"
+    done = subprocess.run(
+        ["bash", CLUSTERS / "slurm" / "run.sbatch", "run", "demo", "-c", "humor"],
+        env={
+            **{f"SLURM_{name}": value for name, value in slurm.items()},
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "LOG": str(log),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text().splitlines()
+    token = "mode=token token=64"
+    resources = "--num-gpus=8 --num-cpus=96 --disable-usage-stats --block"
+    assert lines[-1] == f"a1 opencharacter run demo -c humor address=a1:20001 {token}"
+    head = f"a1 ray start --head --node-ip-address=a1 --port=20001 {resources} address= {token}"
+    assert head in lines
+    assert f"a2 ray start --address=a1:20001 {resources} address= {token}" in lines
+    assert f"a1 ray status address=a1:20001 {token}" in lines
+
+
+def test_the_skypilot_task_runs_a_valid_command_on_the_machines_of_its_placement():
+    (task,) = documents("skypilot/run.yaml")
+    assert (
+        task["num_nodes"] * 8
+        == planning_resources(load_placement("skypilot")).gpus
+        == task["num_nodes"] * task["resources"]["accelerators"]["H100"]
+    )
+    from typer.testing import CliRunner
+
+    from opencharacter.cli.main import app
+
+    command, *options = task["envs"]["ARGUMENTS"].split()
+    assert command == "run"
+    planned = CliRunner().invoke(app, ["plan", *options])
+    assert planned.exit_code == 0, planned.output
+    assert all(value is None for value in task["secrets"].values())
+
+
+def test_no_file_for_a_cluster_contains_a_secret_or_disables_the_token():
+    for path in CLUSTERS.rglob("*.*"):
+        text = path.read_text()
+        assert "RAY_AUTH_MODE: disabled" not in text
+        assert not [word for word in ("hf_", "sk-", "AKIA") if f"={word}" in text], path
 
 
 def test_the_working_directory_of_a_submitted_job_is_small(tmp_path):
