@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from opencharacter.config.base import Config, Name, NotIdentity, Rate
+from opencharacter.config.base import AddedLater, Config, Name, NotIdentity, Rate
 from opencharacter.config.roles import Limits, Role, Sampling
 
 WORD = re.compile(r"[a-z]+")
@@ -88,6 +88,11 @@ class Judge(Config):
     prefilled assistant turns for that."""
     sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
     """How verdicts on gold items are sampled."""
+    verdicts: Annotated[Literal["log_probability", "text"], AddedLater("0.3")] = "log_probability"
+    """How evaluation/adherence and evaluation/drift read verdicts: from the probabilities of the
+    options as the judge's first token, or from its text. Text is read anyway if the engine has no
+    log-probabilities, or if the judge thinks first. Set `text` for an endpoint that rejects
+    `logprobs`."""
 
 
 class Steering(Config):

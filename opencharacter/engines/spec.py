@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
 from opencharacter.config.placement import MAX_JOBS_PER_ENGINE, Pool, Resources
 from opencharacter.config.roles import Role, Sampling
 from opencharacter.runtime.stage import Job
@@ -26,6 +28,8 @@ class Reply:
         tokens_in: prompt tokens, the prefill included.
         tokens_out: generated tokens.
         cached_tokens: prompt tokens that came from the prefix cache.
+        first_tokens: the likeliest first tokens with their log-probabilities, the likeliest first,
+            if `FirstToken` asked for them and the engine has them.
     """
 
     text: str
@@ -33,6 +37,18 @@ class Reply:
     tokens_in: int
     tokens_out: int
     cached_tokens: int
+    first_tokens: tuple[tuple[str, float], ...] = ()
+
+
+class FirstToken(Sampling):
+    """Greedy decoding of a single token, with the log-probabilities of the likeliest ones."""
+
+    max_tokens: PositiveInt = 1
+    temperature: NonNegativeFloat = 0.0
+    top_p: float = 1.0
+    repetition_penalty: PositiveFloat = 1.0
+    top_logprobs: PositiveInt = 20
+    """Number of tokens whose log-probabilities are returned; 20 is the maximum of most engines."""
 
 
 @dataclass(frozen=True)
