@@ -12,7 +12,7 @@ from opencharacter import lora, models
 from opencharacter.config.base import ECHO
 from opencharacter.config.roles import Sampling
 from opencharacter.engines import weights
-from opencharacter.engines.spec import Engine, EngineSpec, FirstToken, Reply
+from opencharacter.engines.spec import Engine, EngineSpec, Reply
 from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant
 from opencharacter.text.templates import load_tokenizer, prompt_ids
@@ -54,6 +54,11 @@ class VllmEngine:
             base = models.merge_into_base(base, adapter)
         if spec.pool.tensor_parallel > 1:  # within this actor, whose GPUs are all on one node
             arguments.setdefault("distributed_executor_backend", "mp")
+        elif spec.pool.gpus == 0:
+            # On a CPU, vLLM starts a process for the model beside that of the engine, in order to
+            # bind its threads, which `CPU_ENVIRONMENT` turns off. With this variable it does not.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            arguments.setdefault("distributed_executor_backend", "uni")
         self.model, self.max_model_len = str(base), spec.role.max_model_len
         self.tokenizer = load_tokenizer(base, spec.role)
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self.model, **arguments))
@@ -103,7 +108,6 @@ class VllmEngine:
             repetition_penalty=sampling.repetition_penalty,
             seed=seed,
             output_kind=kind,
-            logprobs=sampling.top_logprobs if isinstance(sampling, FirstToken) else None,
         )
         self.requests += 1
         async for output in self.engine.generate(
@@ -130,7 +134,6 @@ class VllmEngine:
             tokens_in=len(final.prompt_token_ids),
             tokens_out=len(final.outputs[0].token_ids),
             cached_tokens=final.num_cached_tokens or 0,
-            first_tokens=first_tokens(final.outputs[0].logprobs),
         )
 
     async def stream(self, messages, sampling) -> AsyncIterator[str]:
@@ -139,14 +142,6 @@ class VllmEngine:
 
     def close(self) -> None:
         self.engine.shutdown()
-
-
-def first_tokens(log_probs: Any) -> tuple[tuple[str, float], ...]:
-    """Return the likeliest first tokens of a reply of vLLM; none if they were not requested."""
-    if not log_probs:
-        return ()
-    tokens = [(token.decoded_token or "", float(token.logprob)) for token in log_probs[0].values()]
-    return tuple(sorted(tokens, key=lambda token: -token[1]))
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
@@ -234,7 +229,6 @@ class EndpointEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "extra_body": body,
-            **log_prob_options(sampling),
             **({"seed": seed} if seed is not None else {}),
         }
 
@@ -255,8 +249,6 @@ class EndpointEngine:
             ) from None
         if not getattr(answer, "choices", None):  # an error that the server sent with status 200
             raise RowFailed(ENGINE_ERROR, f"response without choices: {str(answer)[:300]}")
-        log_probs = answer.choices[0].logprobs
-        listed = log_probs.content[0].top_logprobs if log_probs and log_probs.content else ()
         usage = answer.usage
         details = usage.prompt_tokens_details if usage else None
         return Reply(
@@ -265,7 +257,6 @@ class EndpointEngine:
             tokens_in=usage.prompt_tokens if usage else 0,
             tokens_out=usage.completion_tokens if usage else 0,
             cached_tokens=(details.cached_tokens or 0) if details else 0,
-            first_tokens=tuple((token.token, token.logprob) for token in listed),
         )
 
     async def stream(self, messages, sampling) -> AsyncIterator[str]:
@@ -276,13 +267,6 @@ class EndpointEngine:
 
     def close(self) -> None:
         """Do nothing: the server is not ours to stop."""
-
-
-def log_prob_options(sampling: Sampling) -> dict[str, Any]:
-    """Return the fields of a request for the log-probabilities of the first token."""
-    if not isinstance(sampling, FirstToken):
-        return {}
-    return {"logprobs": True, "top_logprobs": sampling.top_logprobs}
 
 
 class EchoEngine:
