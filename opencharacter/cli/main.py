@@ -90,14 +90,22 @@ def export(
         Literal["adapter", "merged"],
         typer.Option(help="The LoRA adapter, or full weights with the adapter merged in."),
     ] = "adapter",
+    what: Annotated[
+        Literal["persona", "pairs", "transcripts", "evaluation"],
+        typer.Option(help="The persona, or its training data or evaluation as a dataset."),
+    ] = "persona",
     storage: StorageOption = None,
     set_: SetOption = None,
     smoke: SmokeOption = False,
 ) -> None:
-    """Export a trained persona with its model card, for PEFT or transformers."""
+    """Export a trained persona for PEFT or transformers, or its data for `datasets` and TRL."""
     from opencharacter.persona import export as exporter
+    from opencharacter.persona.export_data import export_data
 
     requested = open_run(recipe, [persona], None, storage, smoke, set_)
+    if what != "persona":
+        console.print(export_data(requested.jobs, to, what), soft_wrap=True)
+        return
     requested.finished_job(MERGE, requested.constitutions[0].name)
     console.print(exporter.export(requested.jobs, to, form), soft_wrap=True)
 

@@ -26,6 +26,7 @@ from opencharacter.config.placement import Placement, total_resources
 from opencharacter.config.roles import Role
 from opencharacter.distillation.sources import HUB, check_hub_source
 from opencharacter.planning import cost, simulation
+from opencharacter.planning.preflight import asks_teacher
 from opencharacter.planning.savings import savings
 from opencharacter.planning.speeds import Speeds, load_speeds
 from opencharacter.runtime.progress import console, duration
@@ -107,6 +108,8 @@ def engine_line(run: Run, role_name: str) -> str:
     from opencharacter.engines.backends import engine_arguments
     from opencharacter.engines.spec import EngineSpec, no_swap_reason
 
+    if role_name == "teacher" and not asks_teacher(run.recipe):
+        return "engine teacher: none, its answers exist already"
     role, pool = getattr(run.recipe.roles, role_name), getattr(run.placement.pools, role_name)
     spec = EngineSpec(role, pool)
     if not spec.has_weights:
@@ -230,6 +233,8 @@ def missing_here(run: Run) -> list[str]:
     from opencharacter.engines.spec import EngineSpec
 
     roles, pools = dict(run.recipe.roles), run.placement.pools
+    if not asks_teacher(run.recipe):
+        del roles["teacher"]
     requirements = {name: models.missing_requirement(role) for name, role in roles.items()}
     missing = [
         f"{name}: {requirement}" for name, requirement in requirements.items() if requirement

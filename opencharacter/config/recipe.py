@@ -53,6 +53,11 @@ class Prompts(Config):
 class Teacher(Config):
     """Settings of the stage distillation/teacher."""
 
+    source: Annotated[str | None, NotIdentity] = None
+    """Answers that exist already: a .jsonl or .parquet file, a folder of them, `hf:DATASET` or
+    `hf:DATASET:FILE`; `{persona}` stands for the persona's name. Then the prompts are those of the
+    source and no teacher is asked; `roles.teacher` says who wrote the answers. If null, the teacher
+    answers. The content enters the fingerprint, the path does not."""
     answers: PositiveInt = 5
     """Number of answers per prompt (K in the paper). Must equal `student.answers`."""
     exemplars: bool = False
@@ -85,6 +90,10 @@ class Student(Config):
 class Pairs(Config):
     """Settings of the stage distillation/pairs."""
 
+    source: Annotated[str | None, NotIdentity] = None
+    """Preference pairs that exist already, in rows with `prompt`, `chosen` and `rejected`; given
+    like `teacher.source`. Then neither teacher nor student answer prompts. If null, the pairs are
+    made of their answers."""
     max_tokens: PositiveInt = 1024
     """Maximum length of a conversation (prompt and answer) in tokens of the student; longer pairs
     are dropped."""
@@ -266,6 +275,15 @@ class Distillation(Config):
             raise ValueError(
                 f"teacher.answers is {teacher} and student.answers is {student}, but the k-th "
                 "answers of both form a pair; make them equal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Distillation:
+        if self.teacher.source and self.pairs.source:
+            raise ValueError(
+                "teacher.source and pairs.source are both set, but pairs contain the teacher's "
+                "answers; set one of them"
             )
         return self
 

@@ -1,7 +1,8 @@
 """Stage distillation/pairs: preference pairs of the teacher's and the student's answers.
 
 The teacher's answer is the chosen one and the student's answer the rejected one. Both are cleaned
-and checked; a pair that fails a check keeps its row and gets a drop reason.
+and checked; a pair that fails a check keeps its row and gets a drop reason. Existing pairs
+(`distillation.pairs.source`, see `imported`) are checked in the same way.
 
 Reads: distillation/teacher, distillation/student (both scopes).
 Writes: prompt_id, kind, sample, prompt, chosen, rejected, drop_reason.
@@ -11,13 +12,17 @@ Run: opencharacter run RECIPE --constitution NAME --only distillation/pairs
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 
 from opencharacter import models
 from opencharacter.config.base import ECHO
 from opencharacter.config.roles import Role
+from opencharacter.distillation import imported
+from opencharacter.distillation.prompts import imported_rows
 from opencharacter.engines.conversations import Row
+from opencharacter.errors import UserError
 from opencharacter.runtime.stage import Estimate, Job, StageResult, without_dropped
 from opencharacter.text import filters
 from opencharacter.text.chat import Message, assistant, row_id, user
@@ -25,6 +30,10 @@ from opencharacter.text.statistics import TextBaseline, distinctive_words
 from opencharacter.text.templates import load_tokenizer
 
 RULES = (filters,)
+NO_PAIRS = (
+    "pairs {}: no row has a rejected answer; set it as distillation.teacher.source, so that the "
+    "student answers the prompts"
+)
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -128,6 +137,46 @@ def token_counter(role: Role) -> TokenCounter:
     )
 
 
+def imported_pairs(job: Job) -> tuple[list[tuple[Row, Row]], Any]:
+    """Return the pairs of the source, with the ids of generated ones, and the source's contents."""
+    source, persona = job.config.source, job.persona.name
+    prompts = {row["prompt"]: row for row in imported_rows(job, source)}
+    contents = imported.read(source, persona)
+    matches = []
+    for row in contents.rows:
+        prompt = prompts[row["prompt"]]
+        key = (prompt["id"], row["sample"])
+        student = job.recipe.roles.student.name
+        scope = student if prompt["kind"] == "general" else job.scope
+        shared = {"prompt_id": prompt["id"], "kind": prompt["kind"], "prompt": row["prompt"]}
+        shared |= {"sample": row["sample"], "finish_reason": row["finish_reason"]}
+        teacher_id = row_id("distillation/teacher", persona, *key)
+        student_id = row_id("distillation/student", scope, *key)
+        chosen = {"id": teacher_id, "answer": row["answer"], **shared}
+        matches.append((chosen, {"id": student_id, "answer": row["rejected"], **shared}))
+    return matches, contents
+
+
+def check(job: Job) -> None:
+    """Raise UserError before a run if the source of the pairs has none."""
+    source = job.config.source
+    if source and not any(r["rejected"] for r in imported.read(source, job.persona.name).rows):
+        raise UserError(NO_PAIRS.format(imported.locate(source, job.persona.name)))
+
+
+def identity(job: Job) -> dict[str, Any]:
+    source = job.config.source
+    return {"pairs": imported.source_digest(source, job.persona.name)} if source else {}
+
+
+def notes(job: Job) -> list[str]:
+    source = job.config.source
+    if source is None:
+        return []
+    located = imported.locate(source, job.persona.name)
+    return [f"pairs of {located}; neither teacher nor student answer prompts"]
+
+
 def estimate(job: Job) -> Estimate:
     from opencharacter.distillation import teacher
 
@@ -136,9 +185,16 @@ def estimate(job: Job) -> Estimate:
 
 def build(job: Job) -> StageResult:
     config, roles = job.config, job.recipe.roles
-    teacher = job.read("distillation/teacher").to_pylist()
-    student = job.read("distillation/student").to_pylist()
-    matches = match_answers(teacher, student)
+    figures: dict[str, Any] = {}
+    if config.source:
+        matches, contents = imported_pairs(job)
+        figures["content"] = contents.digest
+        unpaired = 0
+    else:
+        teacher = job.read("distillation/teacher").to_pylist()
+        student = job.read("distillation/student").to_pylist()
+        matches = match_answers(teacher, student)
+        unpaired = len(teacher) + len(student) - 2 * len(matches)
     names = model_names(roles.teacher)
     rules = answer_rules(job)
     count_tokens = token_counter(roles.student)
@@ -152,5 +208,5 @@ def build(job: Job) -> StageResult:
     usable = without_dropped(table)
     words = distinctive_words(usable["chosen"].to_pylist(), usable["rejected"].to_pylist())
     baseline = TextBaseline(job.baseline(usable).language, frozenset(words))
-    unpaired = len(teacher) + len(student) - 2 * len(matches)
-    return job.write(table, baseline, figures={"trait_words": words, "unpaired": unpaired})
+    figures |= {"trait_words": words, "unpaired": unpaired}
+    return job.write(table, baseline, figures=figures)

@@ -1,6 +1,7 @@
 """Stage distillation/prompts: questions about a constitution's traits, and general prompts.
 
-A trait with too few hand-written questions is expanded by the prompt generator.
+A trait with too few hand-written questions is expanded by the prompt generator. If the answers
+exist already (see `imported`), the prompts are theirs.
 
 Reads: the constitution, the prompt sources. Writes: id, kind, trait, prompt.
 Run: opencharacter run RECIPE --constitution NAME --only distillation/prompts
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from opencharacter.config.recipe import Prompts
+from opencharacter.distillation import imported
 from opencharacter.distillation.sources import HUB, num_available, read_source, source_digest
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import Reply, engine_spec
@@ -181,12 +183,29 @@ def constitution_rows(name: str, questions: list[list[str]]) -> list[Row]:
 
 def identity(job: Job) -> dict[str, Any]:
     source = job.recipe.distillation.prompts.general_prompts
-    return {"general_prompts": source_digest(source, GENERAL_FILE)[:16]}
+    return {"general_prompts": source_digest(source, GENERAL_FILE)[:16]} | answers_digest(job)
+
+
+def answers_digest(job: Job) -> dict[str, Any]:
+    """Return what identifies answers that exist already; nothing without them."""
+    source = imported.source_of(job.recipe.distillation)
+    if source is None or job.constitution is None:
+        return {}
+    return {"answers": imported.source_digest(source, job.persona.name)}
+
+
+def imported_rows(job: Job, source: str) -> list[Row]:
+    """Return the prompts of a source of answers as rows."""
+    general = {row["prompt"]: row["id"] for row in general_rows(job.recipe.distillation.prompts)}
+    texts = imported.read(source, job.persona.name).prompts
+    return [imported.prompt_row(job.persona.name, text, general) for text in texts]
 
 
 def check(job: Job) -> None:
     """Raise a UserError before a run if the general prompts cannot be loaded."""
     general_rows(job.config)
+    if source := imported.source_of(job.recipe.distillation):
+        imported.read(source, job.persona.name)
 
 
 def general_count(config: Prompts) -> int:
@@ -195,6 +214,8 @@ def general_count(config: Prompts) -> int:
 
 
 def notes(job: Job) -> list[str]:
+    if answers := imported.source_of(job.recipe.distillation):
+        return [f"prompts: those of {imported.locate(answers, job.persona.name)}"]
     source, requested = job.config.general_prompts, job.config.general
     if source.startswith(HUB):
         return [f"general prompts: up to {requested:,} from {source} (not downloaded for a plan)"]
@@ -209,16 +230,22 @@ def notes(job: Job) -> list[str]:
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
+    if imported.source_of(job.recipe.distillation):
+        return []
     target = job.config.questions_per_trait
     expands = any(len(given) < target for given in job.persona.distinct_questions())
     return [(engine_spec(job, "prompt_generator"),)] if expands else []
 
 
 def estimate(job: Job) -> Estimate:
+    source = imported.source_of(job.recipe.distillation)
+    if source and imported.is_counted(source):
+        return Estimate(len(imported.read(source, job.persona.name).prompts))
     config, traits = job.config, job.persona.traits
     questions = config.questions_per_trait * len(traits)
     given = job.persona.distinct_questions()
     generated = sum(max(0, config.questions_per_trait - len(texts)) for texts in given)
+    generated = 0 if source else generated
     return Estimate(questions + general_count(config), 40 * generated, 40 * generated)
 
 
@@ -250,6 +277,9 @@ def expand_traits(job: Job, questions: list[list[str]]) -> list[list[str]]:
 
 
 def build(job: Job) -> StageResult:
+    if source := imported.source_of(job.recipe.distillation):
+        rows = imported_rows(job, source)
+        return job.write(pa.Table.from_pylist(rows, schema=SCHEMA).sort_by("id"))
     config: Prompts = job.config
     traits = job.persona.traits
     target = config.questions_per_trait

@@ -94,15 +94,20 @@ def read_source(source: str, file: str) -> PromptSource:
     return collect_prompts(str(path), "line", read_json_lines(path, data), digest)
 
 
-def load_hub_rows(name: str) -> Iterable[Any]:
-    """Return the rows of the training split of a dataset on the Hugging Face Hub."""
+def load_hub_rows(name: str, what: str = "prompts") -> Iterable[Any]:
+    """Return the rows of the training split of a dataset on the Hugging Face Hub.
+
+    Args:
+        name: name of the dataset.
+        what: what the rows are read for, in errors; also in the functions below.
+    """
     from datasets import load_dataset
 
     try:
         return load_dataset(name, split="train")
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"prompts 'hf:{name}' could not be loaded ({reason}); use a file") from None
+        raise UserError(f"{what} 'hf:{name}' could not be loaded ({reason}); use a file") from None
 
 
 def check_hub_source(source: str) -> None:
@@ -134,16 +139,16 @@ def check_hub_source(source: str) -> None:
     collect_prompts(source, "row", enumerate(rows, 1), "")
 
 
-def read_parquet(path: Path) -> list[dict[str, Any]]:
+def read_parquet(path: Path, what: str = "prompts") -> list[dict[str, Any]]:
     """Return the rows of a Parquet file."""
     try:
         return pq.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"prompts {path}: not a readable Parquet file ({reason})") from None
+        raise UserError(f"{what} {path}: not a readable Parquet file ({reason})") from None
 
 
-def read_json_lines(path: Path, data: bytes) -> list[Numbered]:
+def read_json_lines(path: Path, data: bytes, what: str = "prompts") -> list[Numbered]:
     """Return the rows of a .jsonl file with their line numbers.
 
     Only a line feed ends a line: other characters that Unicode calls line breaks, such as U+2028,
@@ -153,7 +158,7 @@ def read_json_lines(path: Path, data: bytes) -> list[Numbered]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"prompts {path} line {number}: not valid UTF-8") from None
+        raise UserError(f"{what} {path} line {number}: not valid UTF-8") from None
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -161,7 +166,7 @@ def read_json_lines(path: Path, data: bytes) -> list[Numbered]:
         try:
             rows.append((number, json.loads(line)))
         except ValueError as error:
-            raise UserError(f"prompts {path} line {number}: not valid JSON ({error})") from None
+            raise UserError(f"{what} {path} line {number}: not valid JSON ({error})") from None
     return rows
 
 

@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any
 
 from opencharacter.config.recipe import Student
-from opencharacter.distillation import prompts, teacher
+from opencharacter.distillation import imported, prompts, teacher
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
+from opencharacter.evaluation.conditions import uses_condition
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import user
 
@@ -34,20 +35,34 @@ def prompt_rows(job: Job) -> list[Row]:
     return [row for row in rows if row["kind"] == "constitution"]
 
 
+def is_enabled(job: Job) -> bool:
+    """Return whether the answers are needed: pairs that exist already contain the student's own."""
+    if job.recipe.distillation.pairs.source is None:
+        return True
+    return job.constitution is None and uses_condition(job.recipe, "tuned")
+
+
 def identity(job: Job) -> dict[str, Any]:
+    if not is_enabled(job):
+        return {"enabled": False}
     if job.constitution is not None:
         return {}
     return prompts.identity(job) | {"general": job.recipe.distillation.prompts.general}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(engine_spec(job, "student"),)]
+    return [(engine_spec(job, "student"),)] if is_enabled(job) else []
 
 
 def estimate(job: Job) -> Estimate:
-    config = job.recipe.distillation.prompts
+    config, source = job.recipe.distillation.prompts, job.recipe.distillation.teacher.source
+    if not is_enabled(job):
+        return Estimate(0)
     if job.constitution is None:
         count = prompts.general_count(config)
+    elif source and imported.is_counted(source):
+        rows = prompts.imported_rows(job, source)
+        count = sum(row["kind"] == "constitution" for row in rows)
     else:
         count = config.questions_per_trait * len(job.persona.traits)
     rows = count * job.config.answers
@@ -57,6 +72,8 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> StageResult:
     from opencharacter.engines.generate import generate
 
+    if not is_enabled(job):
+        return StageResult(0)
     config = job.config
     requests = teacher.make_requests(job.stage.name, job.scope, prompt_rows(job), config.answers)
     row_fn = partial(answer_prompt, config=config)

@@ -1,5 +1,7 @@
 """Stage distillation/teacher: the teacher answers in character, with the constitution as context.
 
+Existing answers (`distillation.teacher.source`, see `imported`) may take the place of its own.
+
 Reads: distillation/prompts. Writes: prompt_id, kind, prompt, sample, answer, finish_reason.
 Run: opencharacter run RECIPE --constitution NAME --only distillation/teacher
 """
@@ -7,12 +9,14 @@ Run: opencharacter run RECIPE --constitution NAME --only distillation/teacher
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 
 from opencharacter.config.recipe import Teacher
 from opencharacter.config.roles import Sampling
 from opencharacter.constitution.schema import Constitution
+from opencharacter.distillation import imported
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
@@ -115,14 +119,73 @@ async def answer_in_character(
     return {"answer": reply.text.strip(), "finish_reason": reply.finish_reason}
 
 
+def is_enabled(job: Job) -> bool:
+    """Return whether the chosen answers are not part of pairs that exist already."""
+    return job.recipe.distillation.pairs.source is None
+
+
+def generates(job: Job) -> bool:
+    """Return whether the teacher is asked."""
+    return imported.source_of(job.recipe.distillation) is None
+
+
+def identity(job: Job) -> dict[str, Any]:
+    if not is_enabled(job):
+        return {"enabled": False}
+    source = job.config.source
+    return {"answers": imported.source_digest(source, job.persona.name)} if source else {}
+
+
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(engine_spec(job, "teacher"),)]
+    return [(engine_spec(job, "teacher"),)] if generates(job) else []
+
+
+def notes(job: Job) -> list[str]:
+    source = job.config.source
+    if source is None or not is_enabled(job):
+        return []
+    located = imported.locate(source, job.persona.name)
+    if not imported.is_counted(source):
+        return [f"answers of {located} (not downloaded for a plan); no teacher is asked"]
+    contents = imported.read(source, job.persona.name)
+    surplus = sum(row["sample"] >= job.config.answers for row in contents.rows)
+    parts = [f"{len(contents.rows):,} answers of {located}; no teacher is asked"]
+    parts += [f"{contents.repeated:,} repeated rows are left out"] if contents.repeated else []
+    limit = f"answers: {job.config.answers}"
+    parts += [f"{surplus:,} answers more than `{limit}` are not used"] if surplus else []
+    return ["; ".join(parts)]
+
+
+def imported_answers(job: Job) -> tuple[list[Row], Any]:
+    """Return the answers of the source as rows of the dataset, and the source's contents.
+
+    A prompt has at most `answers` answers, because the student answers as often.
+    """
+    prompts = {row["prompt"]: row for row in job.read("distillation/prompts").to_pylist()}
+    contents = imported.read(job.config.source, job.persona.name)
+    rows = [
+        {
+            "id": row_id(job.stage.name, job.persona.name, prompts[text]["id"], row["sample"]),
+            "prompt_id": prompts[text]["id"],
+            "kind": prompts[text]["kind"],
+            **{name: row[name] for name in ("prompt", "sample", "answer", "finish_reason")},
+        }
+        for row in contents.rows
+        if (text := row["prompt"]) and row["sample"] < job.config.answers
+    ]
+    return rows, contents
 
 
 def estimate(job: Job) -> Estimate:
     from opencharacter.distillation import prompts
 
+    source = imported.source_of(job.recipe.distillation)
+    if source and imported.is_counted(source):
+        contents = imported.read(source, job.persona.name)
+        return Estimate(sum(row["sample"] < job.config.answers for row in contents.rows))
     rows = prompts.estimate(job.parent("distillation/prompts")).rows * job.config.answers
+    if source:
+        return Estimate(rows)
     constitution_tokens = len(job.persona.assertions()) // 4
     return Estimate(
         rows, rows * (constitution_tokens * 2 + 60), rows * expected_tokens(job.config.sampling)
@@ -137,6 +200,13 @@ def expected_tokens(sampling: Sampling) -> int:
 def build(job: Job) -> StageResult:
     from opencharacter.engines.generate import generate
 
+    if not is_enabled(job):
+        return StageResult(0)
+    if job.config.source:
+        rows, contents = imported_answers(job)
+        schema = pa.schema([pa.field("id", pa.string(), nullable=False), *FIELDS])
+        figures = {"content": contents.digest, "unused_answers": len(contents.rows) - len(rows)}
+        return job.write(pa.Table.from_pylist(rows, schema=schema).sort_by("id"), figures=figures)
     config, constitution = job.config, job.persona
     thinks = job.recipe.roles.teacher.thinks
     row_fn = partial(

@@ -201,13 +201,14 @@ def validate_repo_name(name: str) -> str:
     return name
 
 
-def upload(folder: Path, name: str, message: str) -> str:
+def upload(folder: Path, name: str, message: str, repo_type: str | None = None) -> str:
     """Upload a folder to a Hub repository with the account that is logged in.
 
     Args:
         folder: the folder.
         name: name of the repository.
         message: commit message.
+        repo_type: kind of repository, as in `huggingface_hub`; a model if None.
 
     Returns:
         The URL of the repository.
@@ -221,9 +222,10 @@ def upload(folder: Path, name: str, message: str) -> str:
 
     api = HfApi()
     try:
-        repository = api.create_repo(name, private=True, exist_ok=True)
+        kind: dict[str, Any] = {"repo_type": repo_type} if repo_type else {}
+        repository = api.create_repo(name, private=True, exist_ok=True, **kind)
         api.upload_folder(
-            repo_id=repository.repo_id, folder_path=str(folder), commit_message=message
+            repo_id=repository.repo_id, folder_path=str(folder), commit_message=message, **kind
         )
     except (HfHubHTTPError, httpx.TransportError, OfflineModeIsEnabled, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,9 @@ from typing import Any
 
 from opencharacter import lora, models
 from opencharacter.config.base import ECHO, EMBEDDED
+from opencharacter.config.recipe import Recipe
 from opencharacter.config.roles import Role
+from opencharacter.distillation.imported import source_of
 from opencharacter.errors import UserError
 from opencharacter.runtime.rebuild import is_rebuilt
 from opencharacter.runtime.stage import Job
@@ -31,8 +33,14 @@ def require_models(selected: list[Job]) -> None:
 
 def job_roles(job: Job) -> list[tuple[str, Role]]:
     """Return the names and models of the roles that a job uses."""
-    roles = [(name, getattr(job.recipe.roles, name)) for name in job.stage.roles]
+    names = (name for name in job.stage.roles if name != "teacher" or asks_teacher(job.recipe))
+    roles = [(name, getattr(job.recipe.roles, name)) for name in names]
     return roles + [("judge", role) for role in getattr(job.config, "panel", ())]
+
+
+def asks_teacher(recipe: Recipe) -> bool:
+    """Whether the teacher generates: not if its answers exist already, unless it is the author."""
+    return source_of(recipe.distillation) is None or recipe.introspection.author == "teacher"
 
 
 def check_training(selected: list[Job]) -> None:
