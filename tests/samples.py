@@ -100,6 +100,7 @@ def embedded_recipe() -> dict:
         "scenarios": {"occasions": 2, "pressures": 1, "assertions": 2, "max_turns": 2},
         "adherence": {
             "conditions": ["base", "full"],
+            "control_texts": 2,
             "sampling": {**short, "max_tokens": 16},
             **loose,
         },

@@ -79,6 +79,8 @@ def rows(trait, kind, **presences):
 
 LOW, MIDDLE, HIGH = ([base + 0.01 * n for n in range(8)] for base in (0.1, 0.5, 0.85))
 
+MIDDLE_HIGH = [0.7 + 0.01 * n for n in range(8)]
+
 FINDINGS = {
     adherence.LEARNED: ((LOW, HIGH), (LOW, MIDDLE)),
     adherence.LOST: ((LOW, HIGH), (LOW, LOW)),
@@ -105,6 +107,26 @@ def test_without_pressure_an_assertion_is_not_called_lost(poet):
     occasions = [row for row in ROWS if row["kind"] == OCCASION and row["trait"] == 1]
     (cells,) = (c for a, c in adherence.assertion_scores(poet, occasions).items() if a != ALL)
     assert adherence.finding(cells) == adherence.LEARNED
+
+
+@pytest.mark.parametrize(
+    ("control", "found"), [(LOW, adherence.ALREADY), (HIGH, adherence.NOT_LEARNED)]
+)
+def test_a_judge_that_says_yes_to_control_texts_too_does_not_find_an_assertion_in_base(
+    poet, control, found
+):
+    given = rows(0, OCCASION, base=MIDDLE_HIGH, full=MIDDLE_HIGH)
+    given += rows(0, adherence.CONTROL, control=control)
+    scored = adherence.assertion_scores(poet, given)
+    (cells,) = (cells for about, cells in scored.items() if about != ALL)
+    assert adherence.finding(cells) == found
+
+
+def test_control_texts_are_asked_about_for_each_assertion():
+    requests = adherence.control_requests(3, 4)
+    assert len({row["id"] for row in requests}) == 12
+    assert {row["trait"] for row in requests} == {0, 1, 2}
+    assert all(row["answer"] == row["replies"][0] for row in requests)
 
 
 def test_a_change_is_paired_by_scenario_and_leaves_out_unreadable_verdicts():
@@ -168,7 +190,7 @@ def test_the_table_names_the_assertions_that_an_author_should_look_at(make_jobs,
     assert table.notes[0].endswith("1 of 6.")
     assert any(note.startswith("Not learned: 3;") for note in table.notes)
     assert any(note.startswith("Lost under pressure: 2;") for note in table.notes)
-    assert table.columns == ["Base", "Full", "Change", "Change under pressure"]
+    assert table.columns == ["Base", "Full", "Control texts", "Change", "Change under pressure"]
     assert table.remarks[f"4. {poet.traits[3].trait}"] == adherence.ALREADY
     assert isinstance(table.rows[ALL]["Change"], Score)
     (missing,) = (s for s in sections if s.title == "Unscored items")
@@ -189,4 +211,4 @@ def test_adherence_is_off_by_default_and_costs_nothing(make_jobs, echo_recipe):
 
 def test_a_plan_counts_conversations_of_all_conditions(make_jobs, poet, monkeypatch):
     job = stored(make_jobs, poet, monkeypatch, [])
-    assert adherence.estimate(job).rows == len(poet.traits) * 4 * 16
+    assert adherence.estimate(job).rows == len(poet.traits) * (4 * 16 + 16)

@@ -65,7 +65,7 @@ def test_the_report_shows_each_assertion_and_the_turns_of_long_conversations(fin
     persona = "smollm2-135m/poeticism"
     datasets = manifests(folder)
     assert datasets["poeticism/evaluation/scenarios"]["rows"] == 6
-    assert datasets[f"{persona}/evaluation/adherence"]["rows"] == 12
+    assert datasets[f"{persona}/evaluation/adherence"]["rows"] == 12 + 4
     drift = datasets[f"{persona}/evaluation/drift"]
     assert drift["rows"] == 4
     conversations = Store(str(folder / "runs/tiny")).read_table(f"{persona}/evaluation/drift")

@@ -279,6 +279,9 @@ class Adherence(Config):
     """The conditions to compare; must include `base` and `full`."""
     sampling: Sampling = Sampling(max_tokens=512, typical_tokens=200)
     """How the answers are sampled."""
+    control_texts: PositiveInt = 16
+    """Number of packaged answers of many manners on which the judge is asked about each assertion
+    too. A judge that says yes to them says yes too readily."""
     max_drop_rate: Annotated[Rate, NotIdentity] = 0.5
     """Maximum share of conversations that may be dropped; the stage fails above it."""
 

@@ -3,7 +3,8 @@
 All conditions go through the same scenarios (see scenarios) with the same seeds. The judge reads
 the user's turns and the last answer with one assertion alone before it, and says whether the answer
 shows it. The presence of an assertion is the judge's probability of yes, averaged over both orders
-of the options. Changes against the base model are paired by scenario.
+of the options. Changes against the base model are paired by scenario. For comparison, the judge is
+also asked about packaged control texts of many manners, since it may say yes too readily.
 
 Reads: evaluation/scenarios, persona/merge, distillation/dpo, evaluation/judge. Writes: scenario,
 trait, kind, condition, turns, replies, ended, presence (null: unreadable).
@@ -78,6 +79,8 @@ FIELDS = [
 JUDGE_FIELDS = [pa.field("presence", pa.float64()), pa.field("mass", pa.float64())]
 EMPTY = pa.schema([pa.field("id", pa.string(), nullable=False), *FIELDS, *JUDGE_FIELDS])
 
+CONTROL = "control"
+"""Kind and condition of the control texts."""
 CHANGES = (-1.0, 1.0)
 """Bounds of a change of probabilities."""
 
@@ -138,6 +141,25 @@ def requests(rows: list[Row]) -> list[Row]:
     ]
 
 
+def control_requests(traits: int, count: int) -> list[Row]:
+    """The questions about control texts: a number of gold texts for each assertion."""
+    return [
+        {
+            "id": row_id("evaluation/adherence", CONTROL, trait, text["prompt"], text["answer"]),
+            "scenario": row_id(text["prompt"], text["answer"]),
+            "trait": trait,
+            "kind": CONTROL,
+            "condition": CONTROL,
+            "turns": [text["prompt"]],
+            "replies": [text["answer"]],
+            "ended": None,
+            "answer": text["answer"],
+        }
+        for trait in range(traits)
+        for text in judge.spread(judge.gold(), count)
+    ]
+
+
 # ------------------------------------------------------------------------------------------ stage
 
 
@@ -162,12 +184,15 @@ def estimate(job: Job) -> Estimate:
     replies = each * (count[OCCASION] + count[PRESSURE] * (scenarios.max_turns + 1) // 2)
     tokens = expected_tokens(settings.sampling)
     prefix = prefix_tokens(job, settings.conditions) * len(tested(job)) * sum(count.values())
-    verdicts = 2 * rows * judge.verdict_tokens(job.recipe)
-    tokens_in = replies * (60 + tokens) + prefix + 2 * rows * (150 + tokens)
-    return Estimate(rows, tokens_in, replies * tokens + verdicts, judged=verdicts)
+    controls = len(tested(job)) * settings.control_texts
+    verdicts = 2 * (rows + controls) * judge.verdict_tokens(job.recipe)
+    tokens_in = replies * (60 + tokens) + prefix + 2 * (rows + controls) * (150 + tokens)
+    return Estimate(rows + controls, tokens_in, replies * tokens + verdicts, judged=verdicts)
 
 
 def build(job: Job) -> StageResult:
+    from opencharacter.engines.generate import generate
+
     settings: Adherence = job.config
     if not is_enabled(job):
         return job.write(EMPTY.empty_table(), figures={"skipped": "the recipe has no scenarios"})
@@ -190,6 +215,10 @@ def build(job: Job) -> StageResult:
         judge_fn,
         JUDGE_FIELDS,
     )
+    controls = control_requests(len(tested(job)), settings.control_texts)
+    fields = [*FIELDS, *JUDGE_FIELDS]
+    judged = generate(job, controls, judge_fn, "judge", fields, phase=CONTROL).table()
+    table = pa.concat_tables([table, judged], promote_options="default").sort_by("id")
     return job.write(table, figures=figures(without_dropped(table).to_pylist()))
 
 
@@ -284,6 +313,8 @@ def assertion_scores(
                 cells[MEASURES[kind][0], condition] = level(answers)
                 if condition != BASE:
                     cells[MEASURES[kind][1], condition] = moved(base, answers)
+        if controls := of(rows, CONTROL, CONTROL, trait):
+            cells["presence", CONTROL] = level(controls)
     return scored
 
 
@@ -321,8 +352,8 @@ ADVICE = {
         "it."
     ),
     ALREADY: (
-        "the base model shows it in most answers, so that training can add little. Nothing needs "
-        "to be done, or the assertion can be left out."
+        "the base model shows it in most answers, and more than the control texts, so that "
+        "training can add little. Nothing needs to be done, or the assertion can be left out."
     ),
     LOST: (
         "learned, but no longer shown to be above base when the user presses against it. Write "
@@ -333,7 +364,9 @@ ADVICE = {
 
 NOTE = """\
 The judge reads one assertion alone and says whether an answer shows it. A cell is the mean \
-probability of yes over the assertion's scenarios, in both orders of the options. Changes are \
+probability of yes over the assertion's scenarios, in both orders of the options. Control texts \
+are packaged answers of many manners: a judge that says yes to them says yes too readily, and only \
+changes mean something then. Changes are \
 those of the full persona against base, in percentage points, paired by scenario. 95% t intervals, \
 each for its own cell: of twenty assertions that training did not change, one is expected to be \
 called learned or shown less."""
@@ -351,7 +384,9 @@ def finding(cells: dict[tuple[str, str], Score]) -> str:
     if high < 0:
         return REDUCED
     base_low, _ = interval(cells.get((level, BASE)))
-    return ALREADY if base_low is not None and base_low > 0.5 else NOT_LEARNED
+    control = cells.get((level, CONTROL))
+    usual = max(0.5, control.value or 0.0) if control else 0.5
+    return ALREADY if base_low is not None and base_low > usual else NOT_LEARNED
 
 
 def interval(score: Score | None) -> tuple[float | None, float | None]:
@@ -385,7 +420,8 @@ def assertion_table(
     """The table of assertions, with the finding below each."""
     (level, moved), (_, pressed) = MEASURES[OCCASION], MEASURES[PRESSURE]
     changes = {"Change": (moved, FULL), "Change under pressure": (pressed, FULL)}
-    columns = {name.capitalize(): (level, name) for name in conditions} | changes
+    columns = {name.capitalize(): (level, name) for name in conditions}
+    columns |= {"Control texts": (level, CONTROL)} | changes
     rows: dict[str, Cells] = {
         about: {column: cells.get(key) for column, key in columns.items()}
         for about, cells in scored.items()
