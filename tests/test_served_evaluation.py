@@ -1,8 +1,10 @@
 """Evaluation through a Ray Serve application gives the rows of the batch way."""
 
 import asyncio
+import math
 import time
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import ray
@@ -11,14 +13,17 @@ from ray.serve.exceptions import BackPressureError
 from samples import ECHO_ROLE, recipe_of
 
 from opencharacter import pipeline
+from opencharacter.config.evaluation import Rating
 from opencharacter.config.placement import Placement
 from opencharacter.config.roles import Sampling
 from opencharacter.constitution import schema
 from opencharacter.engines import served
 from opencharacter.engines.spec import Reply, engine_spec
 from opencharacter.errors import RowFailed, StageFailed, UserError
+from opencharacter.evaluation import live_ratings
+from opencharacter.evaluation.rating import scored_games
 from opencharacter.runtime.stage import StageResult
-from opencharacter.runtime.store import Store
+from opencharacter.runtime.store import RemoteDir, Shards, Store
 from opencharacter.text.chat import user
 
 PERSONAS = ("poeticism", "humor")
@@ -34,7 +39,6 @@ EVALUATION = {
 }
 MEASURED = {f"evaluation/{name}" for name in EVALUATION}
 SHORT = Sampling(max_tokens=12)
-ADDED_BY_STORAGE = ("tokens_in", "tokens_out", "cached_tokens")
 
 
 def recipe(**student):
@@ -222,3 +226,60 @@ def test_a_cluster_that_is_too_small_for_both_models_is_refused(cpu_ray, monkeyp
     app = served.ServedApp("own", recipe_of(real), placement, Store("runs"), ())
     with pytest.raises(UserError, match=r"together need 64.*the cluster has .*without --served"):
         evaluation.deploy(app)
+
+
+# ---------------------------------------------------------------------------------- live ratings
+
+
+def games(count, seed=0):
+    """Games of four traits whose strengths differ by 0.8 logits, each pair in both orders."""
+    rng = np.random.default_rng(seed)
+    traits = ("blunt", "casual", "formal", "poetic")
+    for n in range(count):
+        one, two = sorted(rng.choice(4, 2, replace=False))
+        wins = rng.random() < 1 / (1 + math.exp(0.8 * (two - one)))
+        first, second = traits[one], traits[two]
+        chosen = first if wins else second
+        yield {
+            "id": str(n),
+            "game": n,
+            "condition": "full",
+            "first": first,
+            "second": second,
+            "chosen": chosen if n % 10 else None,
+        }
+
+
+def test_ratings_so_far_name_the_highest_traits_with_intervals_that_shrink():
+    widths = []
+    for count in (40, 640):
+        (line,) = live_ratings.describe([*games(count), *games(5)], Rating())
+        assert line.startswith("full: poetic ")
+        assert line.endswith(f"({count * 9 // 10} games, {count // 10} unscored)")
+        widths.append(int(line.split("± ")[1].split(",")[0]))
+    assert widths[1] < widths[0] / 3
+    assert live_ratings.describe([row | {"chosen": None} for row in games(4)], Rating()) == [
+        "full: 0 games, 4 unscored"
+    ]
+
+
+def test_the_interval_of_ratings_so_far_covers_the_truth():
+    truth = 0.8 * (np.arange(4) - 1.5)
+    hits = []
+    for seed in range(300):
+        rows = [row for row in games(300, seed) if row["chosen"]]
+        index = {trait: i for i, trait in enumerate(("blunt", "casual", "formal", "poetic"))}
+        strengths, errors = live_ratings.with_errors(scored_games(rows, index).wins(4), 0.1)
+        hits += list(abs(strengths - truth) < 1.96 * errors)
+    assert 0.93 <= np.mean(hits) <= 0.97
+
+
+def test_ratings_so_far_are_read_from_the_rows_of_all_phases(tmp_path, echo_recipe):
+    jobs = trained_jobs(tmp_path, Placement(), echo_recipe, ["humor"])
+    (job,) = (j for j in jobs if j.dataset.endswith("humor/evaluation/preferences"))
+    rows = pa.Table.from_pylist(list(games(20)))
+    for phase, table in {"full": rows, "distilled-answers": rows.drop_columns("chosen")}.items():
+        folder = RemoteDir(job.store, f"{job.dataset}/.shards/{phase}")
+        Shards(folder, table.schema).write(table, "shard-1")
+    (line,) = job.stage.module.live(job)
+    assert "18 games, 2 unscored" in line

@@ -43,8 +43,18 @@ def status(
     for job in (job for job in run.jobs if job.is_enabled):
         table.add_row(job.dataset, *status_cells(job))
     print_table(table)
+    for job in run.jobs:
+        print_live_results(job)
     done = [job.store.manifest(job.dataset) for job in run.jobs if job.state()[0] == "done"]
     console.print(usage_line([manifest for manifest in done if manifest]), highlight=False)
+
+
+def print_live_results(job: Job) -> None:
+    """Print the results so far of an unfinished stage whose module defines `live`."""
+    live = getattr(job.stage.module, "live", None)
+    if live and job.state()[0] == "partial":
+        for line in live(job):
+            console.print(f"{job.dataset}, so far: {line}", soft_wrap=True, highlight=False)
 
 
 def usage_line(manifests: list[dict[str, Any]]) -> str:

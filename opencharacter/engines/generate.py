@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -185,6 +186,7 @@ def _stream(
         attempts,
         getattr(job.config, "limits", None),
         job.baseline(work.missing),
+        live_results(job),
     )
     with ExitStack() as stack:
         with ProgressLine(console, title, progress):
@@ -211,6 +213,12 @@ def _stream(
         progress()  # once more, for what the tasks reported last
         allocated.work_seconds = active_seconds(counters)
     counters.end.remote()
+
+
+def live_results(job: Job) -> Callable[[], list[str]] | None:
+    """Return what describes the results so far, for a stage whose module defines `live`."""
+    live = getattr(job.stage.module, "live", None)
+    return partial(live, job) if live else None
 
 
 def stored_counts(blocks: list[pa.Table], settings: dict[str, Any], tasks: int) -> ray.data.Dataset:

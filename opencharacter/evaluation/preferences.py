@@ -257,6 +257,13 @@ def build(job: Job) -> StageResult:
     return job.write(table, figures={**figures, "first_named": first_named(verdicts)})
 
 
+def live(job: Job) -> list[str]:
+    """The ratings so far, with their intervals."""
+    from opencharacter.evaluation.live_ratings import live  # which reads this stage's rows
+
+    return live(job)
+
+
 # ----------------------------------------------------------------------------------------- report
 
 

@@ -267,6 +267,7 @@ class GenerationProgress:
         attempts: log in which each poll records the progress.
         limits: limits of the stage, or None.
         baseline: what the texts are compared with.
+        live: returns lines about the results so far; None if the stage has none.
     """
 
     def __init__(
@@ -276,6 +277,7 @@ class GenerationProgress:
         attempts: Any,
         limits: Limits | None,
         baseline: TextBaseline,
+        live: Callable[[], list[str]] | None = None,
     ):
         self.counters, self.total, self.attempts = counters, total, attempts
         self.limits, self.baseline = limits, baseline
@@ -284,6 +286,7 @@ class GenerationProgress:
         self.last_measured = 0.0
         self.statistics = ""
         self.fault: str | None = None
+        self.live, self.results, self.last_results = live, "", time.monotonic()
 
     def prepare(self, preparation: str) -> None:
         """Set what the line shows until the engine runs."""
@@ -307,8 +310,16 @@ class GenerationProgress:
         return (
             f"{kept + finished}/{self.total} rows, {finished / seconds:.1f} rows/s, "
             f"{sums.get('tokens_out', 0) / seconds:.0f} tokens/s, "
-            f"{int(sums.get('dropped', 0))} dropped, {eta} left{self._measure()}"
+            f"{int(sums.get('dropped', 0))} dropped, {eta} left{self._measure()}{self._results()}"
         )
+
+    def _results(self) -> str:
+        """Return the part of the line about the results so far, computed every few seconds."""
+        now = time.monotonic()
+        if self.live and now - self.last_results >= SECONDS_BETWEEN_MEASURES:
+            self.last_results = now
+            self.results = "".join(f" · {line}" for line in self.live())
+        return self.results
 
     def _measure(self) -> str:
         """Return the part of the line about the texts, measured again every few seconds."""

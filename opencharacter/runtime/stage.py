@@ -16,6 +16,7 @@ begins with `Stage <group>/<name>:`.
                                     empty; it is made without being scheduled or printed.
     check(job)                      raises UserError before the run starts if it cannot succeed.
     notes(job) -> Iterable[str]     lines that `plan` prints about the stage.
+    live(job) -> list[str]          lines about the results so far, while the stage runs.
     scores(job) -> list[dict]       rows of `SCORES` that evaluation/report collects.
     report(job) -> list[Section]    sections that evaluation/report shows; both read stored data.
     identity(job) -> dict           inputs that decide the result and are not listed below.

@@ -1,0 +1,280 @@
+"""Evaluation through one Ray Serve application against engines with merged weights.
+
+The stages answers, preferences, attacks and coherence of several personas, with the embedded model
+as student and judge. The personas are random adapters, since training them is no part of the
+comparison; both ways read the same files.
+
+Ways:
+- `batch`: every condition has an engine whose weights have the adapter merged in.
+- `served`: one application with all adapters, applied at run time.
+- `merged_log_probs`, `runtime_log_probs`: greedy replies of vLLM with the log-probability of each
+  token, with the adapter merged in and applied at run time.
+
+Figures: `batch_rows_per_s`, `served_rows_per_s` and `ratio_rows_per_s`, starts of engines included;
+`batch_idle_share` and `idle_share` (served), the share of the time in which engines were held
+without work; `batch_starts`, `batch_swaps`, `served_starts`; `equal_answers`, the share of the rows
+with an adapter whose answers are equal; and the mean and largest absolute difference of
+log-probabilities in nats, over the tokens up to the first that differs.
+
+Run: python benchmarks/served_evaluation.py --out benchmarks/results     (on a CPU)
+     python benchmarks/served_evaluation.py --out /tmp/results --tiny    (one persona)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import pyarrow as pa
+from harness import Figures, Machine, Run, Series, Settings, figure
+
+from opencharacter import lora, models, pipeline
+from opencharacter.config.files import load_recipe
+from opencharacter.config.placement import Placement
+from opencharacter.config.recipe import Recipe
+from opencharacter.constitution import schema
+from opencharacter.runtime import cluster
+from opencharacter.runtime.stage import Job, StageResult
+from opencharacter.runtime.store import Store
+
+PERSONAS = ("poeticism", "humor", "remorse")
+MODEL = "smollm2-135m"
+TRAINED = ("distillation/dpo", "persona/merge")
+MEASURED = ("judge", "answers", "preferences", "attacks", "coherence")
+SHORT = {"sampling": {"temperature": 0.6, "top_p": 1.0, "trim": True, "max_tokens": 32}}
+ONE_WORD = {"max_tokens": 4, "temperature": 0.1, "repetition_penalty": 1.0}
+CONDITIONS = ["base", "distilled", "full"]
+SETTINGS: Settings = {
+    "personas": 3,
+    "rank": 8,
+    "prompts": 24,
+    "evaluation": {
+        "judge": {"gold_items": 8, "min_agreement": None, "sampling": ONE_WORD},
+        "answers": {"conditions": CONDITIONS, "count": 24, **SHORT},
+        "preferences": {
+            "conditions": CONDITIONS,
+            "games": 24,
+            "traits": ["poetic", "technical", "casual", "formal"],
+            "judge": ONE_WORD,
+            **SHORT,
+        },
+        "attacks": {"conditions": CONDITIONS, "prompts": 8, "kinds": ["plain", "stop"], **SHORT},
+        "coherence": {"prompts": 8, "sampling": ONE_WORD, "max_drop_rate": 1.0},
+    },
+    "placement": {
+        "name": "served-evaluation",
+        "pools": {role: {"cpus": 0.6, "memory_gib": 1.5} for role in ("student", "judge")},
+        "ray_cpus": 3,
+        "max_concurrent_jobs": 4,
+    },
+}
+TINY: Settings = {"personas": 1, "prompts": 4}
+
+
+def write_adapter(folder: Path, rank: int, seed: int) -> None:
+    """Write a random adapter of all linear layers, of about the size of a trained one."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models.embedded(MODEL))
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Any] = {}
+    names = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and "layers" in name:
+            names.add(name.rpartition(".")[2])
+            a = torch.randn(rank, layer.in_features, generator=generator)
+            b = torch.randn(layer.out_features, rank, generator=generator)
+            tensors[f"{lora.PEFT_PREFIX}{name}{lora.LORA_A}"] = a / layer.in_features**0.5
+            tensors[f"{lora.PEFT_PREFIX}{name}{lora.LORA_B}"] = 0.02 * b
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
+    config |= {"target_modules": sorted(names), "base_model_name_or_path": MODEL}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def make_jobs(settings: Settings, storage: Path, served: bool) -> list[Job]:
+    """The jobs of a run whose personas have random adapters."""
+    roles = load_recipe("demo").roles.model_dump()
+    lora_rank = {"lora": {"rank": settings["rank"], "alpha": settings["rank"]}}
+    recipe = Recipe.model_validate(
+        {
+            "name": "served",
+            "roles": roles,
+            "evaluation": settings["evaluation"],
+            "distillation": {"dpo": lora_rank},
+            "introspection": {"sft": lora_rank},
+        }
+    )
+    placement = Placement.model_validate(
+        settings["placement"] | {"evaluation": {"served": "own" if served else None}}
+    )
+    personas = [schema.load(name) for name in PERSONAS[: settings["personas"]]]
+    jobs = pipeline.jobs(recipe, personas, placement, Store.at(str(storage)))
+    for number, job in enumerate(jobs):
+        if job.stage.name in TRAINED:
+            write_adapter(storage / job.dataset / "adapter", settings["rank"], number)
+        elif job.stage.name.startswith("evaluation/") and "steering" not in job.stage.name:
+            continue
+        rows = pa.table({"id": ["1"], "prompt": ["What is the best way to learn to swim?"]})
+        job.store.write_tables(job.dataset, [rows], rows.schema)
+        pipeline.finish(job, StageResult(1), 1)
+    return jobs
+
+
+def evaluate(settings: Settings, served: bool) -> Iterator[Run]:
+    """Run the evaluation once and summarize its manifests."""
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = make_jobs(settings, Path(folder), served)
+        measured = [job for job in jobs if job.stage.name.partition("/")[2] in MEASURED]
+        measured = [job for job in measured if job.stage.name.startswith("evaluation/")]
+        cluster.connect(jobs[0].placement)
+        began = time.monotonic()
+        manifests = [manifest for _, manifest in pipeline.run(measured)]
+        seconds = time.monotonic() - began
+        answers = {
+            row["id"]: row["answer"]
+            for job in measured
+            if job.stage.name != "evaluation/judge" and job.stage.name != "evaluation/coherence"
+            for row in job.store.read_table(job.dataset).to_pylist()
+            if row["condition"] in ("distilled", "full")
+        }
+        yield {
+            "series": "served" if served else "batch",
+            "seconds": seconds,
+            "tokens": sum(manifest["tokens_out"] for manifest in manifests),
+            "rows": sum(manifest["rows"] for manifest in manifests),
+            "starts": sum(len(manifest["engines_started"]) for manifest in manifests),
+            "swaps": sum(len(manifest["engines_swapped"]) for manifest in manifests),
+            "held": sum(manifest["held_seconds"] for manifest in manifests),
+            "busy": sum(manifest["busy_seconds"] for manifest in manifests),
+            "answers": answers,
+        }
+
+
+def log_probs(settings: Settings, merged: bool) -> Iterator[Run]:
+    """Greedy replies to evaluation prompts, with the log-probability of each token."""
+    from opencharacter.engines.backends import CPU_ENVIRONMENT
+    from opencharacter.evaluation.answers import held_out
+    from opencharacter.text.chat import user
+    from opencharacter.text.templates import load_tokenizer, prompt_ids
+
+    os.environ.update(CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"})
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+
+    recipe = load_recipe("demo")
+    base, role = models.embedded(MODEL), recipe.roles.student
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder) / "adapter"
+        write_adapter(adapter, settings["rank"], 1)
+        weights = models.merge_into_base(base, adapter) if merged else base
+        rank = {} if merged else {"enable_lora": True, "max_lora_rank": lora.engine_rank(adapter)}
+        llm = LLM(
+            str(weights),
+            max_model_len=512,
+            max_num_batched_tokens=4096,
+            block_size=32,
+            enforce_eager=True,
+            enable_chunked_prefill=False,
+            **rank,
+        )
+        tokenizer = load_tokenizer(base, role)
+        prompts = held_out(recipe.evaluation.answers)[: settings["prompts"]]
+        began = time.monotonic()
+        outputs = llm.generate(
+            [TokensPrompt(prompt_token_ids=prompt_ids(tokenizer, [user(p)], "")) for p in prompts],
+            SamplingParams(max_tokens=32, temperature=0, logprobs=0),
+            lora_request=None if merged else LoRARequest("adapter", 1, str(adapter)),
+        )
+        replies = []
+        for output in outputs:
+            tokens, scores = list(output.outputs[0].token_ids), output.outputs[0].logprobs or []
+            each = [position[token].logprob for token, position in zip(tokens, scores, strict=True)]
+            replies.append([tokens, each])
+        yield {
+            "series": "merged_log_probs" if merged else "runtime_log_probs",
+            "seconds": time.monotonic() - began,
+            "tokens": sum(len(tokens) for tokens, _ in replies),
+            "replies": replies,
+        }
+
+
+def differences(first: list[Any], second: list[Any]) -> list[float]:
+    """Absolute differences of log-probabilities up to the first token that differs, inclusive.
+
+    That token is the most probable one of each, so their log-probabilities are nearly equal too.
+    """
+    found = []
+    for (tokens, scores), (others, other_scores) in zip(first, second, strict=True):
+        for token, score, other, other_score in zip(tokens, scores, others, other_scores):  # noqa: B905
+            if token != other:
+                break
+            found.append(abs(score - other_score))
+    return found
+
+
+def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
+    """Rates, idle shares and starts of each way, and how far the results differ."""
+    result: Figures = {}
+    rates: dict[str, list[float]] = {}
+    for way in ("batch", "served"):
+        if way in series:
+            runs = series[way]
+            rates[way] = [run["rows"] / run["seconds"] for run in runs]
+            prefix = "batch_" if way == "batch" else ""
+            idle = [1 - run["busy"] / run["held"] for run in runs]
+            result |= {
+                f"{way}_rows_per_s": figure(rates[way]),
+                f"{way}_rows": figure([run["rows"] for run in runs]),
+                f"{way}_seconds": figure([run["seconds"] for run in runs]),
+                f"{way}_starts": figure([run["starts"] for run in runs]),
+                f"{way}_swaps": figure([run["swaps"] for run in runs]),
+                f"{prefix}idle_share": figure(idle),
+            }
+    if len(rates) == 2:
+        result["ratio_rows_per_s"] = harness.ratio(rates["served"], rates["batch"])
+        batch, served = (series[way][0]["answers"] for way in ("batch", "served"))
+        equal = sum(served[row] == text for row, text in batch.items()) / len(batch)
+        result |= {"equal_answers": figure([equal]), "compared_answers": figure([len(batch)])}
+    if "merged_log_probs" in series and "runtime_log_probs" in series:
+        merged, runtime = (
+            series[f"{way}_log_probs"][0]["replies"] for way in ("merged", "runtime")
+        )
+        found = differences(merged, runtime)
+        equal = [a[0] == b[0] for a, b in zip(merged, runtime, strict=True)]
+        result |= {
+            "log_prob_mean_difference": figure([sum(found) / len(found)]),
+            "log_prob_max_difference": figure([max(found)]),
+            "compared_tokens": figure([len(found)]),
+            "equal_greedy_replies": figure([sum(equal) / len(equal)]),
+        }
+    return result
+
+
+BENCHMARK = harness.Benchmark(
+    name="served_evaluation",
+    script=Path(__file__).resolve(),
+    settings=SETTINGS,
+    tiny=TINY,
+    ways={
+        "served": partial(evaluate, served=True),
+        "batch": partial(evaluate, served=False),
+        "merged_log_probs": partial(log_probs, merged=True),
+        "runtime_log_probs": partial(log_probs, merged=False),
+    },
+    figures=figures,
+)
+
+if __name__ == "__main__":
+    harness.main(BENCHMARK, __doc__ or "")

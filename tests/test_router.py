@@ -1,0 +1,41 @@
+"""Which requests reach the same replica of a server."""
+
+import pytest
+
+from opencharacter.config.placement import Pool
+from opencharacter.serving.router import ConversationRouter, request_text, router_options
+from opencharacter.text.chat import assistant, system, user
+
+CHAT = [system("Be brief."), user("Hello?")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("chat", {"model": "m", "messages": CHAT}), "Be brief.\nHello?"),
+        (("completions", {"model": "m", "prompt": "Once"}), "Once"),
+        (("responses", {"model": "m", "input": "Hello?"}), "Hello?"),
+        (("student", "m", CHAT, "sampling"), "Be brief.\nHello?"),
+        (("chat", {"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}), "Hi"),
+        ((), None),
+        (("chat", {"model": "m"}), None),
+        (("chat", {"messages": [{"role": "assistant", "content": None}]}), None),
+    ],
+)
+def test_the_text_of_a_request_is_that_of_its_conversation(arguments, text):
+    assert request_text(arguments) == text
+
+
+def test_the_text_of_a_later_turn_begins_with_that_of_the_earlier_one():
+    later = [*CHAT, assistant("Hi."), user("Bye.")]
+    text = request_text(("chat", {"messages": CHAT}))
+    assert text
+    assert (request_text(("chat", {"messages": later})) or "").startswith(text)
+
+
+def test_only_deployments_of_several_replicas_route_by_prefixes():
+    assert router_options(Pool()) == {}
+    for pool in (Pool(replicas=2, max_num_seqs=64), Pool(max_replicas=2, max_num_seqs=64)):
+        config = router_options(pool)["request_router_config"]
+        assert config.get_request_router_class() is ConversationRouter
+        assert config.request_router_kwargs["imbalanced_threshold"] == 16
