@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opencharacter import lora, models
+from opencharacter.cache import cache_dir
 from opencharacter.config.base import ECHO
 from opencharacter.config.roles import Sampling
 from opencharacter.engines import weights
@@ -38,7 +39,7 @@ class VllmEngine:
     """VLLM's asynchronous engine with one model and at most one adapter."""
 
     def __init__(self, spec: EngineSpec):
-        os.environ.update(environment(spec))
+        os.environ.update(environment(spec) | cache_environment())
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -151,6 +152,17 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         return logging
     cache_gib = str(max(1, round(spec.pool.kv_cache_gib)))
     return logging | CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": cache_gib}
+
+
+def cache_environment() -> dict[str, str]:
+    """Return where vLLM and torch keep what they have compiled, which makes later starts faster.
+
+    The folders are in the package's cache on this node, unless the environment sets others.
+    """
+    folders = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
+    return {
+        name: os.environ.get(name) or str(cache_dir() / folder) for name, folder in folders.items()
+    }
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:

@@ -32,13 +32,19 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from opencharacter import models
 from opencharacter.config.placement import Serving
 from opencharacter.config.roles import Role, Sampling
-from opencharacter.engines.backends import ENGINE_ERROR, engine_arguments, environment
+from opencharacter.engines.backends import (
+    ENGINE_ERROR,
+    cache_environment,
+    engine_arguments,
+    environment,
+)
 from opencharacter.engines.spec import EngineSpec, Reply
 from opencharacter.errors import RowFailed
 from opencharacter.runtime.cluster import accelerator_resource
 from opencharacter.serving import replies
 from opencharacter.serving.catalogue import Catalogue
 from opencharacter.serving.protocol import ErrorBody, ResponsePart, coalesce
+from opencharacter.serving.router import router_options
 from opencharacter.text.chat import Message
 from opencharacter.text.templates import adapted_template
 
@@ -100,6 +106,7 @@ def build_llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -
         runtime_env={"env_vars": environment(spec)},
         deployment_config={
             **scaling_options(spec),
+            **router_options(spec.pool),
             "ray_actor_options": {
                 "num_cpus": 0,
                 "num_gpus": 0 if worker_processes(spec) else pool.gpus,
@@ -232,6 +239,7 @@ class PersonaServer(LLMServer):
         max_rank: int = 0,
         max_chunks_per_second: int = 1,
     ):
+        os.environ.update(cache_environment())
         self.max_chunks_per_second, self.streams = max_chunks_per_second, 0
         self.loader = AdapterLoader(catalogue, max_rank) if catalogue else None
         self.load_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
