@@ -77,10 +77,17 @@ STAGES = with_report(
     Stage("persona/merge", "persona", ("distillation/dpo", "introspection/sft"), ("student",)),
     Stage("persona/blend", "persona", ("persona/merge",), ("student",)),
     Stage("persona/tune", "persona", ("persona/merge", "distillation/student"), ("student",)),
+    Stage("evaluation/steering", "persona", ("distillation/pairs",), ("student",)),
+    Stage("evaluation/answers", "student", (), ("student",)),
+    Stage("evaluation/attacks", "student", ("evaluation/answers",), ("student",)),
     Stage("evaluation/judge", "student", (), ("judge",)),
     Stage("evaluation/preferences", "student", ("evaluation/judge",), ("student", "judge")),
-    Stage("evaluation/steering", "persona", ("distillation/pairs",), ("student",)),
-    Stage("evaluation/answers", "persona", ("distillation/prompts", *TRAINED), ("student",)),
+    Stage(
+        "evaluation/answers",
+        "persona",
+        ("distillation/prompts", *TRAINED, "evaluation/answers"),
+        ("student",),
+    ),
     Stage(
         "evaluation/preferences",
         "persona",
@@ -88,7 +95,12 @@ STAGES = with_report(
         ("student", "judge"),
     ),
     Stage("evaluation/rating", "persona", ("evaluation/preferences",)),
-    Stage("evaluation/attacks", "persona", (*TRAINED, "evaluation/answers"), ("student",)),
+    Stage(
+        "evaluation/attacks",
+        "persona",
+        ("distillation/prompts", *TRAINED, "evaluation/answers"),
+        ("student",),
+    ),
     Stage(
         "evaluation/robustness",
         "student",

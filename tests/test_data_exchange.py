@@ -312,10 +312,12 @@ def test_transcripts_and_evaluation_are_exported_with_their_cards(finished, tmp_
     pipeline.finish(job, job.write(pa.Table.from_pylist(rows, schema=transcripts.SCHEMA)), 1.0)
     with pytest.raises(UserError, match="evaluation/report is missing"):
         export_data(finished, str(tmp_path / "evaluation"), "evaluation")
-    answers, report = job_of(finished, "evaluation/answers"), finished[-1]
-    table = pa.table({"id": ["1"], "condition": ["base"], "prompt": ["Q"], "answer": ["A."]})
-    answers.store.write_table(answers.dataset, table)
-    pipeline.finish(answers, StageResult(1), 1.0)
+    report = finished[-1]
+    for condition, shared in (("base", True), ("full", False)):
+        answers = job_of(finished, "evaluation/answers", shared)
+        row = {"id": condition, "condition": condition, "prompt": "Q", "answer": "A."}
+        answers.store.write_table(answers.dataset, pa.Table.from_pylist([row]))
+        pipeline.finish(answers, StageResult(1), 1.0)
     score = {"measure": "change", "condition": "full", "about": "poetic", "value": 0.5}
     score |= {"low": 0.1, "high": 0.9, "n": 4, "unscored": 1}
     scores = [score | {"persona": name} for name in ("poeticism", "humor")]
@@ -326,7 +328,7 @@ def test_transcripts_and_evaluation_are_exported_with_their_cards(finished, tmp_
         export_data(finished, str(folder), what)
         for config in configs:
             loaded = load_dataset(str(folder), config, split="train", cache_dir=str(tmp_path / "c"))
-            assert len(loaded) == (3 if what == "transcripts" else 1)
+            assert len(loaded) == {None: 3, "scores": 1, "answers": 2}[config]
         card = (folder / "README.md").read_text()
         assert DatasetCard(card).data.get("configs")
         assert "| Seed of the recipe | 17 |" in card

@@ -243,7 +243,7 @@ def test_every_condition_of_the_recipe_has_a_variant_in_the_same_order():
 
 
 def test_the_constitution_is_the_system_prompt_of_the_prompted_condition(make_jobs, echo_recipe):
-    (job,) = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/answers")
+    _, job = (j for j in make_jobs(echo_recipe) if j.stage.name == "evaluation/answers")
     (head,) = conditions.prefix_messages(job, "prompted")
     assert head["role"] == "system"
     assert job.persona.assertions() in head["content"]

@@ -167,10 +167,13 @@ def test_scores_of_stale_answers_are_not_shown(finished, store):
     assert "0.930" in scores_table(finished, "poeticism")
     report = finished[-1].dataset
     manifest = store.manifest(report)
-    answers = next(name for name in manifest["payload"]["parents"] if name.endswith("/answers"))
-    manifest["payload"]["parents"][answers] = "another"
-    store.write_manifest(report, manifest)
-    assert scores_table(finished, "poeticism") == "This model has not been evaluated yet."
+    parents = manifest["payload"]["parents"]
+    answers = [name for name in parents if name.endswith("/answers")]
+    assert len(answers) == 2  # of base and of the persona
+    for name in answers:
+        changed = {**manifest["payload"], "parents": {**parents, name: "another"}}
+        store.write_manifest(report, {**manifest, "payload": changed})
+        assert scores_table(finished, "poeticism") == "This model has not been evaluated yet."
 
 
 def test_only_the_traits_that_changed_most_are_shown():

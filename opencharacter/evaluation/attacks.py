@@ -3,16 +3,18 @@
 Eight instructions ask the model to stop role-playing. The prefill attack puts an answer of the
 untrained student into the chat history as the model's own turn and asks it to continue. Two tasks
 ask for another format than chat: an e-mail and a JSON tool call. All conditions, including base,
-get the same requests.
+get the same requests. As in evaluation/answers, those of base belong to the student and serve every
+persona.
 
-Reads: persona/merge, distillation/dpo, evaluation/answers. Writes: attack, prompt, condition,
-answer.
+Reads: evaluation/answers; persona/merge, distillation/dpo, distillation/prompts (persona). Writes:
+attack, prompt, condition, answer.
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/attacks
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,8 +22,13 @@ from opencharacter.config.evaluation import Attacks
 from opencharacter.config.roles import Sampling
 from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
-from opencharacter.evaluation.answers import held_out
-from opencharacter.evaluation.conditions import engines, prefix_tokens, under_each_condition
+from opencharacter.evaluation.answers import held_out, untrained_by
+from opencharacter.evaluation.conditions import (
+    engines,
+    of_scope,
+    prefix_tokens,
+    under_each_condition,
+)
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import Message, assistant, row_id, user
 
@@ -83,9 +90,13 @@ async def answer(
 
 
 def requests(job: Job, untrained: dict[str, str]) -> list[Row]:
-    """One request per attack and prompt, for prompts that the untrained student answered."""
+    """One request per attack and prompt, for prompts that the untrained student answered.
+
+    A persona leaves out the prompts that it was trained on.
+    """
     settings: Attacks = job.config
-    prompts = [text for text in held_out(job.recipe.evaluation.answers) if text in untrained]
+    answered = [text for text in held_out(job.recipe.evaluation.answers) if text in untrained]
+    prompts = untrained_by(job, answered[: settings.prompts])
     return [
         {
             "id": row_id(job.stage.name, job.scope, attack, prompt),
@@ -94,20 +105,25 @@ def requests(job: Job, untrained: dict[str, str]) -> list[Row]:
             "untrained": untrained[prompt],
         }
         for attack in settings.kinds
-        for prompt in prompts[: settings.prompts]
+        for prompt in prompts
     ]
 
 
+def identity(job: Job) -> dict[str, Any]:
+    return {"conditions": of_scope(job, job.config.conditions)}
+
+
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(engine,) for engine in engines(job, job.config.conditions)]
+    return [(engine,) for engine in engines(job, of_scope(job, job.config.conditions))]
 
 
 def estimate(job: Job) -> Estimate:
     settings: Attacks = job.config
     prompts = min(settings.prompts, job.recipe.evaluation.answers.count)
     attacked = prompts * len(settings.kinds)
-    rows = attacked * len(settings.conditions)
-    tokens_in = rows * 70 + attacked * prefix_tokens(job, settings.conditions)
+    conditions = of_scope(job, settings.conditions)
+    rows = attacked * len(conditions)
+    tokens_in = rows * 70 + attacked * prefix_tokens(job, conditions)
     return Estimate(rows, tokens_in, rows * expected_tokens(settings.sampling))
 
 
@@ -122,6 +138,6 @@ def build(job: Job) -> StageResult:
         requests(job, untrained),
         partial(answer, sampling=settings.sampling),
         FIELDS,
-        settings.conditions,
+        of_scope(job, settings.conditions),
     )
     return job.write(table)

@@ -78,6 +78,15 @@ def in_order(names: Iterable[str]) -> list[Condition]:
     return [condition for condition in VARIANTS if condition in present]
 
 
+def of_scope(job: Job, conditions: Iterable[Condition]) -> list[Condition]:
+    """Those conditions that a job answers, if the stage runs for the student and for each persona.
+
+    `base` is the same for all personas and belongs to the student, the others to a persona.
+    """
+    of_persona = job.constitution is not None
+    return [condition for condition in conditions if (condition != "base") == of_persona]
+
+
 def condition_adapter(job: Job, condition: Condition) -> RemoteDir | None:
     """The adapter that a condition adds to the student's weights; None for the student's own."""
     stage = VARIANTS[condition].adapter_stage

@@ -10,7 +10,8 @@ training; a persona also leaves out games whose prompt is a question of its cons
 
 Reads: evaluation/judge, the evaluation prompts, the general prompts; persona/merge,
 distillation/dpo, distillation/prompts (persona). Writes:
-game, condition, framing, prompt, first, second, answer, verdict, chosen (None: unscored).
+game, condition, framing, prompt, first, second, answer, verdict, chosen (None: unscored),
+probability (of the first trait, over both orders) and mass (null if the verdict is text).
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/preferences
 """
 
@@ -25,8 +26,6 @@ import pyarrow as pa
 from opencharacter.config.evaluation import Condition, Preferences
 from opencharacter.config.files import resource
 from opencharacter.config.roles import Sampling
-from opencharacter.distillation.prompts import general_rows
-from opencharacter.distillation.sources import HUB
 from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row, RowFn
 from opencharacter.engines.spec import engine_spec
@@ -35,6 +34,7 @@ from opencharacter.evaluation import answers, judge
 from opencharacter.evaluation.conditions import (
     engines,
     in_order,
+    of_scope,
     prefix_tokens,
     system_message,
     under_each_condition,
@@ -66,7 +66,12 @@ ANSWER_FIELDS = [
     pa.field("answer", pa.string()),
 ]
 VERDICT_COLUMNS = ["condition", "game", "first", "chosen"]
-JUDGE_FIELDS = [pa.field("verdict", pa.string()), pa.field("chosen", pa.string())]
+JUDGE_FIELDS = [
+    pa.field("verdict", pa.string()),
+    pa.field("chosen", pa.string()),
+    pa.field("probability", pa.float64()),
+    pa.field("mass", pa.float64()),
+]
 
 
 @cache
@@ -79,8 +84,7 @@ def all_traits() -> tuple[str, ...]:
 
 def conditions(job: Job) -> list[Condition]:
     """The conditions that play in the job's scope."""
-    of_persona = job.constitution is not None
-    return [c for c in job.config.conditions if (c != "base") == of_persona]
+    return of_scope(job, job.config.conditions)
 
 
 def games(job: Job) -> list[Row]:
@@ -90,12 +94,7 @@ def games(job: Job) -> list[Row]:
     pair to pair.
     """
     settings: Preferences = job.config
-    prompts = untrained_prompts(job)
-    if not prompts:
-        raise StageFailed(
-            f"{job.dataset}: the training uses all evaluation prompts; name others in "
-            "evaluation.answers.prompts"
-        )
+    prompts = answers.require_untrained_prompts(job)
     rows = []
     for game in range(settings.games):
         pair, swapped = divmod(game, 2)
@@ -119,20 +118,10 @@ def draw_pair(job: Job, pair: int) -> list[str]:
     return generator(job, f"pair-{pair}").sample(job.config.traits or all_traits(), 2)
 
 
-def untrained_prompts(job: Job) -> list[str]:
-    """The evaluation prompts that are not among the general prompts of the training."""
-    general = general_rows(job.recipe.distillation.prompts)
-    prompts = answers.held_out(job.recipe.evaluation.answers)
-    return answers.unseen(prompts, [row["prompt"] for row in general])
-
-
 def untrained_games(job: Job) -> list[Row]:
     """The games of the job's scope, without those whose prompt the persona was trained on."""
     rows = games(job)
-    if job.constitution is None:
-        return rows
-    trained = job.read("distillation/prompts")["prompt"].to_pylist()
-    prompts = set(answers.unseen(list({row["prompt"] for row in rows}), trained))
+    prompts = set(answers.untrained_by(job, list({row["prompt"] for row in rows})))
     return [row for row in rows if row["prompt"] in prompts]
 
 
@@ -154,17 +143,8 @@ async def play(
 
 
 def identity(job: Job) -> dict[str, Any]:
-    return answers.identity(job) | {"conditions": conditions(job)} | excluded_identity(job)
-
-
-def excluded_identity(job: Job) -> dict[str, Any]:
-    """What excludes evaluation prompts: nothing in most runs, and unknown for `hf:` sources."""
-    config = job.recipe.distillation.prompts
-    if config.general_prompts.startswith(HUB):
-        return {"general": [config.general_prompts, config.general]}
-    held_out = answers.held_out(job.recipe.evaluation.answers)
-    excluded = set(held_out) - set(untrained_prompts(job))
-    return {"excluded": sorted(map(row_id, excluded))} if excluded else {}
+    played = {"conditions": conditions(job)}
+    return answers.source_identity(job) | played | answers.excluded_identity(job)
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
@@ -232,8 +212,11 @@ def check_scored(dataset: str, rows: list[Row]) -> None:
 
 def judge_fn(job: Job) -> RowFn:
     """The row function of a judge."""
-    budget = job.recipe.evaluation.judge.thinking_budget
-    return partial(judge.name_trait, sampling=job.config.judge, thinking_budget=budget)
+    return partial(
+        judge.name_trait_in_both_orders,
+        sampling=job.config.judge,
+        settings=job.recipe.evaluation.judge,
+    )
 
 
 def build(job: Job) -> StageResult:

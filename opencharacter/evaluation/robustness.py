@@ -264,19 +264,14 @@ def by_attack(classified: list[Row]) -> dict[str, list[list[Row]]]:
 
 
 def read_answers(job: Job) -> list[Row]:
-    """All answers of all personas, with and without attacks.
-
-    Each persona's datasets hold answers of the same base model. Only those of the first persona are
-    used, so that the base model does not outweigh the personas.
-    """
+    """All answers of the base model and of all personas, with and without attacks."""
     rows = []
     for parent in job.parents:
-        persona = parent.persona.name
+        persona = parent.constitution.name if parent.constitution else BASE
         for row in parent.store.read_table(parent.dataset).to_pylist():
-            if row["condition"] != BASE or parent.constitution == job.constitutions[0]:
-                attack = row.get("attack", DEFAULT)
-                fields = {name: row[name] for name in ("condition", "prompt", "answer")}
-                rows.append({"persona": persona, "attack": attack, **fields})
+            attack = row.get("attack", DEFAULT)
+            fields = {name: row[name] for name in ("condition", "prompt", "answer")}
+            rows.append({"persona": persona, "attack": attack, **fields})
     return rows
 
 
@@ -304,10 +299,9 @@ def estimate(job: Job) -> Estimate:
 
 
 def answer_tokens(job: Job) -> int:
-    """Tokens of a persona's answers, and of its share of the base model's in each condition."""
-    conditions = len(job.config.conditions)
-    each = job.stage.module.estimate(job).tokens_out / conditions
-    return round(each * (conditions - 1) * (1 + 1 / len(job.constitutions)))
+    """Tokens of a job's answers; those of the base model count for each condition to compare."""
+    times = len(job.config.conditions) - 1 if job.constitution is None else 1
+    return job.stage.module.estimate(job).tokens_out * times
 
 
 def build(job: Job) -> StageResult:

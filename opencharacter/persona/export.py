@@ -374,11 +374,11 @@ def merge_summary(merge_job: Job) -> str:
 
 def scores_table(jobs: list[Job], persona: str) -> str:
     """Return a table of a persona's scores in the report, if the report used this run's answers."""
-    by_stage = {job.stage.name: job for job in jobs}
-    report, answers = by_stage["evaluation/report"], by_stage["evaluation/answers"]
+    report = next(job for job in jobs if job.stage.name == "evaluation/report")
+    answers = [job for job in jobs if job.stage.name == "evaluation/answers"]
     manifest = report.store.manifest(report.dataset)
     parents = manifest["payload"]["parents"] if manifest else {}
-    if parents.get(answers.dataset) != answers.fingerprint:
+    if any(parents.get(job.dataset) != job.fingerprint for job in answers):
         return NOT_EVALUATED
     scores = report.store.read_table(report.dataset, "scores").to_pylist()
     own = [row for row in scores if row["persona"] == persona and row["value"] is not None]

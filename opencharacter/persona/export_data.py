@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -203,11 +204,17 @@ def data_file(split: Split, count: int) -> str:
 
 def finished(jobs: list[Job], stage: str) -> Job:
     """Return the job of a stage of the persona; raise UserError if it is not done."""
-    job = next(job for job in jobs if job.stage.name == stage)
-    state = job.state()[0]
-    if state != "done":
-        raise UserError(f"{job.dataset} is {state}, but is to be exported; run it first")
-    return job
+    return finished_in_all_scopes(jobs, stage)[-1]
+
+
+def finished_in_all_scopes(jobs: list[Job], stage: str) -> list[Job]:
+    """Return the jobs of a stage, of the student first; raise UserError if one is not done."""
+    found = [job for job in jobs if job.stage.name == stage]
+    for job in found:
+        state = job.state()[0]
+        if state != "done":
+            raise UserError(f"{job.dataset} is {state}, but is to be exported; run it first")
+    return found
 
 
 def persona_of(jobs: list[Job]) -> str:
@@ -245,15 +252,18 @@ def transcript_splits(jobs: list[Job]) -> list[Split]:
 
 def evaluation_splits(jobs: list[Job]) -> list[Split]:
     """Return the scores of the persona in the report, and the answers of all conditions."""
-    report, answers = finished(jobs, "evaluation/report"), finished(jobs, "evaluation/answers")
+    report = finished(jobs, "evaluation/report")
+    answers = finished_in_all_scopes(jobs, "evaluation/answers")
     scores = report.store.read_table(report.dataset, "scores")
     own = scores.filter(pa.compute.equal(scores["persona"], persona_of(jobs)))
-    table = without_dropped(answers.store.read_table(answers.dataset)).sort_by("id")
+    tables = [without_dropped(job.store.read_table(job.dataset)) for job in answers]
+    table = pa.concat_tables(tables, promote_options="default").sort_by("id")
+    dropped = sum((Counter(dropped_rows(job)) for job in answers), Counter[str]())
     wanted = ("id", "condition", "prompt", "answer", "finish_reason")
     table = table.select([name for name in wanted if name in table.schema.names])
     return [
         Split("scores", report, own, table_digest(own), {}),
-        Split("answers", answers, table, table_digest(table), dropped_rows(answers)),
+        Split("answers", answers[-1], table, table_digest(table), dropped),
     ]
 
 
