@@ -129,6 +129,13 @@ STAGES = with_report(
         (*TRAINED, "evaluation/judge"),
         ("student", "judge"),
     ),
+    Stage("evaluation/direction", "persona", ("distillation/pairs",), ("student",)),
+    Stage(
+        "evaluation/projection",
+        "persona",
+        ("evaluation/direction", "evaluation/answers", "introspection/transcripts"),
+        ("student",),
+    ),
     Stage("evaluation/capabilities", "student", (), ("student",)),
     Stage(
         "evaluation/capabilities",

@@ -113,6 +113,8 @@ def embedded_recipe() -> dict:
             "sampling": {**short, "max_tokens": 16},
             **loose,
         },
+        "direction": {"texts": 3, "prompts": 2, "max_tokens": 96},
+        "projection": {"texts": 3},
         "side_effects": {
             "conditions": ["base", "full"],
             "items": 1,

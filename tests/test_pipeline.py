@@ -33,6 +33,7 @@ AFTER_DPO = {
     "evaluation/adherence",
     "evaluation/drift",
     "evaluation/side_effects",
+    "evaluation/projection",
     "evaluation/report",
 }
 

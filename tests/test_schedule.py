@@ -387,6 +387,8 @@ def test_a_job_that_the_recipe_does_not_use_is_done_without_being_reported(
         "evaluation/adherence",
         "evaluation/drift",
         "evaluation/side_effects",
+        "evaluation/direction",
+        "evaluation/projection",
     }
     for job in jobs:
         if job.is_enabled:

@@ -88,11 +88,13 @@ class Judge(Config):
     prefilled assistant turns for that."""
     sampling: Sampling = Sampling(max_tokens=16, temperature=0.1, repetition_penalty=1.0)
     """How verdicts on gold items are sampled."""
-    verdicts: Annotated[Literal["log_probability", "text"], AddedLater("0.3")] = "log_probability"
-    """How evaluation/adherence and evaluation/drift read verdicts: from the probabilities of the
-    options as the judge's first token, or from its text. Text is read anyway if the engine has no
+    verdicts: Annotated[Literal["log_probability", "text"], AddedLater("0.3", earlier="text")] = (
+        "log_probability"
+    )
+    """How all stages read verdicts: from the probabilities of the options as the judge's first
+    token, averaged over both orders, or from its text. Text is read anyway if the engine has no
     log-probabilities, or if the judge thinks first. Set `text` for an endpoint that rejects
-    `logprobs`."""
+    `logprobs`, and to keep verdicts that were made before 0.3."""
 
 
 class Steering(Config):
@@ -329,19 +331,30 @@ class SideEffects(Config):
     """Maximum share of answers that may be dropped; the stage fails above it."""
 
 
-class Projection(Config):
-    """Settings of the stage evaluation/projection: how far texts lie along the constitution.
+class Direction(Config):
+    """Settings of the stage evaluation/direction: training data along the constitution's direction.
 
-    It runs only if there are texts. Not in the paper.
+    It runs only if there are texts, and needs no trained model. Not in the paper.
     """
 
     texts: NonNegativeInt = 0
-    """Number of texts of each condition and of each side of a training set. 0 leaves the stage
-    out."""
+    """Number of pairs whose chosen and rejected answers are read, each of another prompt. 0 leaves
+    this stage and evaluation/projection out."""
     prompts: PositiveInt = 64
-    """Number of training prompts that the direction is found from. Their texts are not projected."""
+    """Number of other training prompts from which the directions are found; at most half of all."""
     max_tokens: PositiveInt = 512
-    """Number of tokens of a prompt with its answer that are read; longer ones are cut."""
+    """Number of tokens of a conversation that are read, from its beginning."""
+
+
+class Projection(Config):
+    """Settings of the stage evaluation/projection: answers along the constitution's direction.
+
+    It runs only if there are texts here and in `evaluation.direction`. Not in the paper.
+    """
+
+    texts: NonNegativeInt = 0
+    """Number of answers of each condition, and of transcripts of each kind. 0 leaves the stage
+    out."""
 
 
 class Capability(Config):
@@ -408,8 +421,10 @@ class Evaluation(Config):
     """Strength of the character in long conversations."""
     side_effects: SideEffects = SideEffects()
     """Harm that may come with a character."""
+    direction: Direction = Direction()
+    """Training data along the constitution's direction in the residual stream."""
     projection: Projection = Projection()
-    """Texts along the constitution's direction in the residual stream."""
+    """Answers and transcripts along that direction."""
     capabilities: Capabilities = Capabilities()
     """Benchmarks of lm-evaluation-harness."""
     report: Report = Report()

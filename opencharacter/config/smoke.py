@@ -67,6 +67,12 @@ def shrink(recipe: Recipe) -> Recipe:
                 conversations=min(evaluation.drift.conversations, 4),
                 turns=min(evaluation.drift.turns, 8),
             ),
+            direction=updated(
+                evaluation.direction,
+                texts=min(evaluation.direction.texts, 8),
+                prompts=min(evaluation.direction.prompts, 8),
+            ),
+            projection=updated(evaluation.projection, texts=min(evaluation.projection.texts, 8)),
             side_effects=updated(
                 evaluation.side_effects, items=min(evaluation.side_effects.items, 2)
             ),

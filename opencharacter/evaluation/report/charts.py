@@ -7,6 +7,7 @@ import math
 from markupsafe import Markup, escape
 
 from opencharacter.evaluation.report.formatting import (
+    deviations,
     interval_text,
     label,
     number,
@@ -14,7 +15,13 @@ from opencharacter.evaluation.report.formatting import (
     points,
     rating_interval,
 )
-from opencharacter.evaluation.report.sections import Change, Curve, TextStatistic, TraitChange
+from opencharacter.evaluation.report.sections import (
+    Change,
+    Curve,
+    Distance,
+    TextStatistic,
+    TraitChange,
+)
 from opencharacter.evaluation.scores import Score
 
 Range = tuple[float, float]
@@ -29,6 +36,8 @@ STATISTIC_SIZE = (64, 8)
 SCORE_SIZE = (96, 12)
 MAX_CHANGE = 0.3
 """The change that fills its bar, to each side: the same for all, so that rows can be compared."""
+MAX_DISTANCE = 3.0
+"""The distance in SD that fills its bar, to each side."""
 
 RATING_SIZE = (212, 36)
 RATING_X = (8.0, 204.0)
@@ -214,7 +223,9 @@ def score_bar(score: Score) -> Markup:
     if score.value is None:
         return Markup("")
     if isinstance(score, Change):
-        return change_bar(score)
+        return signed_bar(score, MAX_CHANGE, f"change of {points(score.value)} points", "change")
+    if isinstance(score, Distance):
+        return signed_bar(score, MAX_DISTANCE, deviations(score.value), "distance")
     width, height = SCORE_SIZE
     middle = height / 2
     drawn = [
@@ -228,17 +239,24 @@ def score_bar(score: Score) -> Markup:
     return svg(percent(score.value), interval_text(score), SCORE_SIZE, *drawn)
 
 
-def change_bar(change: Change) -> Markup:
-    """Draw a change as a bar that begins in the middle, with its interval."""
+def signed_bar(score: Score, largest: float, title: str, what: str) -> Markup:
+    """Draw a signed value as a bar that begins in the middle, with its interval.
+
+    Args:
+        score: the score.
+        largest: the value that fills the bar, to each side.
+        title: the value as text.
+        what: what is 0 in the middle.
+    """
     width, height = SCORE_SIZE
     value, low, high = (
-        min(max(scale(end or 0, (-MAX_CHANGE, MAX_CHANGE), (0, width)), 0), width)
-        for end in (change.value, change.low, change.high)
+        min(max(scale(end or 0, (-largest, largest), (0, width)), 0), width)
+        for end in (score.value, score.low, score.high)
     )
     middle, line = width / 2, height / 2
     return svg(
-        f"change of {points(change.value or 0)} points",
-        f"{interval_text(change)}; the dashed line is no change.",
+        title,
+        f"{interval_text(score)}; the dashed line is no {what}.",
         SCORE_SIZE,
         element("path", d=f"M0 {line}H{width}", class_="axis"),
         element("path", d=f"M{middle} {line}H{value:.1f}", class_="bar"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opencharacter.evaluation.report.sections import Change, Trend
+from opencharacter.evaluation.report.sections import Change, Distance, Trend
 from opencharacter.evaluation.scores import Score
 
 
@@ -34,12 +34,25 @@ def label(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
+def deviations(distance: float) -> str:
+    """A distance in standard deviations, with its sign."""
+    return f"{distance:+.2f} SD".replace("-", "\N{MINUS SIGN}")
+
+
+def value_text(score: Score, value: float | None) -> str:
+    """A value in the unit of a score: per cent, percentage points of a change, or SD."""
+    if value is None:
+        return "not scored"
+    if isinstance(score, Distance):
+        return deviations(value)
+    return points(value) if isinstance(score, Change) else percent(value)
+
+
 def interval_text(score: Score) -> str:
-    """The interval of a proportion in per cent, or of a change in percentage points."""
+    """The interval of a score in its unit."""
     if score.low is None or score.high is None:
         return "no interval"
-    form = points if isinstance(score, Change) else percent
-    return f"{form(score.low)} to {form(score.high)}"
+    return f"{value_text(score, score.low)} to {value_text(score, score.high)}"
 
 
 def rating_interval(score: Score) -> str:
@@ -53,6 +66,8 @@ def sample_size(score: Score) -> str:
     """The number of scored and of unscored items."""
     if isinstance(score, Trend):
         return f"n = {score.n:,} turns, {score.unscored:,} unscored"
+    if isinstance(score, Distance):
+        return f"n = {score.n:,} prompts, {score.unscored:,} unscored"
     if isinstance(score, Change):
         return f"n = {score.n:,} pairs, {score.unscored:,} unpaired"
     return f"n = {score.n:,}, {score.unscored:,} unscored"

@@ -90,13 +90,18 @@ class Trend(Change):
     """A change of a proportion over the turns of conversations, whose scored turns `n` counts."""
 
 
+@dataclass(frozen=True)
+class Distance(Score):
+    """A difference in standard deviations (SD); `n` counts prompts."""
+
+
 Cells = dict[str, Score | None]
 """The scores of a table row by column; None or absent where there is nothing to score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTable(Section):
-    """A table of proportions (0 .. 1) or changes of proportions, with their intervals.
+    """A table of proportions (0 .. 1), changes of proportions or distances, with their intervals.
 
     Args:
         caption: says what the cells are.
