@@ -44,29 +44,29 @@ from opencharacter.runtime import cluster
 from opencharacter.runtime.stage import Job, StageResult
 from opencharacter.runtime.store import Store
 
-PERSONAS = ("poeticism", "humor", "remorse")
+PERSONAS = ("poeticism", "humor")
 MODEL = "smollm2-135m"
 TRAINED = ("distillation/dpo", "persona/merge")
 MEASURED = ("judge", "answers", "preferences", "attacks", "coherence")
-SHORT = {"sampling": {"temperature": 0.6, "top_p": 1.0, "trim": True, "max_tokens": 32}}
+SHORT = {"sampling": {"temperature": 0.6, "top_p": 1.0, "trim": True, "max_tokens": 24}}
 ONE_WORD = {"max_tokens": 4, "temperature": 0.1, "repetition_penalty": 1.0}
 CONDITIONS = ["base", "distilled", "full"]
 SETTINGS: Settings = {
-    "personas": 3,
+    "personas": 2,
     "rank": 8,
     "prompts": 24,
     "evaluation": {
         "judge": {"gold_items": 8, "min_agreement": None, "sampling": ONE_WORD},
-        "answers": {"conditions": CONDITIONS, "count": 24, **SHORT},
+        "answers": {"conditions": CONDITIONS, "count": 12, **SHORT},
         "preferences": {
             "conditions": CONDITIONS,
-            "games": 24,
+            "games": 12,
             "traits": ["poetic", "technical", "casual", "formal"],
             "judge": ONE_WORD,
             **SHORT,
         },
-        "attacks": {"conditions": CONDITIONS, "prompts": 8, "kinds": ["plain", "stop"], **SHORT},
-        "coherence": {"prompts": 8, "sampling": ONE_WORD, "max_drop_rate": 1.0},
+        "attacks": {"conditions": CONDITIONS, "prompts": 4, "kinds": ["plain", "stop"], **SHORT},
+        "coherence": {"prompts": 4, "sampling": ONE_WORD, "max_drop_rate": 1.0},
     },
     "placement": {
         "name": "served-evaluation",

@@ -2,8 +2,13 @@
 
 import asyncio
 import math
+import os
+import subprocess
+import sys
+import threading
 import time
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,13 +23,18 @@ from opencharacter.config.placement import Placement
 from opencharacter.config.roles import Sampling
 from opencharacter.constitution import schema
 from opencharacter.engines import served
-from opencharacter.engines.spec import Reply, engine_spec
+from opencharacter.engines.spec import FirstToken, Reply, engine_spec
 from opencharacter.errors import RowFailed, StageFailed, UserError
 from opencharacter.evaluation import live_ratings
 from opencharacter.evaluation.rating import scored_games
+from opencharacter.runtime import cluster
 from opencharacter.runtime.stage import StageResult
 from opencharacter.runtime.store import RemoteDir, Shards, Store
+from opencharacter.serving import evaluation, replies
+from opencharacter.serving.evaluation import free_port
+from opencharacter.serving.protocol import ErrorBody
 from opencharacter.text.chat import user
+from opencharacter.text.templates import load_tokenizer, prompt_ids
 
 PERSONAS = ("poeticism", "humor")
 STUDENT = {**ECHO_ROLE, "name": "echo-1.5b"}
@@ -57,6 +67,11 @@ def trained_jobs(storage, placement, made_of=None, personas=PERSONAS):
             job.store.write_tables(job.dataset, [table], table.schema)
             pipeline.finish(job, StageResult(1), 0.1)
     return jobs
+
+
+def of_persona(jobs, stage):
+    (job,) = (job for job in jobs if job.stage.name == stage and job.constitution)
+    return job
 
 
 def measured(jobs):
@@ -128,11 +143,7 @@ def test_only_student_and_judge_of_the_evaluation_are_served(tmp_path):
 
 
 def test_an_adapter_is_requested_by_its_revision(tmp_path):
-    (job,) = (
-        job
-        for job in trained_jobs(tmp_path, SERVED, personas=["humor"])
-        if job.stage.name == "evaluation/answers"
-    )
+    job = of_persona(trained_jobs(tmp_path, SERVED, personas=["humor"]), "evaluation/answers")
     merged, dpo = job.parent("persona/merge"), job.parent("distillation/dpo")
     names = [
         served.served_model(served.served_spec(job, "student", parent.adapter, None))
@@ -219,13 +230,40 @@ def test_an_application_reserves_what_student_and_judge_do_and_shares_equal_engi
 
 
 def test_a_cluster_that_is_too_small_for_both_models_is_refused(cpu_ray, monkeypatch):
-    from opencharacter.serving import evaluation
-
     real = {**ECHO_ROLE, "model": "org/model"}
     placement = Placement.model_validate({"pools": {"student": {"cpus": 64}}})
     app = served.ServedApp("own", recipe_of(real), placement, Store("runs"), ())
     with pytest.raises(UserError, match=r"together need 64.*the cluster has .*without --served"):
         evaluation.deploy(app)
+
+
+def test_a_completion_becomes_a_reply_with_its_costs_and_first_tokens():
+    usage = {"prompt_tokens": 9, "completion_tokens": 1}
+    usage["prompt_tokens_details"] = {"cached_tokens": 4}
+    listed = {"top_logprobs": [{"B": -2.0, " A": -0.5}]}
+    choice = {"text": " A", "finish_reason": "length", "logprobs": listed}
+    reply = replies.to_reply({"choices": [choice], "usage": usage})
+    assert reply == Reply(" A", "length", 9, 1, 4, ((" A", -0.5), ("B", -2.0)))
+    assert not replies.to_reply(
+        {"choices": [choice | {"logprobs": None}], "usage": usage}
+    ).first_tokens
+
+
+def test_a_request_has_the_token_ids_and_the_limit_of_the_batch_way(embedded_model, tokenizer):
+    student = {**STUDENT, "model": "embedded:smollm2-135m", "max_model_len": 64}
+    role, hello = recipe_of(student).roles.student, [user("Hello")]
+    ids = prompt_ids(load_tokenizer(embedded_model, role), hello, "Well,")
+    payload = replies.completion_payload(role, hello, Sampling(max_tokens=99), 7, "Well,")
+    assert payload["prompt"] == ids and payload["max_tokens"] == 64 - len(ids)
+    assert payload["seed"] == 7 and payload["logprobs"] is None
+    assert replies.completion_payload(role, hello, FirstToken(), None, "")["logprobs"] == 20
+    with pytest.raises(RowFailed, match="too_long"):
+        replies.completion_payload(role, [user("word " * 80)], SHORT, 7, "")
+
+
+def test_what_the_engine_refuses_concerns_the_row_and_a_missing_adapter_the_stage():
+    assert isinstance(replies.to_error(ErrorBody(400, "no")), RowFailed)
+    assert isinstance(replies.to_error(ErrorBody(404, "no such adapter")), StageFailed)
 
 
 # ---------------------------------------------------------------------------------- live ratings
@@ -276,10 +314,119 @@ def test_the_interval_of_ratings_so_far_covers_the_truth():
 
 def test_ratings_so_far_are_read_from_the_rows_of_all_phases(tmp_path, echo_recipe):
     jobs = trained_jobs(tmp_path, Placement(), echo_recipe, ["humor"])
-    (job,) = (j for j in jobs if j.dataset.endswith("humor/evaluation/preferences"))
+    job = of_persona(jobs, "evaluation/preferences")
     rows = pa.Table.from_pylist(list(games(20)))
     for phase, table in {"full": rows, "distilled-answers": rows.drop_columns("chosen")}.items():
         folder = RemoteDir(job.store, f"{job.dataset}/.shards/{phase}")
         Shards(folder, table.schema).write(table, "shard-1")
     (line,) = job.stage.module.live(job)
     assert "18 games, 2 unscored" in line
+
+
+# ------------------------------------------------------------------------------ joining and kills
+
+
+def chat(url, model="echo-1.5b"):
+    body = {"model": model, "messages": [{"role": "user", "content": "hello there"}]}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_run_joins_an_application_that_answers_chats_meanwhile(serve_ray, tmp_path):
+    jobs = trained_jobs(tmp_path, SERVED, recipe(model="echo:0.5"), ["humor"])
+    own = served.ServedApp("own", jobs[0].recipe, SERVED, jobs[0].store, jobs[0].constitutions)
+    port = free_port(0)
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    serve.run(evaluation.build(own), name="mine")
+    for target in ("mine", f"http://127.0.0.1:{port}"):
+        placement = Placement.model_validate({"evaluation": {"served": target}})
+        joined = trained_jobs(tmp_path, placement, jobs[0].recipe, ["humor"])
+        answers = of_persona(joined, "evaluation/answers")
+        for job in joined:
+            if job.stage.name == "evaluation/answers":
+                job.store.delete(job.dataset)
+        both = [job for job in joined if job.stage.name == "evaluation/answers"]
+        running = threading.Thread(target=lambda jobs=both: list(pipeline.run(jobs)))
+        running.start()
+        response = chat(f"http://127.0.0.1:{port}")
+        assert response.json()["choices"][0]["message"]["content"] == "echo-1.5b: hello there"
+        running.join()
+        rows = answers.store.read_table(answers.dataset).to_pylist()
+        assert len(rows) == 18 and not any(row["drop_reason"] for row in rows)
+        assert serve.status().applications["mine"].status.value == "RUNNING"
+    answer = {row["condition"]: row["answer"] for row in rows}  # by HTTP, they begin with the model
+    assert answer["full"].startswith("echo-1.5b:humor@")
+    assert answer["distilled"].startswith("echo-1.5b:humor:dpo@")
+    missing = Placement.model_validate({"evaluation": {"served": "another"}})
+    jobs = trained_jobs(tmp_path / "other", missing, personas=["humor"])
+    jobs = [job for job in jobs if job.stage.name == "evaluation/answers"]
+    with pytest.raises(UserError, match="application 'another' is NOT_RUNNING in this Ray cluster"):
+        list(pipeline.run(jobs))
+
+
+def drive(storage):
+    """The client that `test_rows_are_complete...` kills: a process of its own."""
+    from opencharacter.evaluation import preferences
+
+    preferences.check_scored = lambda *_: None
+    slow = {name: STUDENT | {"model": "echo:1"} for name in ("student", "teacher")}
+    roles = slow | {"prompt_generator": STUDENT, "judge": JUDGE | {"model": "echo:1"}}
+    made = recipe_of(STUDENT, roles=roles, evaluation=EVALUATION)
+    few = {name: {"max_num_seqs": 3} for name in ("student", "judge")}
+    placement = Placement.model_validate(SERVED.model_dump() | {"pools": few})
+    cluster.connect(placement)
+    evaluate(trained_jobs(storage, placement, made))
+
+
+def kill_replica(deployment):
+    """Kill a replica of a deployment; return whether there was one."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["name"].startswith("SERVE_REPLICA") and f"#{deployment}#" in actor["name"]:
+            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
+            return True
+    return False
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_rows_are_complete_when_replicas_and_the_client_are_killed_on_two_nodes(readable, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000}
+    )
+    nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
+    code = "import sys, test_served_evaluation as test; test.drive(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "served")]
+    environment = os.environ | {"RAY_ADDRESS": nodes.address}
+
+    def shards():
+        return len(list((tmp_path / "served").rglob("shard-*.parquet")))
+
+    client = subprocess.Popen(command, env=environment)
+    try:
+        ray.init(nodes.address, log_to_driver=False)
+        wait_for(lambda: shards() >= 2, client)
+        assert kill_replica("echo-1.5b") and kill_replica("echo-judge")
+        before = shards()
+        wait_for(lambda: shards() > before + 2, client)
+        client.kill()
+        client.wait()
+        assert any(name.startswith("opencharacter-") for name in serve.status().applications)
+        subprocess.run(command, env=environment, timeout=300, check=True)
+        assert not serve.status().applications
+        batch = trained_jobs(tmp_path / "batch", Placement())
+        evaluate(batch)
+        assert rows_of(trained_jobs(tmp_path / "served", Placement())) == rows_of(batch)
+    finally:
+        client.kill()
+        serve.shutdown()
+        ray.shutdown()
+        nodes.shutdown()

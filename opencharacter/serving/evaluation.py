@@ -57,7 +57,8 @@ def deploy(app: ServedApp) -> None:
             "--served"
         )
     port = free_port(app.placement.evaluation.port)
-    serve.start(http_options={"host": HOST, "port": port})
+    # Chats are for this machine, and several nodes of one host could not share the port.
+    serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": port})
     before = serve.status().applications
     if app.name in before:
         if before[app.name].status.value == RUNNING:

@@ -12,7 +12,7 @@ from typing import Any
 from opencharacter import models
 from opencharacter.config.roles import Role, Sampling
 from opencharacter.engines.backends import ENGINE_ERROR
-from opencharacter.engines.spec import Reply
+from opencharacter.engines.spec import FirstToken, Reply
 from opencharacter.errors import OpenCharacterError, RowFailed, StageFailed
 from opencharacter.serving.protocol import ErrorBody
 from opencharacter.text.chat import Message
@@ -44,6 +44,7 @@ def completion_payload(
         "top_p": sampling.top_p,
         "repetition_penalty": sampling.repetition_penalty,
         "seed": seed,
+        "logprobs": sampling.top_logprobs if isinstance(sampling, FirstToken) else None,
     }
 
 
@@ -64,7 +65,14 @@ def to_reply(body: dict[str, Any]) -> Reply:
         tokens_in=usage["prompt_tokens"],
         tokens_out=usage["completion_tokens"],
         cached_tokens=details.get("cached_tokens") or 0,
+        first_tokens=first_tokens(choice.get("logprobs")),
     )
+
+
+def first_tokens(log_probs: dict[str, Any] | None) -> tuple[tuple[str, float], ...]:
+    """Return the likeliest first tokens of a completion; none if they were not requested."""
+    listed = (log_probs or {}).get("top_logprobs") or [{}]
+    return tuple(sorted((listed[0] or {}).items(), key=lambda token: -token[1]))
 
 
 def to_error(error: ErrorBody) -> OpenCharacterError:
