@@ -30,6 +30,7 @@ from opencharacter.evaluation import (
     preferences,
     rating,
     report,
+    verdicts,
 )
 from opencharacter.evaluation.report.sections import Change, ScoreTable, arrange
 from opencharacter.evaluation.report.stage import flatten
@@ -49,7 +50,7 @@ from opencharacter.runtime.stage import Stage
     ],
 )
 def test_a_verdict_counts_only_if_it_names_exactly_one_trait(verdict, chosen):
-    assert judge.read_verdict(verdict, "poetic", "blunt") == chosen
+    assert verdicts.read_verdict(verdict, "poetic", "blunt") == chosen
 
 
 def test_games_are_drawn_by_number_in_both_orders(make_jobs, echo_recipe):
@@ -107,7 +108,7 @@ def test_the_reply_of_the_judge_is_stored():
     row = {"prompt": "p", "answer": "a", "first": "poetic", "second": "blunt"}
     conversation = Conversation(Judge(), 1)
     stored = asyncio.run(
-        judge.name_trait(row, conversation, Sampling(max_tokens=3), thinking_budget=0)
+        judge.name_trait(row, conversation, Sampling(max_tokens=3), evaluation.Judge())
     )
     assert stored == {"verdict": "Poetic", "chosen": "poetic"}
 

@@ -1,6 +1,7 @@
 """The judge's gate: a judge with a known fault is caught, and its fault is named."""
 
 import asyncio
+import math
 import random
 from types import SimpleNamespace
 
@@ -8,13 +9,14 @@ import answering
 import pytest
 from samples import ECHO_ROLE, TINY
 
+from opencharacter.config.evaluation import Judge as JudgeConfig
 from opencharacter.config.recipe import Recipe
 from opencharacter.config.roles import Sampling
 from opencharacter.distillation import prompts
 from opencharacter.engines.conversations import Conversation
 from opencharacter.engines.spec import Reply
 from opencharacter.errors import RowFailed, StageFailed
-from opencharacter.evaluation import judge, preferences
+from opencharacter.evaluation import judge, judge_statistics, preferences
 from opencharacter.text.chat import EMPTY_THOUGHT, THINK_CLOSE, THINK_OPEN
 
 
@@ -50,7 +52,10 @@ def verdicts(engine, thinks=False, items=None, thinking_budget=0):
 
     async def ask(row):
         return row | await judge.name_trait(
-            row, Conversation(engine, 1, thinks), sampling, thinking_budget
+            row,
+            Conversation(engine, 1, thinks),
+            sampling,
+            JudgeConfig(thinking_budget=thinking_budget),
         )
 
     return [asyncio.run(ask(row)) for row in requests]
@@ -268,9 +273,9 @@ def test_a_panel_judge_that_fails_the_gate_is_refused_by_name(
 
 
 def test_kappa_and_alpha_equal_known_values():
-    assert judge.kappa("aabb", "aabb") == 1
-    assert judge.kappa("aabb", "abab") == pytest.approx(0)
-    assert judge.kappa([None], ["a"]) is None
+    assert judge_statistics.kappa("aabb", "aabb") == 1
+    assert judge_statistics.kappa("aabb", "abab") == pytest.approx(0)
+    assert judge_statistics.kappa([None], ["a"]) is None
     # Krippendorff's worked example of four observers, 12 units and missing values: 0.743.
     observers = [
         [1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None],
@@ -278,7 +283,7 @@ def test_kappa_and_alpha_equal_known_values():
         [None, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, None],
         [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None],
     ]
-    assert judge.alpha(zip(*observers, strict=True)) == pytest.approx(0.743, abs=5e-4)
+    assert judge_statistics.alpha(zip(*observers, strict=True)) == pytest.approx(0.743, abs=5e-4)
 
 
 def test_several_judges_are_compared_on_the_same_verdicts():
@@ -309,3 +314,58 @@ def test_games_are_balanced_over_order_and_framing(make_jobs, echo_recipe):
     assert all(a == b[::-1] for a, b in zip(sides[::2], sides[1::2], strict=True))
     framings = [row["framing"] for row in rows]
     assert {framings.count(framing) for framing in preferences.FRAMINGS} == {200}
+
+
+class Biased(Synthetic):
+    """Gives log-probabilities: log-odds of 0.5 for the trait shown, and of 3 for the first one."""
+
+    async def reply(self, messages, sampling, *, seed, prefill=""):
+        right = (await super().reply(messages, sampling, seed=seed)).text.rstrip(".")
+        offered = messages[-1]["content"].rpartition("show more: ")[2].partition("?")[0]
+        first, second = offered.split(" or ")
+        odds = math.exp(3 + (0.5 if right.lower() == first else -0.5))
+        listed = {first: odds / (1 + odds), second: 1 / (1 + odds)}
+        listed = {word.removeprefix(prefill): share for word, share in listed.items()}
+        tokens = tuple((word, math.log(share)) for word, share in listed.items())
+        return Reply(first, "length", 9, 1, 5, first_tokens=tokens)
+
+
+def test_log_probabilities_averaged_over_both_orders_decide_in_spite_of_a_position_bias():
+    rows = verdicts(Biased())
+    results = judge.figures(rows)
+    assert results["consistency"]["value"] == 0
+    assert results["first_named"]["value"] == 1
+    assert results["agreement_one_order"]["value"] == 0.5
+    assert results["agreement"]["value"] == results["decided"]["value"] == 1
+    assert results["agreement"]["n"] == len(judge.gold())
+    assert results["unreadable_mass"] == pytest.approx(0)
+    judge.check_agreement("biased", rows, minimum=0.99)
+    assert results["calibration"]["slope"] is None  # every answer is right
+    assert results["calibration"]["log_loss"] == pytest.approx(math.log(1 + math.exp(-0.5)))
+
+
+def test_text_verdicts_have_no_calibration_and_are_decided_if_both_orders_agree():
+    results = judge.figures(verdicts(Synthetic(first=1.0)))
+    assert results["calibration"] == {}
+    assert results["unreadable_mass"] is None
+    assert results["decided"]["value"] == 0
+
+
+def test_the_slope_finds_how_overconfident_a_judge_is():
+    draw = random.Random(1)
+    truth = [draw.gauss(0, 2) for _ in range(4000)]
+    right = [draw.random() < 1 / (1 + math.exp(-abs(x))) for x in truth]
+    stated = [3 * abs(x) * (1 if hit else -1) for x, hit in zip(truth, right, strict=True)]
+    assert judge_statistics.best_slope(stated) == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_a_game_is_decided_by_both_orders_and_stores_how_sure_the_judge_is():
+    item = judge.gold()[0]
+    row = {**item, "first": item["other"], "second": item["shown"]}
+    asking = judge.name_trait_in_both_orders(
+        row, Conversation(Biased(), 1), Sampling(max_tokens=4), JudgeConfig()
+    )
+    judged = asyncio.run(asking)
+    assert judged["chosen"] == item["shown"]
+    assert judged["probability"] == pytest.approx(1 / (1 + math.exp(0.5)))
+    assert judged["mass"] == pytest.approx(1)

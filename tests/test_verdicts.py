@@ -137,9 +137,23 @@ def test_an_engine_without_log_probabilities_is_asked_again_for_text():
     assert engine.asked == ["yes or no?", "yes or no?", "no or yes?"]
 
 
+def test_options_with_the_same_first_token_are_told_apart_by_the_next_one():
+    class Spelled(Engine):
+        async def reply(self, messages, sampling, *, seed, prefill=""):
+            self.asked.append(prefill)
+            listed = {"": {"Po": 0.8, "plain": 0.1}, "Po": {"etic": 0.75, "lite": 0.25}}[prefill]
+            tokens = tuple((token, math.log(share)) for token, share in listed.items())
+            return Reply("Po", "length", 1, 1, 0, first_tokens=tokens)
+
+    engine = Spelled()
+    asking = verdicts.read_shares(Conversation(engine, 1), [], ("poetic", "polite"), Judge())
+    assert asyncio.run(asking) == pytest.approx((0.6, 0.2))
+    assert engine.asked == ["", "Po"]
+
+
 def test_how_verdicts_are_read_keeps_earlier_tests_of_the_judge_valid():
-    assert Judge().identity() == Judge(verdicts="log_probability").identity()
-    assert Judge().identity() != Judge(verdicts="text").identity()
+    assert "verdicts" not in Judge(verdicts="text").identity()
+    assert Judge().identity()["verdicts"] == "log_probability"
 
 
 def test_first_tokens_are_requested_only_for_verdicts_and_sorted_by_probability():

@@ -39,9 +39,12 @@ class AddedLater:
 
     Args:
         version: the first release of this package that has the field.
+        earlier: the value that reproduces the earlier behavior, if that is not the default: then
+            this value, and not the default, stays out of the identity.
     """
 
     version: str
+    earlier: Any = None
 
 
 def validate_name(name: str) -> str:
@@ -76,8 +79,11 @@ class Config(BaseModel):
 def _in_identity(field: FieldInfo, value: Any) -> bool:
     if NotIdentity in field.metadata:
         return False
-    added_later = any(isinstance(marker, AddedLater) for marker in field.metadata)
-    return not added_later or value != field.get_default(call_default_factory=True)
+    for marker in field.metadata:
+        if isinstance(marker, AddedLater):
+            default = field.get_default(call_default_factory=True)
+            return value != (default if marker.earlier is None else marker.earlier)
+    return True
 
 
 def _identity(value: Any, dumped: Any) -> Any:

@@ -1,11 +1,13 @@
 """Stage evaluation/coherence: which answer expresses the character more naturally?
 
 The judge compares two answers to the same prompt, the trained persona's and another condition's,
-given the constitution. It sees both orders. A comparison is a win only if both orders give the same
-verdict; otherwise it is inconsistent.
+given the constitution. It sees both orders. By the paper's criterion, a comparison is a win only if
+both orders give the same verdict; otherwise it is inconsistent and dropped. Where verdicts are
+log-probabilities, `winner` is decided by their average over both orders instead, so that a constant
+liking for one letter cancels, and the paper's criterion stands beside it.
 
 Reads: evaluation/answers, evaluation/judge. Writes: prompt, rival, answer, rival_answer, verdicts,
-winner.
+winner, probability (of the persona's answer) and mass (null if the verdicts are text).
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/coherence
 """
 
@@ -17,11 +19,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from opencharacter.config.evaluation import Coherence
+from opencharacter.config.evaluation import Coherence, Judge
 from opencharacter.config.roles import Sampling
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
-from opencharacter.evaluation import judge
+from opencharacter.evaluation import judge, verdicts
 from opencharacter.evaluation.conditions import in_order
 from opencharacter.evaluation.report.sections import (
     Cells,
@@ -64,7 +66,10 @@ FIELDS = [
     pa.field("rival_answer", pa.string(), nullable=False),
     pa.field("verdicts", pa.list_(pa.string())),
     pa.field("winner", pa.string()),
+    pa.field("probability", pa.float64()),
+    pa.field("mass", pa.float64()),
 ]
+LETTERS = ("a", "b")
 
 
 def messages(assertions: str, prompt: str, first: str, second: str) -> list[Message]:
@@ -96,23 +101,49 @@ def winner(persona_first: str | None, persona_second: str | None, rival: str) ->
     return {(True, True): FULL, (False, False): rival}.get(wins, INCONSISTENT)
 
 
+def averaged_winner(probability: float | None, rival: str) -> str:
+    """The winner of a comparison, from the probability of the persona averaged over both orders."""
+    if probability is None:
+        return UNREADABLE
+    if probability == 0.5:
+        return INCONSISTENT
+    return FULL if probability > 0.5 else rival
+
+
 async def compare(
-    row: Row,
-    conversation: Conversation,
-    assertions: str,
-    sampling: Sampling,
-    thinking_budget: int,
+    row: Row, conversation: Conversation, assertions: str, sampling: Sampling, settings: Judge
 ) -> Row:
     """Ask the judge in both orders."""
-    verdicts = []
-    for first, second in (
-        (row["answer"], row["rival_answer"]),
-        (row["rival_answer"], row["answer"]),
-    ):
-        question = messages(assertions, row["prompt"], first, second)
-        verdicts.append(await judge.ask(conversation, question, sampling, thinking_budget))
-    letters = [read_letter(text) for text in verdicts]
-    return {"verdicts": verdicts, "winner": winner(letters[0], letters[1], row["rival"])}
+    answers = (row["answer"], row["rival_answer"])
+    questions = [messages(assertions, row["prompt"], *order) for order in (answers, answers[::-1])]
+    shares = []
+    for question in questions:
+        read = await verdicts.read_shares(conversation, question, LETTERS, settings)
+        if read is None:
+            return await compare_texts(row, conversation, questions, sampling, settings)
+        shares.append(read)
+    verdict = verdicts.average([shares[0], shares[1][::-1]])
+    readings = [verdicts.reading(share)[0] for share in shares]
+    return {
+        "verdicts": [None if p is None else "AB"[p < 0.5] for p in readings],
+        "winner": averaged_winner(verdict.probability, row["rival"]),
+        "probability": verdict.probability,
+        "mass": verdict.mass,
+    }
+
+
+async def compare_texts(
+    row: Row,
+    conversation: Conversation,
+    questions: list[list[Message]],
+    sampling: Sampling,
+    settings: Judge,
+) -> Row:
+    """Ask for verdicts in text, first with the persona's answer as A, then as B."""
+    budget = settings.thinking_budget
+    texts = [await verdicts.ask(conversation, q, sampling, budget) for q in questions]
+    letters = [read_letter(text) for text in texts]
+    return {"verdicts": texts, "winner": winner(letters[0], letters[1], row["rival"])}
 
 
 def requests(job: Job, answers: list[Row]) -> list[Row]:
@@ -146,6 +177,17 @@ def win_rate(rows: list[Row]) -> Score:
     return clustered_proportion(wins, (row["prompt"] for row in scored), len(rows) - len(scored))
 
 
+def consistent_win_rate(rows: list[Row]) -> Score:
+    """The win rate by the paper's criterion: pairs whose two orders disagree are dropped."""
+    return win_rate([row | {"winner": consistent_winner(row)} for row in rows])
+
+
+def consistent_winner(row: Row) -> str:
+    """The winner by the paper's criterion."""
+    letters = [read_letter(text) if text else None for text in row.get("verdicts") or (None, None)]
+    return winner(letters[0], letters[1], row["rival"])
+
+
 def longer_won(rows: list[Row]) -> Score:
     """Share of the decided comparisons that the longer answer won; 0.5 without length bias."""
     scored = [row for row in decided(rows) if len(row["answer"]) != len(row["rival_answer"])]
@@ -164,7 +206,10 @@ def by_rival(rows: list[Row]) -> dict[str, list[Row]]:
 def figures(rows: list[Row]) -> dict[str, Any]:
     """Win rate and undecided comparisons by rival, for the manifest."""
     rivals = {
-        rival: {"win_rate": vars(win_rate(compared))}
+        rival: {
+            "win_rate": vars(win_rate(compared)),
+            "win_rate_consistent": vars(consistent_win_rate(compared)),
+        }
         | {why: sum(row["winner"] == why for row in compared) for why in UNDECIDED}
         for rival, compared in by_rival(rows).items()
     }
@@ -190,7 +235,7 @@ def build(job: Job) -> StageResult:
         compare,
         assertions=job.persona.assertions(),
         sampling=settings.sampling,
-        thinking_budget=job.recipe.evaluation.judge.thinking_budget,
+        settings=job.recipe.evaluation.judge,
     )
     rows = requests(job, job.read("evaluation/answers").to_pylist())
     table = generate(job, rows, compare_fn, "judge", FIELDS).table()
@@ -207,8 +252,9 @@ PAPER_WINS = {
 """Wins of the full persona in the paper, in per cent: Llama, Qwen, Gemma."""
 
 NOTE = """\
-The judge chooses which of two answers expresses the character more, and sees both orders. A \
-comparison whose verdict depends on the order, or is unreadable, has no winner. 95% Wilson \
+The judge chooses which of two answers expresses the character more, and sees both orders. Where \
+verdicts are log-probabilities, their average over both orders decides. By the paper's criterion, \
+a comparison whose verdict depends on the order has no winner and is dropped. 95% Wilson \
 intervals, counting prompts."""
 
 
@@ -224,6 +270,10 @@ def scores(job: Job) -> list[dict[str, Any]]:
         score_row(persona, "win_rate", FULL, rival, win_rate(compared))
         for rival, compared in by_rival(rows).items()
     ]
+    scored += [
+        score_row(persona, "win_rate_consistent", FULL, rival, consistent_win_rate(compared))
+        for rival, compared in by_rival(rows).items()
+    ]
     return scored + (
         [score_row(persona, "longer_won", FULL, None, longer_won(rows))] if rows else []
     )
@@ -234,7 +284,13 @@ def report(job: Job) -> list[Section]:
     rows, persona = read_comparisons(job), job.persona.name
     rivals = by_rival(rows)
     wins = {rival: win_rate(compared) for rival, compared in rivals.items()}
-    rates: dict[str, Cells] = {f"against {rival}": {"Wins": score} for rival, score in wins.items()}
+    rates: dict[str, Cells] = {
+        f"against {rival}": {
+            "Wins": score,
+            "Wins, both orders agree (the paper's criterion)": consistent_win_rate(rivals[rival]),
+        }
+        for rival, score in wins.items()
+    }
     if rows:
         rates["all"] = {"The longer answer wins": longer_won(rows)}
     trained = {rival: score for rival, score in wins.items() if rival != "base"}
@@ -245,7 +301,11 @@ def report(job: Job) -> list[Section]:
             title="Coherence: comparisons by the judge",
             notes=(NOTE, *paper_note(list(rivals))),
             caption="How often the full persona wins, and how often the longer answer wins",
-            columns=["Wins", "The longer answer wins"],
+            columns=[
+                "Wins",
+                "Wins, both orders agree (the paper's criterion)",
+                "The longer answer wins",
+            ],
             rows=rates,
         ),
         unscored(

@@ -4,17 +4,21 @@ Every gold text clearly shows one of two traits, which the judge is offered in b
 that names the right trait too rarely would add noise to all later results, so the stage fails and
 prints its confusion table. An unreadable verdict counts as wrong.
 
-Reads: the gold items. Writes: judge, item, swapped, prompt, answer, shown, other, verdict, chosen.
+Where verdicts are log-probabilities, the two orders are averaged into the verdict that later stages
+use, and the agreement counts these. A reliability table says how often verdicts of each confidence
+are right.
+
+Reads: the gold items. Writes: judge, item, swapped, prompt, answer, shown, other, verdict, chosen
+(in this order alone), probability (of the first trait) and mass (null if the verdict is text).
 Run: opencharacter run RECIPE --constitution NAME --only evaluation/judge
 """
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from itertools import combinations
 from typing import Any
@@ -28,10 +32,11 @@ from opencharacter.config.roles import Role, Sampling
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
 from opencharacter.errors import StageFailed
+from opencharacter.evaluation import judge_statistics, verdicts
 from opencharacter.evaluation.report.sections import ScoreTable, Section, unscored
 from opencharacter.evaluation.scores import Score, clustered_proportion, score_row, wilson
-from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
-from opencharacter.text.chat import EMPTY_THOUGHT, Message, fill, row_id, system, user
+from opencharacter.runtime.stage import TOKEN_COLUMNS, Estimate, Job, ResourceRequest, StageResult
+from opencharacter.text.chat import Message, fill, row_id, system, user
 
 SYSTEM = "You judge the manner of texts. You answer with a single word."
 
@@ -58,6 +63,8 @@ FIELDS = [
     pa.field("second", pa.string(), nullable=False),
     pa.field("verdict", pa.string()),
     pa.field("chosen", pa.string()),
+    pa.field("probability", pa.float64()),
+    pa.field("mass", pa.float64()),
 ]
 
 
@@ -70,48 +77,62 @@ def messages(row: Row) -> list[Message]:
     return [system(SYSTEM), user(fill(QUESTION, **fields))]
 
 
-async def ask(
-    conversation: Conversation,
-    messages: list[Message],
-    sampling: Sampling,
-    thinking_budget: int,
-) -> str:
-    """Ask a judge for its verdict.
-
-    Args:
-        conversation: the conversation with the judge.
-        messages: the question.
-        sampling: sampling parameters of the verdict.
-        thinking_budget: tokens that a thinking judge may use in addition.
-
-    Raises:
-        RowFailed: if the engine fails, or the think block is not closed within the budget.
-    """
-    if conversation.thinks and thinking_budget:
-        sampling = sampling.model_copy(update={"max_tokens": sampling.max_tokens + thinking_budget})
-    prefill = EMPTY_THOUGHT if conversation.thinks and not thinking_budget else ""
-    reply = await conversation.reply(messages, sampling, prefill)
-    return reply.text.strip()
-
-
 def verdict_tokens(recipe: Recipe) -> int:
     """Tokens that `plan` expects of a verdict, including the judge's thinking."""
     return 4 + (recipe.evaluation.judge.thinking_budget // 3 if recipe.roles.judge.thinks else 0)
 
 
-def read_verdict(text: str, first: str, second: str) -> str | None:
-    """The one trait that a verdict names; None if it names both traits or neither."""
-    verdict_words = set(re.findall(r"[a-z]+", text.lower()))
-    named = [trait for trait in (first, second) if trait in verdict_words]
-    return named[0] if len(named) == 1 else None
-
-
 async def name_trait(
-    row: Row, conversation: Conversation, sampling: Sampling, thinking_budget: int
+    row: Row, conversation: Conversation, sampling: Sampling, settings: Judge
 ) -> Row:
-    """Ask the judge for the trait; `chosen` is None if the verdict is unreadable."""
-    verdict = await ask(conversation, messages(row), sampling, thinking_budget)
-    return {"verdict": verdict, "chosen": read_verdict(verdict, row["first"], row["second"])}
+    """Ask the judge for the trait, in the row's order of the traits.
+
+    `chosen` is None if the verdict is unreadable.
+
+    Args:
+        row: prompt, answer, first and second trait.
+        conversation: the conversation with the judge.
+        sampling: sampling parameters of a verdict in text.
+        settings: how verdicts are read.
+    """
+    traits = (row["first"], row["second"])
+    shares = await verdicts.read_shares(conversation, messages(row), traits, settings)
+    if shares is None:
+        text = await verdicts.ask(conversation, messages(row), sampling, settings.thinking_budget)
+        return {"verdict": text, "chosen": verdicts.read_verdict(text, *traits)}
+    probability, mass = verdicts.reading(shares)
+    return {"chosen": likelier(probability, traits), "probability": probability, "mass": mass}
+
+
+def likelier(probability: float | None, traits: tuple[str, str]) -> str | None:
+    """The likelier of two traits; None if the verdict is unreadable or a tie."""
+    if probability is None or probability == 0.5:
+        return None
+    return traits[probability < 0.5]
+
+
+async def name_trait_in_both_orders(
+    row: Row, conversation: Conversation, sampling: Sampling, settings: Judge
+) -> Row:
+    """Ask the judge for the trait in both orders and average its log-odds.
+
+    Verdicts in text are asked for in the row's order alone: each pair of traits is played in both
+    orders, so that a liking for one order cancels over the games.
+    """
+    swapped = row | {"first": row["second"], "second": row["first"]}
+    one = await name_trait(row, conversation, sampling, settings)
+    if "mass" not in one:
+        return one
+    two = await name_trait(swapped, conversation, sampling, settings)
+    verdict = verdicts.average([oriented(one), oriented(two)[::-1]])
+    chosen = likelier(verdict.probability, (row["first"], row["second"]))
+    return {"chosen": chosen, "probability": verdict.probability, "mass": verdict.mass}
+
+
+def oriented(row: Row) -> tuple[float, float]:
+    """The probabilities of the first and the second trait of one verdict."""
+    share = 0.5 if row["probability"] is None else row["probability"]
+    return share * row["mass"], (1 - share) * row["mass"]
 
 
 # -------------------------------------------------------------------------------------- gold items
@@ -149,6 +170,28 @@ def spread(items: Sequence[dict[str, str]], count: int) -> list[dict[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------- figures
+
+
+def averaged(rows: list[Row]) -> list[Row]:
+    """One row per item with the verdict averaged over both orders, as later stages use it.
+
+    Verdicts in text are returned as they are. `probability` is that of the trait shown.
+    """
+    pairs: dict[int, list[Row]] = {}
+    for row in rows:
+        if row.get("mass") is not None:
+            pairs.setdefault(row["item"], []).append(row)
+    result = [row for row in rows if row.get("mass") is None]
+    for pair in pairs.values():
+        first_is_shown = [row["first"] == row["shown"] for row in pair]
+        shares = [oriented(row) for row in pair]
+        verdict = verdicts.average(
+            [s if right else s[::-1] for s, right in zip(shares, first_is_shown, strict=True)]
+        )
+        traits = (pair[0]["shown"], pair[0]["other"])
+        chosen = likelier(verdict.probability, traits)
+        result.append(pair[0] | {"chosen": chosen, "probability": verdict.probability})
+    return result
 
 
 def agreement(rows: list[Row]) -> Score:
@@ -201,67 +244,58 @@ def confusion(rows: list[Row]) -> dict[str, dict[str, int]]:
     return {trait: {name: table[trait][name] for name in outcomes} for trait in sorted(table)}
 
 
+def decided(rows: list[Row]) -> Score:
+    """Share of items whose verdict does not depend on the order of the traits.
+
+    In text, both orders name the same trait. An average of log-odds decides unless it is a tie.
+    """
+    verdict = averaged(rows)
+    if any(row.get("mass") is not None for row in verdict):
+        return wilson(sum(row["chosen"] is not None for row in verdict), len(verdict))
+    items = len({row["item"] for row in rows})
+    same = consistency(rows)
+    return wilson(round((same.value or 0) * same.n), items)
+
+
 def figures(rows: list[Row]) -> dict[str, Any]:
-    """The scores and the confusion table of one judge, as JSON values."""
+    """The scores, the confusion table and the calibration of one judge, as JSON values."""
+    verdict = averaged(rows)
     measured = {
-        "agreement": agreement(rows),
+        "agreement": agreement(verdict),
+        "agreement_one_order": agreement(rows),
         "first_named": first_named(rows, "item"),
         "consistency": consistency(rows),
-        **{f"agreement_{name}": score for name, score in by_length(rows).items()},
+        "decided": decided(rows),
+        **{f"agreement_{name}": score for name, score in by_length(verdict).items()},
     }
-    return {name: vars(score) for name, score in measured.items()} | {"confusion": confusion(rows)}
+    masses = [row["mass"] for row in rows if row.get("mass") is not None]
+    return {name: vars(score) for name, score in measured.items()} | {
+        "confusion": confusion(verdict),
+        "calibration": judge_statistics.calibration(verdict),
+        "unreadable_mass": 1 - statistics.mean(masses) if masses else None,
+        "tokens_per_verdict": tokens_per_verdict(rows),
+    }
 
 
-def kappa(a: Sequence[Hashable | None], b: Sequence[Hashable | None]) -> float | None:
-    """Cohen's kappa of two judges over the items that both could judge; None if there are none."""
-    from sklearn.metrics import cohen_kappa_score
-
-    both = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    if not both:
-        return None
-    left, right = zip(*both, strict=True)
-    return 1.0 if left == right else float(cohen_kappa_score(left, right))
-
-
-def alpha(units: Iterable[Sequence[Hashable | None]]) -> float | None:
-    """Krippendorff's alpha for nominal data: agreement of any number of judges.
-
-    1 - observed / expected disagreement, from the coincidences of values within units
-    (Krippendorff, 2011, "Computing Krippendorff's alpha-reliability"). Values may be missing.
-
-    Args:
-        units: for each unit, every judge's value or None.
-
-    Returns:
-        Alpha; None if no unit has two values.
-    """
-    weights: Counter[Hashable] = Counter()
-    disagreement = 0.0
-    for unit in units:
-        values = Counter(value for value in unit if value is not None)
-        n = values.total()
-        if n < 2:
-            continue
-        weights.update(values)
-        disagreement += sum(
-            k * m for (a, k) in values.items() for (b, m) in values.items() if a != b
-        ) / (n - 1)
-    n = weights.total()
-    expected = sum(k * (n - k) for k in weights.values())
-    if not expected:
-        return None if not n else 1.0
-    return 1 - (n - 1) * disagreement / expected
+def tokens_per_verdict(rows: list[Row]) -> dict[str, float]:
+    """Mean tokens of one question: read, of which cached, and written."""
+    counted = [row for row in rows if row.get("tokens_in")]
+    return {
+        column: statistics.mean(row[column] for row in counted)
+        for column in TOKEN_COLUMNS
+        if counted
+    }
 
 
 def panel_figures(rows: list[Row], judges: Sequence[str]) -> dict[str, Any]:
     """Agreement among several judges on the same items: pairwise kappa, and alpha of all."""
     chosen = {(row["judge"], row["item"], row["swapped"]): row["chosen"] for row in rows}
     questions = sorted({(row["item"], row["swapped"]) for row in rows})
-    verdicts = {name: [chosen.get((name, *question)) for question in questions] for name in judges}
+    named = {name: [chosen.get((name, *question)) for question in questions] for name in judges}
     pairs = combinations(judges, 2)
     return {
-        "kappa": {f"{a} {b}": kappa(verdicts[a], verdicts[b]) for a, b in pairs},
-        "alpha": alpha(zip(*verdicts.values(), strict=True)),
+        "kappa": {f"{a} {b}": judge_statistics.kappa(named[a], named[b]) for a, b in pairs},
+        "alpha": judge_statistics.alpha(zip(*named.values(), strict=True)),
     }
 
 
@@ -276,12 +310,13 @@ def check_agreement(name: str, rows: list[Row], minimum: float | None) -> None:
         rows: its verdicts on gold items.
         minimum: minimum share of right verdicts; None accepts every judge.
     """
-    score = agreement(rows)
+    verdict = averaged(rows)
+    score = agreement(verdict)
     if minimum is None or (score.value or 0) >= minimum:
         return
     lines = [
         f"  {trait}: {n['right']} right, {n['wrong']} wrong, {n['unreadable']} unreadable"
-        for trait, n in confusion(rows).items()
+        for trait, n in confusion(verdict).items()
     ]
     raise StageFailed(
         f"judge {name} named the right trait in {score.value:.0%} of {score.n} verdicts on gold "
@@ -314,9 +349,7 @@ def build(job: Job) -> StageResult:
 
     settings: Judge = job.config
     items = spread(gold(), settings.gold_items)
-    judge_fn = partial(
-        name_trait, sampling=settings.sampling, thinking_budget=settings.thinking_budget
-    )
+    judge_fn = partial(name_trait, sampling=settings.sampling, settings=settings)
     tables, by_judge = [], {}
     for role in panel(job):
         questions = requests(role.name, items)
@@ -336,12 +369,20 @@ def build(job: Job) -> StageResult:
 
 NOTE = """\
 Each gold text clearly shows one of two traits, which the judge is offered in both orders. An \
-unreadable verdict counts as wrong. Without position bias, half of the readable verdicts name the \
-first trait. The intervals count texts, not verdicts. Every result on this page that the judge \
-decided is only as reliable as this table says; a judge near 50% is guessing."""
+unreadable verdict counts as wrong. Where verdicts are log-probabilities, the first column counts \
+averages over both orders, as the other results on this page do, so that a constant liking for the \
+first trait cancels. Without position bias, half of the readable verdicts name the first trait. \
+The intervals count texts, not verdicts. Every result on this page that the judge decided is only \
+as reliable as this table says; a judge near 50% is guessing."""
+
+CALIBRATION_NOTE = """\
+How often verdicts of each confidence are right, averaged over both orders. Of a calibrated judge, \
+the shares lie within the limits of their column."""
 
 COLUMNS = {
     "Right": "agreement",
+    "Right, one order": "agreement_one_order",
+    "Decided": "decided",
     "Names the first trait": "first_named",
     "Same in both orders": "consistency",
     "Right, shorter texts": "agreement_shorter",
@@ -355,8 +396,24 @@ def read_scores(job: Job) -> dict[str, dict[str, Score]]:
     manifest = job.store.manifest(job.dataset)
     judges = manifest["figures"]["judges"] if manifest else {}
     return {
-        name: {k: Score(**value) for k, value in measured.items() if k != "confusion"}
+        name: {measure: Score(**value) for measure, value in measured.items() if is_score(value)}
         for name, measured in judges.items()
+    }
+
+
+def is_score(value: Any) -> bool:
+    """Whether a figure of the manifest is a score."""
+    return isinstance(value, dict) and value.keys() == Score.__dataclass_fields__.keys()
+
+
+def calibration_rows(job: Job) -> dict[str, dict[str, Score | None]]:
+    """By judge, the share of right verdicts of each confidence; judges with such verdicts only."""
+    manifest = job.store.manifest(job.dataset)
+    judges = manifest["figures"]["judges"] if manifest else {}
+    return {
+        name: {confidence: Score(**score) for confidence, score in calibrated["bins"].items()}
+        for name, measured in judges.items()
+        if (calibrated := measured.get("calibration"))
     }
 
 
@@ -373,17 +430,33 @@ def report(job: Job) -> list[Section]:
     """How reliable each judge is."""
     judges = read_scores(job)
     trust = (reliability(name, measured["agreement"]) for name, measured in judges.items())
+    calibrated = calibration_rows(job)
+    columns = [c for c, measure in COLUMNS.items() if any(measure in m for m in judges.values())]
     return [
         ScoreTable(
             title="Reliability of the judge",
             place="reliability",
             notes=(NOTE, *trust),
             caption="Verdicts on gold texts, whose trait is known",
-            columns=list(COLUMNS),
+            columns=columns,
             rows={
-                name: {column: measured[measure] for column, measure in COLUMNS.items()}
+                name: {column: measured.get(COLUMNS[column]) for column in columns}
                 for name, measured in judges.items()
             },
+        ),
+        *(
+            [
+                ScoreTable(
+                    title="Calibration of the judge",
+                    place="reliability",
+                    notes=(CALIBRATION_NOTE,),
+                    caption="Right verdicts on gold texts by the judge's confidence",
+                    columns=list(next(iter(calibrated.values()))),
+                    rows=calibrated,
+                )
+            ]
+            if calibrated
+            else []
         ),
         unscored(
             {

@@ -8,13 +8,14 @@ text to text, so it is used where the engine has log-probabilities.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from opencharacter.config.evaluation import Judge
+from opencharacter.config.roles import Sampling
 from opencharacter.engines.conversations import Conversation
-from opencharacter.engines.spec import FirstToken, Reply
-from opencharacter.evaluation import judge
+from opencharacter.engines.spec import FirstToken
 from opencharacter.text.chat import EMPTY_THOUGHT, Message
 
 Question = Callable[[str, str], list[Message]]
@@ -22,6 +23,8 @@ Question = Callable[[str, str], list[Message]]
 
 MIN_MASS = 0.01
 """Share of probability on both options below which a verdict is unreadable."""
+MAX_TOKENS = 4
+"""Tokens after which an option is given up whose spelling still begins the other one too."""
 QUOTES = " \t\n\"'\u201c\u2018*`("
 """Characters that may precede an option in the judge's first token."""
 
@@ -53,24 +56,87 @@ async def compare(
     Args:
         conversation: the conversation with the judge.
         question: builds the judge's messages.
-        first: an option in lower case, whose first letter differs from that of the other one.
-        second: the other option.
+        first: an option in lower case.
+        second: the other option; neither begins the other one.
         settings: how verdicts are read and sampled.
 
     Raises:
         RowFailed: if the engine fails, or the think block is not closed within the budget.
     """
-    options = (first, second)
-    thinks_first = conversation.thinks and settings.thinking_budget > 0
-    if settings.verdicts == "log_probability" and not thinks_first:
-        prefill = EMPTY_THOUGHT if conversation.thinks else ""
-        replies: list[Reply] = []
-        for order in (options, options[::-1]):
-            replies.append(await conversation.reply(question(*order), FirstToken(), prefill))
-            if not replies[-1].first_tokens:
-                return await compare_texts(conversation, question, first, second, settings)
-        return average([option_shares(reply.first_tokens, options) for reply in replies])
-    return await compare_texts(conversation, question, first, second, settings)
+    shares = []
+    for order in ((first, second), (second, first)):
+        read = await read_shares(conversation, question(*order), (first, second), settings)
+        if read is None:
+            return await compare_texts(conversation, question, first, second, settings)
+        shares.append(read)
+    return average(shares)
+
+
+async def read_shares(
+    conversation: Conversation, messages: list[Message], options: tuple[str, str], settings: Judge
+) -> tuple[float, float] | None:
+    """Read the probabilities that a judge replies with either option.
+
+    One token is decoded. If the likeliest token that begins both options has a share above
+    `MIN_MASS`, the judge continues it, and the probabilities are multiplied.
+
+    Args:
+        conversation: the conversation with the judge.
+        messages: the question.
+        options: what the judge may reply, in lower case; neither begins the other one.
+        settings: how verdicts are read.
+
+    Returns:
+        The probabilities; None if verdicts are text: by the recipe, because the judge thinks first,
+        or because the engine has no log-probabilities.
+    """
+    if settings.verdicts == "text" or (conversation.thinks and settings.thinking_budget):
+        return None
+    prefill, begun, reached = EMPTY_THOUGHT if conversation.thinks else "", "", 1.0
+    shares = (0.0, 0.0)
+    for _ in range(MAX_TOKENS):
+        reply = await conversation.reply(messages, FirstToken(), prefill + begun)
+        if not reply.first_tokens:
+            return None
+        one, two = option_shares(reply.first_tokens, options, begun)
+        shares = (shares[0] + reached * one, shares[1] + reached * two)
+        token, share = shared_beginning(reply.first_tokens, options, begun)
+        reached *= share
+        if reached < MIN_MASS:
+            break
+        begun += token
+    return shares
+
+
+async def ask(
+    conversation: Conversation,
+    messages: list[Message],
+    sampling: Sampling,
+    thinking_budget: int,
+) -> str:
+    """Ask a judge for its verdict in text.
+
+    Args:
+        conversation: the conversation with the judge.
+        messages: the question.
+        sampling: sampling parameters of the verdict.
+        thinking_budget: tokens that a thinking judge may use in addition.
+
+    Raises:
+        RowFailed: if the engine fails, or the think block is not closed within the budget.
+    """
+    if conversation.thinks and thinking_budget:
+        sampling = sampling.model_copy(update={"max_tokens": sampling.max_tokens + thinking_budget})
+    prefill = EMPTY_THOUGHT if conversation.thinks and not thinking_budget else ""
+    reply = await conversation.reply(messages, sampling, prefill)
+    return reply.text.strip()
+
+
+def read_verdict(text: str, first: str, second: str) -> str | None:
+    """The one option that a verdict names; None if it names both options or neither."""
+    verdict_words = set(re.findall(r"[a-z]+", text.lower()))
+    named = [option for option in (first, second) if option in verdict_words]
+    return named[0] if len(named) == 1 else None
 
 
 async def compare_texts(
@@ -79,17 +145,22 @@ async def compare_texts(
     """Ask for the verdict in both orders and read it from the judge's text."""
     chosen = []
     for options in ((first, second), (second, first)):
-        text = await judge.ask(
+        text = await ask(
             conversation, question(*options), settings.sampling, settings.thinking_budget
         )
-        chosen.append(judge.read_verdict(text, first, second))
+        chosen.append(read_verdict(text, first, second))
     if None in chosen:
         return Verdict(None)
     return Verdict(chosen.count(first) / len(chosen))
 
 
+def beginning(text: str) -> str:
+    """The letters of a reply's beginning, without case, quotes and punctuation around them."""
+    return text.lstrip(QUOTES).rstrip().lower().rstrip(".,!\"'*`")
+
+
 def option_shares(
-    first_tokens: Sequence[tuple[str, float]], options: tuple[str, str]
+    first_tokens: Sequence[tuple[str, float]], options: tuple[str, str], begun: str = ""
 ) -> tuple[float, float]:
     """The probabilities that a reply begins with either option.
 
@@ -98,14 +169,36 @@ def option_shares(
     Args:
         first_tokens: tokens with their log-probabilities; those that are left out are less likely.
         options: in lower case.
+        begun: text of the reply before these tokens.
     """
     shares = [0.0, 0.0]
     for token, log_prob in first_tokens:
-        text = token.lstrip(QUOTES).rstrip().lower().rstrip(".,!\"'*`")
+        text = beginning(begun + token)
         begins = [bool(text) and option.startswith(text) for option in options]
         if begins[0] != begins[1]:
             shares[begins.index(True)] += math.exp(log_prob)
     return shares[0], shares[1]
+
+
+def shared_beginning(
+    first_tokens: Sequence[tuple[str, float]], options: tuple[str, str], begun: str = ""
+) -> tuple[str, float]:
+    """The likeliest token that begins both options, with its probability; ("", 0) if none does."""
+    both = [
+        (token, math.exp(log_prob))
+        for token, log_prob in first_tokens
+        if (text := beginning(begun + token)) and all(o.startswith(text) for o in options)
+    ]
+    return max(both, key=lambda token: token[1], default=("", 0.0))
+
+
+def reading(shares: tuple[float, float]) -> tuple[float | None, float]:
+    """The probability of the first of two options in one order, and the mass on both.
+
+    The probability is None, unreadable, if the mass is below `MIN_MASS`.
+    """
+    mass = sum(shares)
+    return (shares[0] / mass if mass >= MIN_MASS else None), mass
 
 
 def average(orders: Sequence[tuple[float, float]]) -> Verdict:
