@@ -93,6 +93,25 @@ def test_a_submitted_job_writes_to_shared_storage(head, tmp_path):
     assert (storage / "poeticism/distillation/teacher/manifest.json").is_file()
 
 
+def test_a_submitted_job_evaluates_through_an_application_that_it_deletes(head, tmp_path):
+    (project := tmp_path / "project").mkdir()
+    roles = dict.fromkeys(("teacher", "student", "judge", "prompt_generator"), ECHO_ROLE)
+    judge = {"gold_items": 4, "min_agreement": None}
+    recipe = {**TINY, "roles": roles, "evaluation": {"judge": judge}}
+    (project / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    run = ["opencharacter", "run", "./tiny.yaml", "-c", "poeticism", "--served", "own"]
+    options = ["--storage", str(tmp_path / "shared"), "--only", "evaluation/judge"]
+    submit = [str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{DASHBOARD}"]
+    command = [*submit, "--working-dir", str(project), "--", *run, *options]
+    done = subprocess.run(command, env=head, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "evaluating through Serve application opencharacter-evaluation-" in done.stdout
+    assert "done echo/evaluation/judge" in done.stdout
+    url = f"http://127.0.0.1:{DASHBOARD}/api/serve/applications/"
+    with urllib.request.urlopen(url, timeout=15) as response:
+        assert not json.load(response)["applications"]
+
+
 def submission(project: Path, storage: Path) -> list[str]:
     """Return the command that submits a run of about half a minute."""
     slow = {**ECHO_ROLE, "model": "echo:0.2"}
