@@ -1,6 +1,7 @@
 """Run stages without their parents.
 
 Run: python one_stage.py RECIPE CONSTITUTION STAGE[,STAGE] PLACEMENT [STORAGE]
+A stage that runs in several scopes is named as STAGE@SCOPE; otherwise its first one is run.
 """
 
 import sys
@@ -23,7 +24,8 @@ def main(
     jobs = pipeline.jobs(recipe, [schema.load(persona)], placement, store)
     cluster.connect(placement)
     for stage in stages.split(","):
-        job = next(j for j in jobs if j.stage.name == stage)
+        name, _, scope = stage.partition("@")
+        job = next(j for j in jobs if j.stage.name == name and scope in ("", j.stage.scope))
         start_time = time.monotonic()
         result = job.stage.module.build(job)
         seconds = time.monotonic() - start_time

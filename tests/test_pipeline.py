@@ -328,6 +328,7 @@ def test_each_failure_is_printed_when_it_happens(make_jobs, echo_recipe, built, 
     reasons = {
         "poeticism/distillation/prompts": StageFailed("dropped [all] rows"),
         "echo/distillation/student": KeyError("who"),
+        "echo/evaluation/answers": StageFailed("no answer"),
         "echo/evaluation/judge": StageFailed("no verdict"),
         "echo/evaluation/capabilities": StageFailed("no task"),
     }
