@@ -181,6 +181,12 @@ class Serving(Config):
     max_tokens: PositiveInt = 1024
     """Maximum number of new tokens per request, over all its choices. Also the default of a request
     that does not set it."""
+    max_choices: PositiveInt = 16
+    """Maximum number of choices (`n`) per request."""
+    max_messages: PositiveInt = 1000
+    """Maximum number of messages per request."""
+    max_schema_bytes: PositiveInt = 20_000
+    """Maximum size in bytes of a JSON schema for structured output or a tool's parameters."""
     max_requests_per_key: PositiveInt = 64
     """Maximum number of concurrent requests per API key, or of all clients together on a server
     without keys. Each ingress replica counts for itself."""
