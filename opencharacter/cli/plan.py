@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,7 +22,7 @@ from opencharacter.cli.options import (
     open_run,
     print_table,
 )
-from opencharacter.config.placement import Placement, total_resources
+from opencharacter.config.placement import Placement, fits, total_resources
 from opencharacter.config.roles import Role
 from opencharacter.distillation.sources import HUB, check_hub_source
 from opencharacter.planning import cost, simulation
@@ -32,6 +32,9 @@ from opencharacter.planning.speeds import Speeds, load_speeds
 from opencharacter.runtime.progress import console, duration
 from opencharacter.runtime.stage import Job
 from opencharacter.runtime.staleness import explain_stale
+
+if TYPE_CHECKING:
+    from opencharacter.engines.spec import EngineSpec
 
 GIB = 2**30
 COUNTS = ("rows", "tokens read", "generated", "trained")
@@ -103,6 +106,20 @@ def stage_notes(group: list[Job]) -> list[str]:
     return list(dict.fromkeys(note for of_job in notes for note in of_job))
 
 
+def sleep_note(placement: Placement, spec: EngineSpec) -> str:
+    """Say what happens to an engine during training if its pool asks for sleep."""
+    from opencharacter.planning.cost import planning_resources
+
+    if not spec.pool.sleep_for_training:
+        return ""
+    if not spec.sleeps:
+        return ", stopped if training needs its CPUs, because engines on a CPU cannot sleep"
+    together = [spec.resources, placement.training.resources]
+    if fits(together, planning_resources(placement)):
+        return ", asleep during training"
+    return ", stopped for training, because both do not fit into the cluster side by side"
+
+
 def engine_line(run: Run, role_name: str) -> str:
     """Describe the engines of a role: number, size, and the memory that they need."""
     from opencharacter.engines.backends import engine_arguments
@@ -121,6 +138,7 @@ def engine_line(run: Run, role_name: str) -> str:
         f"{pool.max_num_seqs} sequences of {role.max_model_len:,} tokens, "
         f"{batched_tokens:,} tokens a step"
         + (f", restarted for each adapter because of {reason}" if reason else "")
+        + sleep_note(run.placement, spec)
     )
     path = models.local_weights(role.model, role.revision)
     if path is None:

@@ -90,6 +90,11 @@ class Pool(Config):
     """Size of the key-value cache in GiB, for engines on the CPU."""
     gpu_memory_utilization: Rate = 0.9
     """Share of a GPU's memory that the engine may use, as in vLLM."""
+    sleep_for_training: bool = False
+    """Whether the engines sleep while an adapter is trained. They free the memory of their GPU,
+    keep their weights in main memory, and wake in about a second; jobs that need them wait. This
+    needs room for pools and training side by side, as fractions of a GPU. Otherwise, and on a CPU,
+    engines are stopped if training needs their resources."""
     adapters: Literal["merged", "runtime"] = "merged"
     """How an engine applies a LoRA adapter: `merged` writes a copy of the weights with the adapter
     merged in; `runtime` applies it during generation, which needs no disk space for a copy but has
@@ -181,12 +186,6 @@ class Serving(Config):
     max_tokens: PositiveInt = 1024
     """Maximum number of new tokens per request, over all its choices. Also the default of a request
     that does not set it."""
-    max_choices: PositiveInt = 16
-    """Maximum number of choices (`n`) per request."""
-    max_messages: PositiveInt = 1000
-    """Maximum number of messages per request."""
-    max_schema_bytes: PositiveInt = 20_000
-    """Maximum size in bytes of a JSON schema for structured output or a tool's parameters."""
     max_requests_per_key: PositiveInt = 64
     """Maximum number of concurrent requests per API key, or of all clients together on a server
     without keys. Each ingress replica counts for itself."""

@@ -74,6 +74,7 @@ class _Lease:
         replicas: resolves when the engine has started; unused for training workers.
         swapped_from: the lease of an idle engine whose weights are to be replaced; None to start
             an engine.
+        asleep: whether the engine sleeps, because an adapter was trained since its last use.
     """
 
     request: ResourceRequest
@@ -81,6 +82,7 @@ class _Lease:
     users: list[Allocation] = field(default_factory=list)
     replicas: Future[EngineReplicas | RunningApp] = field(default_factory=Future)
     swapped_from: _Lease | None = None
+    asleep: bool = False
 
 
 _leases: dict[str, _Lease] = {}
@@ -89,6 +91,8 @@ _leases_changed = threading.Condition()
 """Guards `_leases`; notified when an allocation is released."""
 _released: dict[str, list[Allocation]] = {}
 """Released allocations by job, until `resource_usage` reports them."""
+_waking = threading.Lock()
+"""Held while engines are woken, so that each is woken once."""
 _failed_swaps: set[str] = set()
 """Swap groups in which a replacement of weights has failed; their engines are started instead."""
 
@@ -122,6 +126,8 @@ def acquire(
     to_start = _reserve(allocation, capacity(growth)) if requests else []
     start_time = time.monotonic()
     try:
+        if _trains(requests.values()):
+            _put_engines_to_sleep()
         for spec in to_start:
             _prepare_engine(allocation, spec, report)
         report(STARTING)
@@ -166,7 +172,9 @@ def _reserve(allocation: Allocation, available: Resources) -> list[EngineSpec]:
     to_start: list[EngineSpec] = []
     requests = allocation.resource_requests
     with _leases_changed:
-        while not _make_room(requests, sources := _swap_sources(requests.values()), available):
+        while _must_wait_for_sleep(requests.values()) or not _make_room(
+            requests, sources := _swap_sources(requests.values()), available
+        ):
             _leases_changed.wait()
         for key, request in requests.items():
             now = time.monotonic()
@@ -259,6 +267,9 @@ def _stop_pending_replicas(lease: _Lease) -> None:
 
 def _await_engine(lease: _Lease, spec: EngineSpec) -> None:
     """Wait until an engine has started, and request the replicas that may join it later."""
+    lease.replicas.result()
+    if lease.asleep:
+        _wake_engine(lease, spec)
     replicas = lease.replicas.result()
     with _leases_changed:
         if isinstance(replicas, EngineReplicas) and not replicas.pending:
@@ -269,6 +280,65 @@ def _await_engine(lease: _Lease, spec: EngineSpec) -> None:
 
 def _stop_engine(key: str) -> None:
     _leases.pop(key).replicas.result().stop()
+
+
+def _trains(requests: Iterable[ResourceRequest]) -> bool:
+    """Whether any of some requests is for training workers."""
+    return any(isinstance(request, TrainingWorkers) for request in requests)
+
+
+def _must_wait_for_sleep(requests: Iterable[ResourceRequest]) -> bool:
+    """Whether training must wait for engines that should sleep, or such engines for training."""
+    requested = list(requests)
+    if _trains(requested):
+        return any(lease.users for lease in _leases.values() if lease.request.sleeps)
+    training = _trains(lease.request for lease in _leases.values())
+    return training and any(request.sleeps for request in requested)
+
+
+def _put_engines_to_sleep() -> None:
+    """Put the idle engines to sleep that should sleep during training; stop those that cannot."""
+    with _leases_changed:
+        awake = [(k, v) for k, v in _leases.items() if v.request.sleeps and not v.asleep]
+    for key, lease in awake:
+        replicas = lease.replicas.result()
+        if not isinstance(replicas, EngineReplicas):
+            continue
+        try:
+            replicas.sleep()
+            lease.asleep = True
+        except Exception as error:  # whatever the reason, its memory is needed
+            console.print(
+                f"an engine is stopped for training, because it cannot sleep: {first_line(error)}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
+            with _leases_changed:
+                if _leases.get(key) is lease:
+                    _stop_engine(key)
+
+
+def _wake_engine(lease: _Lease, spec: EngineSpec) -> None:
+    """Wake a sleeping engine, or start it again if that fails."""
+    with _waking:
+        replicas = lease.replicas.result()
+        if not lease.asleep:
+            return
+        assert isinstance(replicas, EngineReplicas)
+        try:
+            replicas.wake()
+        except Exception:  # whatever the reason, an engine that is started is right
+            replicas.stop()
+            lease.replicas = Future()
+            _start_engine(lease, spec)
+        lease.asleep = False
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, without Ray's traceback."""
+    cause = getattr(error, "cause", None) or error
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
 STARTING, SWAPPING = "starting the engine", "swapping weights"
@@ -303,16 +373,16 @@ def _swap_engine(lease: _Lease, old: _Lease, spec: EngineSpec) -> bool:
     replicas, lease.swapped_from = old.replicas.result(), None
     assert isinstance(replicas, EngineReplicas)  # an application has no swap group
     try:
+        if old.asleep:
+            replicas.wake()
         swapped = replicas.swap(spec)
     except Exception as error:  # whatever the reason, an engine that is started is right
         replicas.stop()
-        cause = getattr(error, "cause", None) or error
         if not isinstance(error, ray.exceptions.RayActorError):  # which may not happen again
             _failed_swaps.add(spec.swap_group)
-        first_line = (str(cause).splitlines() or [type(cause).__name__])[0]
         console.print(
             f"the weights of {spec.label} could not be loaded into a running engine, so an engine "
-            f"is started: {first_line}",
+            f"is started: {first_line(error)}",
             soft_wrap=True,
             highlight=False,
             markup=False,

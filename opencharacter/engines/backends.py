@@ -42,6 +42,7 @@ class VllmEngine:
         os.environ.update(environment(spec) | cache_environment())
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
         base, adapter = models.resolve_role(spec.role), spec.adapter and spec.adapter.local()
@@ -60,6 +61,9 @@ class VllmEngine:
             # bind its threads, which `CPU_ENVIRONMENT` turns off. With this variable it does not.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             arguments.setdefault("distributed_executor_backend", "uni")
+        if spec.sleeps and current_platform.is_sleep_mode_available():
+            arguments["enable_sleep_mode"] = True
+        self.can_sleep = arguments.get("enable_sleep_mode", False)
         self.model, self.max_model_len = str(base), spec.role.max_model_len
         self.tokenizer = load_tokenizer(base, spec.role)
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self.model, **arguments))
@@ -83,6 +87,20 @@ class VllmEngine:
         if not await self.engine.reset_prefix_cache():
             raise StageFailed("the prefix cache of an engine could not be cleared")
         self.model = str(folder)
+
+    async def sleep(self) -> None:
+        """Free the memory of the GPU and keep the weights in main memory; nothing is in flight.
+
+        Raises:
+            StageFailed: if vLLM cannot do that on this platform.
+        """
+        if not self.can_sleep:
+            raise StageFailed("vLLM has no sleep mode on this platform")
+        await self.engine.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Load the weights into the GPU again."""
+        await self.engine.wake_up()
 
     async def _generate(
         self,

@@ -66,6 +66,16 @@ class EngineActor:
         with exit_if_dead(self.engine):
             return await self.engine.reply(messages, sampling, seed=seed, prefill=prefill)
 
+    @ray.method(max_task_retries=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    async def sleep(self) -> None:
+        if self.engine is not None:
+            await self.engine.sleep()
+
+    @ray.method(max_task_retries=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    async def wake(self) -> None:
+        if self.engine is not None:
+            await self.engine.wake()
+
     async def close(self) -> None:
         if self.engine is not None:
             self.engine.close()
@@ -90,6 +100,10 @@ PLACEMENT_TIMEOUT_S = 60
 """Seconds that new replicas wait for Ray to place them before an idle engine is stopped."""
 SWAP_TIMEOUT_S = 600
 """Seconds after which a replacement of weights has failed; merging an adapter is part of it."""
+
+
+SLEEP_TIMEOUT_S = 120
+"""Seconds after which an engine has failed to fall asleep or to wake."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +141,23 @@ class EngineReplicas:
         self.stop_pending()
         ray.get([actor.swap.remote(spec) for actor in self.ready], timeout=SWAP_TIMEOUT_S)
         return EngineReplicas(spec, self.ready, [])
+
+    def sleep(self) -> None:
+        """Put all replicas, which must be idle, to sleep; the memory of their GPUs is free then.
+
+        Raises:
+            RayError: if any replica failed; then all of them must be stopped.
+        """
+        self.stop_pending()
+        ray.get([actor.sleep.remote() for actor in self.ready], timeout=SLEEP_TIMEOUT_S)
+
+    def wake(self) -> None:
+        """Wake all replicas.
+
+        Raises:
+            RayError: if any replica failed; then all of them must be stopped.
+        """
+        ray.get([actor.wake.remote() for actor in self.ready], timeout=SLEEP_TIMEOUT_S)
 
     def stop(self) -> None:
         """Stop all replicas; their memory and devices are free when this returns."""

@@ -108,6 +108,11 @@ class EngineSpec:
         return role, self.pool
 
     @property
+    def sleeps(self) -> bool:
+        """Whether the engine sleeps while an adapter is trained, instead of being stopped."""
+        return self.has_weights and self.pool.gpus > 0 and self.pool.sleep_for_training
+
+    @property
     def weights(self) -> str:
         """The adapter that is merged into the model's weights; empty for none."""
         return self.adapter.store.address(self.adapter.relative) if self.adapter else ""

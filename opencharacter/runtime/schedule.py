@@ -99,6 +99,8 @@ def fits_beside(job: Job, running: Sequence[Job], available: Resources) -> bool:
         job.placement.max_concurrent_jobs or math.inf
     ):
         return False
+    if any(exclude_each_other(job, other) for other in running):
+        return False
     users = Counter(key for other in running for key in keys(other))
     if any(
         users[request.key()] >= request.max_concurrent_jobs
@@ -107,6 +109,14 @@ def fits_beside(job: Job, running: Sequence[Job], available: Resources) -> bool:
     ):
         return False
     return fits(held_resources([*running, job], available), available)
+
+
+def exclude_each_other(first: Job, second: Job) -> bool:
+    """Whether one of two jobs trains while the other one's engines would have to sleep."""
+    for one, other in ((first, second), (second, first)):
+        if worker_resources([one]) and any(request.sleeps for request in requests_of([other])):
+            return True
+    return False
 
 
 def held_resources(jobs: Iterable[Job], available: Resources) -> list[Resources]:

@@ -104,6 +104,9 @@ class ResourceRequest(Protocol):
     @property
     def swap_group(self) -> str: ...
 
+    @property
+    def sleeps(self) -> bool: ...
+
     def key(self) -> str: ...
 
 
@@ -118,6 +121,7 @@ class TrainingWorkers:
         max_concurrent_jobs: always 1.
         role_name: always empty, since training generates nothing.
         swap_group: always empty, since workers are not reused.
+        sleeps: always false, since workers end after their work.
     """
 
     owner: str
@@ -126,6 +130,7 @@ class TrainingWorkers:
     max_concurrent_jobs: int = 1
     role_name: str = ""
     swap_group: str = ""
+    sleeps: bool = False
 
     def key(self) -> str:
         return f"workers of {self.owner}"
