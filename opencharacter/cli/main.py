@@ -14,6 +14,7 @@ from opencharacter import cache
 from opencharacter.api import MERGE
 from opencharacter.cli import constitution
 from opencharacter.cli.chat import chat
+from opencharacter.cli.evaluate import evaluate
 from opencharacter.cli.options import (
     RecipeArgument,
     SetOption,
@@ -24,6 +25,7 @@ from opencharacter.cli.options import (
 from opencharacter.cli.plan import plan
 from opencharacter.cli.run import report, run
 from opencharacter.cli.serve import serving
+from opencharacter.cli.start import demo, init
 from opencharacter.cli.status import status
 from opencharacter.errors import OpenCharacterError, UserError, one_line_message
 from opencharacter.runtime.progress import console
@@ -143,7 +145,7 @@ def merge(
     )
 
 
-for command in (run, plan, status, report, chat, export, merge, compare):
+for command in (demo, init, run, plan, status, report, chat, evaluate, export, merge, compare):
     app.command()(command)
 app.add_typer(serving, name="serve")
 app.add_typer(constitution.app, name="constitution")

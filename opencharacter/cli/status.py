@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Annotated, Any
 
+import typer
 from rich.markup import escape
 
 from opencharacter.cli.options import (
@@ -32,9 +34,23 @@ def status(
     storage: StorageOption = None,
     set_: SetOption = None,
     smoke: SmokeOption = False,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Redraw bars, idle share and time left until it is done."),
+    ] = False,
+    speed: Annotated[
+        str | None,
+        typer.Option(help="Speeds for the time left of --watch, as in `plan`. Default: measured."),
+    ] = None,
 ) -> None:
     """Show what storage holds of a run: state, rows, drops, tokens, time, and repeated work."""
     run = open_run(recipe, constitution, placement, storage, smoke, set_)
+    if watch:
+        from opencharacter.cli import watch as dashboard
+
+        with contextlib.suppress(KeyboardInterrupt):
+            dashboard.watch(run, console, usage_line, speed)
+        return
     if not run.store.exists():
         address = escape(run.store.address())
         console.print(f"{address} is empty; --storage selects another storage", soft_wrap=True)

@@ -24,17 +24,24 @@ class AttemptLog:
         self.job, self.kept = job, kept
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.history = [*job.store.attempts(job.dataset), {"at": now, "part": part, "kept": kept}]
-        self.note(kept)
+        self.history[-1]["reached"] = kept
+        self.touch()
 
-    def note(self, reached: int, kept: int | None = None) -> None:
+    def touch(self) -> None:
+        """Record that this attempt is alive, although it has not progressed."""
+        self.note(self.history[-1]["reached"])
+
+    def note(self, reached: int, kept: int | None = None, **shown: int) -> None:
         """Write the progress of this attempt.
 
         Args:
             reached: rows started so far, those of earlier attempts included; or the last step.
             kept: rows or steps that this attempt did not have to repeat, if only known now.
+            shown: `done` and `total`, the finished rows or steps and all of them, for `status`.
         """
         self.kept = self.kept if kept is None else kept
-        self.history[-1] |= {"reached": reached, "kept": self.kept}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.history[-1] |= {"reached": reached, "kept": self.kept, "updated": now, **shown}
         self.job.store.write_json(
             f"{self.job.dataset}/{SHARDS}/{ATTEMPTS}",
             {

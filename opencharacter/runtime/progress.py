@@ -300,10 +300,12 @@ class GenerationProgress:
         """Return the line's text."""
         kept = self.attempts.kept
         if self.start_time is None:
+            self.attempts.touch()
             return f"{kept}/{self.total} rows, {self.preparation}"
         sums: Any = ray.get(self.counters.read.remote())
         finished = int(sums.get("finished", 0))
-        self.attempts.note(kept + int(sums.get("started", 0)))
+        started = kept + int(sums.get("started", 0))
+        self.attempts.note(started, done=kept + finished, total=self.total)
         seconds = max(time.monotonic() - self.start_time, 1e-3)
         remaining = self.total - kept - finished
         eta = duration(remaining * seconds / finished) if finished else "?"
@@ -351,9 +353,10 @@ class TrainingProgress:
         """Return the line's text."""
         sums: Any = ray.get(self.counters.read.remote())
         if "step" not in sums:
+            self.attempts.touch()
             return "starting the trainer"
         step, kept = int(sums["step"]), int(sums["kept"])
-        self.attempts.note(step, kept)
+        self.attempts.note(step, kept, done=step, total=int(sums["steps"]))
         seconds = (sums["steps"] - step) * sums["seconds"] / max(1, step - kept)
         loss = f"loss {sums['loss']:.3f}, " if "loss" in sums else ""
         eta = duration(seconds) if step > kept else "?"
