@@ -219,11 +219,6 @@ class EvaluationPlacement(Config):
     """Port on which an application of the run's own accepts chats meanwhile, on this machine
     only."""
 
-    @property
-    def deploys(self) -> bool:
-        """Whether a run deploys an application of its own."""
-        return self.served == OWN_APPLICATION
-
 
 class AutoscalingGroup(Config):
     """A group of nodes that an autoscaling cluster may add on demand."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,9 +13,7 @@ from ray import serve
 from opencharacter.config.roles import Role, Sampling
 from opencharacter.engines.backends import EchoEngine
 from opencharacter.engines.spec import Reply
-from opencharacter.serving import echo_formats
-from opencharacter.serving.protocol import ResponsePart
-from opencharacter.serving.validation import template_error
+from opencharacter.serving.protocol import ResponsePart, format_event
 from opencharacter.text.chat import Message
 
 
@@ -47,17 +47,29 @@ class EchoModel:
 
     async def answer(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[ResponsePart]:
         """Respond to one request, as `replica.PersonaServer.answer` does."""
-        model = payload["model"]
-        error = template_error(payload, "", model)
-        if error:
-            yield error
-            return
-        limit = payload.get("max_tokens", payload.get("max_output_tokens"))
-        words = f"{model}: {echo_formats.input_text(kind, payload)}".split(" ")[:limit]
+        text = payload["messages"][-1]["content"] if kind == "chat" else payload["prompt"]
+        words = f"{payload['model']}: {text}".split(" ")[: payload.get("max_tokens")]
+        usage = {
+            "prompt_tokens": 1,
+            "completion_tokens": len(words),
+            "total_tokens": 1 + len(words),
+        }
+        base = {"id": f"echo-{uuid.uuid4().hex}", "created": int(time.time())}
+        base["model"] = payload["model"]
         if not payload.get("stream"):
             await asyncio.sleep(self.seconds)
-            yield {"body": echo_formats.format_body(kind, model, words)}
+            message = {"role": "assistant", "content": " ".join(words)}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            yield {
+                "body": {**base, "object": "chat.completion", "choices": [choice], "usage": usage}
+            }
             return
-        for event in echo_formats.format_events(kind, model, words):
+        base["object"] = "chat.completion.chunk"
+        for i, word in enumerate(words):
             await asyncio.sleep(self.seconds / len(words))
-            yield event
+            delta = {"role": "assistant", "content": word if i == 0 else f" {word}"}
+            finish_reason = "stop" if i == len(words) - 1 else None
+            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+            yield format_event({**base, "choices": [choice]})
+        yield format_event({**base, "choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
