@@ -13,7 +13,7 @@ from opencharacter.cache import cache_dir
 from opencharacter.config.base import ECHO
 from opencharacter.config.roles import Sampling
 from opencharacter.engines import weights
-from opencharacter.engines.spec import Engine, EngineSpec, Reply
+from opencharacter.engines.spec import Engine, EngineSpec, FirstToken, Reply
 from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant
 from opencharacter.text.templates import load_tokenizer, prompt_ids
@@ -127,6 +127,7 @@ class VllmEngine:
             repetition_penalty=sampling.repetition_penalty,
             seed=seed,
             output_kind=kind,
+            logprobs=sampling.top_logprobs if isinstance(sampling, FirstToken) else None,
         )
         self.requests += 1
         async for output in self.engine.generate(
@@ -153,6 +154,7 @@ class VllmEngine:
             tokens_in=len(final.prompt_token_ids),
             tokens_out=len(final.outputs[0].token_ids),
             cached_tokens=final.num_cached_tokens or 0,
+            first_tokens=first_tokens(final.outputs[0].logprobs),
         )
 
     async def stream(self, messages, sampling) -> AsyncIterator[str]:
@@ -161,6 +163,14 @@ class VllmEngine:
 
     def close(self) -> None:
         self.engine.shutdown()
+
+
+def first_tokens(log_probs: Any) -> tuple[tuple[str, float], ...]:
+    """Return the likeliest first tokens of a reply of vLLM; none if they were not requested."""
+    if not log_probs:
+        return ()
+    tokens = [(token.decoded_token or "", float(token.logprob)) for token in log_probs[0].values()]
+    return tuple(sorted(tokens, key=lambda token: -token[1]))
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
@@ -259,6 +269,7 @@ class EndpointEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "extra_body": body,
+            **log_prob_options(sampling),
             **({"seed": seed} if seed is not None else {}),
         }
 
@@ -279,6 +290,8 @@ class EndpointEngine:
             ) from None
         if not getattr(answer, "choices", None):  # an error that the server sent with status 200
             raise RowFailed(ENGINE_ERROR, f"response without choices: {str(answer)[:300]}")
+        log_probs = answer.choices[0].logprobs
+        listed = log_probs.content[0].top_logprobs if log_probs and log_probs.content else ()
         usage = answer.usage
         details = usage.prompt_tokens_details if usage else None
         return Reply(
@@ -287,6 +300,7 @@ class EndpointEngine:
             tokens_in=usage.prompt_tokens if usage else 0,
             tokens_out=usage.completion_tokens if usage else 0,
             cached_tokens=(details.cached_tokens or 0) if details else 0,
+            first_tokens=tuple((token.token, token.logprob) for token in listed),
         )
 
     async def stream(self, messages, sampling) -> AsyncIterator[str]:
@@ -297,6 +311,13 @@ class EndpointEngine:
 
     def close(self) -> None:
         """Do nothing: the server is not ours to stop."""
+
+
+def log_prob_options(sampling: Sampling) -> dict[str, Any]:
+    """Return the fields of a request for the log-probabilities of the first token."""
+    if not isinstance(sampling, FirstToken):
+        return {}
+    return {"logprobs": True, "top_logprobs": sampling.top_logprobs}
 
 
 class EchoEngine:
