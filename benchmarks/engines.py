@@ -253,8 +253,11 @@ def offline_engine(settings: Settings, prefix_caching: bool) -> Any:
 def sampling_parameters(settings: Settings, lengths: list[int]) -> list[Any]:
     """Return vLLM's sampling parameters for answers of these lengths."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
-    return [SamplingParams(max_tokens=length, **settings["sampling"]) for length in lengths]
+    # As the package: only finished answers leave the engine. `LLM.generate` sets this itself.
+    options = {**settings["sampling"], "output_kind": RequestOutputKind.FINAL_ONLY}
+    return [SamplingParams(max_tokens=length, **options) for length in lengths]
 
 
 # ---------------------------------------------------------------------------------------- figures

@@ -1,4 +1,4 @@
-"""Throughput of self-conversations: the package, and offline vLLM with a barrier after each turn.
+"""Throughput of self-conversations: the package, bare vLLM, and vLLM with a barrier per turn.
 
 Two sides with one system prompt take turns; the lengths of all replies are drawn once from a
 log-normal distribution. The model has the shape of Llama 3.1 8B and random weights. The texts
@@ -7,6 +7,8 @@ differ between repeats, so that the prefix cache holds only the system prompts.
 Ways:
 - `opencharacter`: `generate` with a running engine; every conversation goes at its own pace. The
   time is that of the whole call, including Ray Data, tasks and Parquet.
+- `async_llm`: what one would write by hand: a coroutine for each conversation on one `AsyncLLM` in
+  the same process, with nothing stored. At most `max_num_seqs` conversations run at a time.
 - `barrier`: how the paper's code works: offline vLLM without prefix cache and one call of
   `LLM.generate` per turn for all conversations, so that each turn waits for its longest reply.
   It prefills every conversation again in each turn, which takes long, so it gets fewer
@@ -16,7 +18,8 @@ Ways:
 
 All ways have the same engine settings, lengths and sampling, and no seeds.
 
-Figures: `<way>_tokens_per_s` (generated tokens), `ratio_to_barrier`, `ratio_to_barrier_cached`,
+Figures: `<way>_tokens_per_s` (generated tokens), `ratio_to_async_llm`, `ratio_to_barrier_cached`,
+`ratio_to_barrier`,
 `prefix_hit_rate` (cached over all prompt tokens; also for each side, of which the first one
 begins), `roofline_fraction` (of the bound in `engines.roofline`), and the seconds that `generate`
 takes before its first request and after its last reply.
@@ -28,6 +31,7 @@ Run: python benchmarks/interaction.py --out benchmarks/results
 
 from __future__ import annotations
 
+import asyncio
 import random
 import tempfile
 import time
@@ -161,6 +165,65 @@ def by_side(table: pa.Table) -> Run:
     }
 
 
+def async_llm(settings: Settings) -> Iterator[Run]:
+    """One coroutine per conversation on a bare `AsyncLLM`."""
+    engines.set_environment(settings)
+    loop = asyncio.new_event_loop()
+    engine = loop.run_until_complete(start_async_engine(settings))
+
+    def once(repeat: str, count: int, turns: int) -> Run:
+        rows = workload(settings, f"async_llm {repeat}", count, turns)
+        began = time.time()
+        tokens = loop.run_until_complete(converse_all(engine, settings, rows))
+        seconds = time.time() - began
+        return {"series": "async_llm", "seconds": seconds, "rows": count, "tokens": tokens}
+
+    try:
+        once("warm-up", settings["warmup"], 2)
+        for repeat in range(settings["repeats"]):
+            yield once(str(repeat), settings["conversations"], settings["turns"])
+    finally:
+        engine.shutdown()
+        loop.close()
+
+
+async def start_async_engine(settings: Settings) -> Any:
+    """Return an `AsyncLLM` with the package's engine arguments."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = engines.engine_arguments(settings)
+    folder = str(engines.model_folder(settings["shape"]))
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=folder, **arguments))
+
+
+async def converse_all(engine: Any, settings: Settings, rows: list[Row]) -> int:
+    """Run all conversations; return the number of generated tokens."""
+    tokenizer = harness.make_tokenizer(settings["shape"]["vocab_size"])
+    system_prompts = heads(settings)
+    slots = asyncio.Semaphore(settings["pool"]["max_num_seqs"])
+
+    async def converse(row: Row) -> int:
+        tokens, lines = 0, list(row["lines"])
+        async with slots:
+            for turn, parameters in enumerate(
+                engines.sampling_parameters(settings, row["lengths"])
+            ):
+                history = messages_for(lines, side=len(lines) % 2)
+                prompt = tokenizer.apply_chat_template(
+                    [system_prompts[row["kind"]], *history],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+                async for output in engine.generate(prompt, parameters, f"{row['id']}-{turn}"):
+                    last = output.outputs[0]
+                lines.append(last.text)
+                tokens += len(last.token_ids)
+        return tokens
+
+    return sum(await asyncio.gather(*map(converse, rows)))
+
+
 def barrier(settings: Settings) -> Iterator[Run]:
     """One call per turn, without prefix cache."""
     return run_barrier(settings, "barrier", False, settings["barrier_conversations"])
@@ -212,6 +275,7 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     """Return all figures that can be computed from the runs."""
     same_size = "opencharacter_fewer" if "opencharacter_fewer" in series else SUBJECT
     pairs = {
+        "ratio_to_async_llm": (SUBJECT, "async_llm"),
         "ratio_to_barrier": (same_size, "barrier"),
         "ratio_to_barrier_cached": (SUBJECT, "barrier_cached"),
     }
@@ -230,7 +294,7 @@ BENCHMARK = harness.Benchmark(
     script=Path(__file__).resolve(),
     settings=SETTINGS,
     tiny=TINY,
-    ways={way.__name__: way for way in (opencharacter, barrier_cached, barrier)},
+    ways={way.__name__: way for way in (opencharacter, async_llm, barrier_cached, barrier)},
     figures=figures,
     variants=engines.variants(),
 )

@@ -32,6 +32,8 @@ EXPECTED = {
         *OURS,
         "barrier_tokens_per_s",
         "barrier_cached_tokens_per_s",
+        "async_llm_tokens_per_s",
+        "ratio_to_async_llm",
         "ratio_to_barrier",
         "ratio_to_barrier_cached",
         "prefix_hit_rate_first_side",

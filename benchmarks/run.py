@@ -1,0 +1,154 @@
+"""The whole method in one run: how long does it take, and how much of the held time is idle?
+
+Ways:
+- `opencharacter`: the run as the command line makes it.
+- `restarts`: the same without replacing the weights of running engines, so that each merged adapter
+  starts an engine, as before version 0.2.
+
+Both make everything anew from the same recipe and seed. On a GPU, the student is also the teacher
+and the judge, and the environment variable BENCHMARK_MODEL names it.
+
+Figures: `wall_s`; `idle_share`, the part of the time in which engines and training workers were
+held (of the GPU time, with a GPU) without a request or a training step; the parts of all jobs'
+wall time by cause: `share_working`, `share_starting` (engines), `share_swapping` (weights) and
+`share_other` (tasks that start, the last long conversations, training workers that start, storage
+and the driver); `engine_starts` and `weight_swaps`; and `speedup`, the ratio of the wall times.
+
+Run: python benchmarks/run.py --out benchmarks/results       (on a GPU)
+     python benchmarks/run.py --out /tmp/results --tiny      (on a CPU)
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+from harness import SUBJECT, Figures, Machine, Run, Series, Settings, figure
+
+from opencharacter import pipeline
+from opencharacter.config.files import load_placement, load_recipe
+from opencharacter.config.recipe import Recipe
+from opencharacter.constitution import schema
+from opencharacter.engines import allocation
+from opencharacter.runtime import cluster
+from opencharacter.runtime.stage import Job
+from opencharacter.runtime.store import Store
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
+WALL_PARTS = {
+    "share_working": "work_seconds",
+    "share_starting": "starting_seconds",
+    "share_swapping": "swap_seconds",
+}
+"""Parts of a job's wall time, by the figure that shows them; the rest is `share_other`."""
+
+SETTINGS: Settings = {
+    "repeats": 1,
+    "recipe": "qwen-2.5-coder-0.5b",
+    "constitution": "poeticism",
+    "placement": "single-gpu-shared",
+    "model": os.environ.get("BENCHMARK_MODEL", DEFAULT_MODEL),
+    "sizes": {
+        "distillation": {
+            "prompts": {"questions_per_trait": 22},
+            "teacher": {"answers": 3},
+            "student": {"answers": 3},
+        },
+        "introspection": {
+            "reflection": {"transcripts_per_prompt": 150},
+            "interaction": {"free": 500, "leading": 500},
+        },
+    },
+}
+TINY: Settings = {"recipe": "demo", "placement": "laptop", "model": None, "sizes": {}}
+
+
+def make_recipe(settings: Settings) -> Recipe:
+    """Return the recipe with the benchmark's sizes, and its model in all roles."""
+    recipe = load_recipe(settings["recipe"]).model_dump(exclude_unset=True)
+    recipe = harness.merged(recipe, settings["sizes"])
+    if settings["model"]:
+        roles = recipe["roles"]
+        recipe["roles"] = {
+            name: {**role, "model": settings["model"], "name": roles["teacher"]["name"]}
+            for name, role in roles.items()
+        }
+    return Recipe.model_validate(recipe)
+
+
+def make_jobs(settings: Settings, storage: Path) -> list[Job]:
+    """Return all jobs of the run."""
+    personas = [schema.load(settings["constitution"])]
+    placement = load_placement(settings["placement"])
+    return pipeline.jobs(make_recipe(settings), personas, placement, Store.at(str(storage)))
+
+
+def run_all(settings: Settings, series: str) -> Iterator[Run]:
+    """Run the method and summarize its manifests."""
+    if series == "restarts":
+        allocation.swap_sources = lambda *_: {}
+    for _ in range(settings["repeats"]):
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = make_jobs(settings, Path(folder))
+            began = time.monotonic()
+            cluster.connect(jobs[0].placement)
+            manifests = [manifest for _, manifest in pipeline.run(jobs)]
+            yield summarize(manifests, series, time.monotonic() - began)
+
+
+def summarize(manifests: list[dict[str, Any]], series: str, seconds: float) -> Run:
+    """Return the sums over all manifests of a run."""
+    on_gpu = any(manifest["gpu_seconds"] for manifest in manifests)
+    held, busy = ("gpu_seconds", "gpu_busy_seconds") if on_gpu else ("held_seconds", "busy_seconds")
+    names = (held, busy, "seconds", "tokens_out", *WALL_PARTS.values())
+    sums = {name: sum(manifest[name] for manifest in manifests) for name in names}
+    return {
+        "series": series,
+        "seconds": seconds,
+        "tokens": sums["tokens_out"],
+        "idle_share": 1 - sums[busy] / sums[held],
+        "job_seconds": sums["seconds"],
+        **{name: sums[name] for name in WALL_PARTS.values()},
+        "engine_starts": sum(len(manifest["engines_started"]) for manifest in manifests),
+        "weight_swaps": sum(len(manifest["engines_swapped"]) for manifest in manifests),
+        "stages": {f"{m['scope']}/{m['stage']}": m["seconds"] for m in manifests},
+    }
+
+
+def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
+    """Return the times and shares of each way, and their ratio."""
+    result: Figures = {}
+    for name, runs in series.items():
+        prefix = "" if name == SUBJECT else f"{name}_"
+        result[f"{prefix}wall_s"] = figure([run["seconds"] for run in runs])
+        for count in ("idle_share", "engine_starts", "weight_swaps"):
+            result[f"{prefix}{count}"] = figure([run[count] for run in runs])
+        shares = {
+            share: [run[part] / run["job_seconds"] for run in runs]
+            for share, part in WALL_PARTS.items()
+        }
+        shares["share_other"] = [1 - sum(parts) for parts in zip(*shares.values(), strict=True)]
+        result |= {f"{prefix}{share}": figure(values) for share, values in shares.items()}
+    if {SUBJECT, "restarts"} <= series.keys():
+        ours, theirs = ([run["seconds"] for run in series[n]] for n in (SUBJECT, "restarts"))
+        result["speedup"] = harness.ratio(theirs, ours)
+    return result
+
+
+BENCHMARK = harness.Benchmark(
+    name="run",
+    script=Path(__file__).resolve(),
+    settings=SETTINGS,
+    tiny=TINY,
+    ways={name: partial(run_all, series=name) for name in (SUBJECT, "restarts")},
+    figures=figures,
+)
+
+if __name__ == "__main__":
+    harness.main(BENCHMARK, __doc__ or "")
