@@ -66,6 +66,8 @@ def test_the_report_shows_each_assertion_and_the_turns_of_long_conversations(fin
     datasets = manifests(folder)
     assert datasets["poeticism/evaluation/scenarios"]["rows"] == 6
     assert datasets[f"{persona}/evaluation/adherence"]["rows"] == 12 + 4
+    verdicts = Store(str(folder / "runs/tiny")).read_table(f"{persona}/evaluation/adherence")
+    assert None not in verdicts["mass"].to_pylist()  # read from log-probabilities
     drift = datasets[f"{persona}/evaluation/drift"]
     assert drift["rows"] == 4
     conversations = Store(str(folder / "runs/tiny")).read_table(f"{persona}/evaluation/drift")

@@ -131,3 +131,8 @@ def test_the_interval_of_a_mean_covers_the_truth_when_turns_are_correlated():
         values = (rng.random((25, 8)) < own[:, None]).astype(float)
         hits += covered(clustered_mean(values.ravel().tolist(), np.repeat(range(25), 8)), 0.6)
     assert 0.93 <= hits / RUNS <= 0.97
+
+
+def test_the_interval_of_a_slope_from_two_short_series_stays_within_what_is_possible():
+    score = slope({1: [(1, 0.0), (4, 1.0)], 2: [(1, 1.0), (4, 0.0)]}, span=10)
+    assert (score.low, score.high) == (-10, 10)

@@ -146,20 +146,25 @@ def slope(
     """The mean change of a value in -1 .. 1 over time, with an interval that counts clusters.
 
     It is the least-squares slope with an intercept for each cluster, so clusters that end early do
-    not bias it by their level.
+    not bias it by their level. The interval ends where the value would jump from one bound to the
+    other in the middle of the longest series.
 
     Args:
         series: the points (time, value) of each cluster, such as the turns of a conversation.
         unscored: number of measurements without a value.
         span: the change is stated for this much time.
     """
-    parts = [least_squares(points) for points in series.values() if len(points) > 1]
-    n = sum(len(points) for points in series.values() if len(points) > 1)
-    lengths = [points[-1][0] - points[0][0] for points in series.values() if len(points) > 1]
-    # If a value jumps by one half in the middle of a series, its slope is 0.75 / length.
-    largest = 0.75 * span / max(lengths, default=1.0)
+    scored = [points for points in series.values() if len(points) > 1]
+    parts = [least_squares(points) for points in scored]
+    length = max((points[-1][0] - points[0][0] for points in scored), default=1.0)
+    jump = 1.5 * span / length  # the slope if a value jumps by 1 in the middle of a series
     scaled = [Cluster(span * part.numerator, part.weight) for part in parts]
-    return clustered_ratio(scaled, n, unscored, largest)
+    score = clustered_ratio(scaled, sum(map(len, scored)), unscored, jump / 2)
+    return replace(
+        score,
+        low=None if score.low is None else max(-2 * jump, score.low),
+        high=None if score.high is None else min(2 * jump, score.high),
+    )
 
 
 def least_squares(points: Sequence[tuple[float, float]]) -> Cluster:
