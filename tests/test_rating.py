@@ -25,6 +25,8 @@ from opencharacter.evaluation.paired_comparison import (
     p_values,
     unordered_pairs,
 )
+from opencharacter.evaluation.report.charts import score_bar
+from opencharacter.evaluation.report.formatting import sample_size, value_text
 
 
 def tournament(truth, games, seed):
@@ -464,3 +466,17 @@ def test_base_games_are_played_once_and_rated_with_every_persona(store, echo_rec
         assert {row["condition"] for row in rated} == {"base", "prompted", "distilled", "full"}
         changes = [r["change"] for r in rated if r["condition"] == "full" and r["games"]]
         assert changes == [0] * len(changes)
+
+
+def test_the_report_shows_changes_by_framing_in_points():
+    def rated(change):
+        interval = {"change": change, "change_low": change - 60.0, "change_high": change + 60.0}
+        return {"condition": "full", "trait": "warm", "games": 40, "unscored": 2, **interval}
+
+    (table,) = rating.framing_tables(["warm"], {"feels": [rated(80.0)], "random": [rated(-9.0)]})
+    assert table.columns == ["feels", "random"]
+    score = table.rows["warm"]["feels"]
+    assert value_text(score, score.value) == "+80"
+    assert sample_size(score) == "n = 40 games, 2 unscored"
+    assert "change of +80 points" in score_bar(score)
+    assert rating.framing_tables([], {"feels": []}) == []

@@ -9,8 +9,9 @@ import pytest
 
 from opencharacter.config import evaluation, placement
 from opencharacter.config.evaluation import Robustness
+from opencharacter.config.files import load_recipe
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation import attacks, classifiers, robustness
+from opencharacter.evaluation import attacks, classifiers, pooled_robustness, robustness
 from opencharacter.evaluation.robustness import BASE, DEFAULT
 
 TFIDF = partial(
@@ -257,9 +258,69 @@ def test_the_report_has_a_headline_per_persona_and_shares_its_other_tables():
         Robustness(resamples=100),
         seed=1,
     )
-    headline, compared, f1, retention = robustness.persona_sections("poet", rows)
+    headline, compared, f1, retention = robustness.persona_sections("poet", rows, "tfidf")
     assert (headline.persona, headline.score.n) == ("poet", 12)
     assert list(compared.rows) == f1.columns == retention.columns == ["full"]
     assert list(f1.rows) == [DEFAULT, "plain", robustness.MEAN]
-    assert "none of them the base model" in f1.notes[1]
+    assert "none of them the base model" in f1.notes[0]
+    assert "TF-IDF" in headline.notes[1]
+    assert "encoder answerdotai" in robustness.classifier_note("answerdotai/ModernBERT-base")
     assert robustness.unclassified(rows)["answers, full and base: not classified"].value == 0
+
+
+def two_personas(prompts=6):
+    return [
+        row
+        for persona, words in (("poet", VERSE), ("clerk", PROSE))
+        for condition in ("prompted", "full")
+        for attack in (DEFAULT, "stop", "reset")
+        for row in answers(prompts, condition, words, attack, persona)
+    ] + answers(prompts, "base", PROSE, persona=BASE)
+
+
+def test_the_papers_measure_trains_one_classifier_of_personas_on_all_methods_and_no_base():
+    fitted = []
+
+    def spy(train, labels, test):
+        fitted.append((len(train), sorted(set(labels)), len(test)))
+        return TFIDF(train, labels, test)
+
+    classified = pooled_robustness.classify_pooled(two_personas(), DEFAULT, spy)
+    assert fitted == [(2 * 2 * 6, ["clerk", "poet"], 2 * 2 * 2 * 6)]
+    scores = robustness.score_pooled(classified, Robustness(resamples=100), seed=1)
+    assert [(s["condition"], s["about"], s["value"], s["n"]) for s in scores] == [
+        (condition, "all instructions, pooled", 1, 24) for condition in ("prompted", "full")
+    ]
+
+
+def test_the_papers_measure_pools_the_instructions_into_one_confusion_matrix():
+    rows = pooled_robustness.classify_pooled(
+        two_personas(), DEFAULT, lambda train, labels, test: ["poet"] * len(test)
+    )
+    missing = [row | {"guess": None} if n % 5 == 0 else row for n, row in enumerate(rows)]
+    score = robustness.score_pooled(missing, Robustness(resamples=100), seed=1)[0]
+    full = [row for row in missing if row["condition"] == "prompted" and row["guess"]]
+    share = sum(row["label"] == "poet" for row in full) / len(full)
+    assert score["value"] == pytest.approx(2 * share / (1 + share) / 2)
+    assert (score["n"], score["unscored"]) == (len(full), 24 - len(full))
+
+
+def test_one_persona_has_no_value_of_the_papers_measure():
+    assert pooled_robustness.classify_pooled(both(6) + both(6, "stop"), DEFAULT, TFIDF) == []
+
+
+def test_the_papers_numbers_stand_only_beside_the_same_setting():
+    recipe = load_recipe("llama-3.1-8b")
+    note = pooled_robustness.paper_note(recipe, 2, ["full"])
+    assert "not comparable" in note
+    assert "2 personas instead of 11" in note
+    settings = {
+        "evaluation.answers.conditions": ["base", "prompted", "steered", "distilled", "full"],
+        "evaluation.answers.prompts": "hf:LDJnr/Pure-Dove",
+        "evaluation.attacks.prompts": 500,
+        "evaluation.robustness.classifier": "answerdotai/ModernBERT-base",
+    }
+    same = load_recipe("llama-3.1-8b", overrides=settings)
+    assert "full, all instructions, pooled: 0.87" in pooled_robustness.paper_note(
+        same, 11, ["full"]
+    )

@@ -122,7 +122,7 @@ async def compare(
         if read is None:
             return await compare_texts(row, conversation, questions, sampling, settings)
         shares.append(read)
-    verdict = verdicts.average([shares[0], shares[1][::-1]])
+    verdict = verdicts.average([shares[0], verdicts.swapped(shares[1])])
     readings = [verdicts.reading(share)[0] for share in shares]
     return {
         "verdicts": [None if p is None else "AB"[p < 0.5] for p in readings],

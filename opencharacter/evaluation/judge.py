@@ -124,7 +124,7 @@ async def name_trait_in_both_orders(
     if "mass" not in one:
         return one
     two = await name_trait(swapped, conversation, sampling, settings)
-    verdict = verdicts.average([oriented(one), oriented(two)[::-1]])
+    verdict = verdicts.average([oriented(one), verdicts.swapped(oriented(two))])
     chosen = likelier(verdict.probability, (row["first"], row["second"]))
     return {"chosen": chosen, "probability": verdict.probability, "mass": verdict.mass}
 
@@ -186,7 +186,10 @@ def averaged(rows: list[Row]) -> list[Row]:
         first_is_shown = [row["first"] == row["shown"] for row in pair]
         shares = [oriented(row) for row in pair]
         verdict = verdicts.average(
-            [s if right else s[::-1] for s, right in zip(shares, first_is_shown, strict=True)]
+            [
+                share if right else verdicts.swapped(share)
+                for share, right in zip(shares, first_is_shown, strict=True)
+            ]
         )
         traits = (pair[0]["shown"], pair[0]["other"])
         chosen = likelier(verdict.probability, traits)

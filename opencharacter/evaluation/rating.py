@@ -43,7 +43,13 @@ from opencharacter.evaluation.paired_comparison import (
     p_values,
     unordered_pairs,
 )
-from opencharacter.evaluation.report.sections import Section, TraitChange, TraitRatings
+from opencharacter.evaluation.report.sections import (
+    RatingChange,
+    ScoreTable,
+    Section,
+    TraitChange,
+    TraitRatings,
+)
 from opencharacter.evaluation.scores import Z95, Score, score_row
 from opencharacter.runtime.stage import Estimate, Job, StageResult, read_all
 from opencharacter.text.chat import fill, row_seed
@@ -402,15 +408,33 @@ INTERVALS = {"rating": ("low", "high"), "change": ("change_low", "change_high")}
 """The columns of the ends of each interval."""
 
 
-def read_overall(job: Job) -> list[dict[str, Any]]:
-    """The stored ratings over all framings."""
-    rows = job.store.read_table(job.dataset).to_pylist()
-    return [row for row in rows if row["framing"] == ALL_FRAMINGS]
+FRAMING_NOTE = """\
+Change of each trait's rating against base, by the way in which the model is asked to choose: the \
+trait that feels most like it (the paper's headline), the one that it would most like to have, or \
+either at random. A framing has a third of the games, so its intervals are wider."""
+
+
+def by_framing(job: Job) -> dict[str, list[dict[str, Any]]]:
+    """The stored ratings of each framing, and of all framings together."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for row in job.store.read_table(job.dataset).to_pylist():
+        grouped.setdefault(row["framing"], []).append(row)
+    return grouped
 
 
 def scores(job: Job) -> list[dict[str, Any]]:
-    """Ratings and changes of all traits; `about` is the trait."""
-    return rating_scores(job.persona.name, read_overall(job))
+    """Ratings and changes of all traits; `about` is the trait.
+
+    The measures of a framing end in its name, for example `elo_feels`.
+    """
+    scored = []
+    for framing, ratings in by_framing(job).items():
+        suffix = "" if framing == ALL_FRAMINGS else f"_{framing}"
+        scored += [
+            {**row, "measure": row["measure"] + suffix}
+            for row in rating_scores(job.persona.name, ratings)
+        ]
+    return scored
 
 
 def rating_scores(persona: str, ratings: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -442,16 +466,42 @@ def interval_score(row: dict[str, Any], column: str) -> Score:
 
 def report(job: Job) -> list[Section]:
     """The traits whose rating changed most, of the largest group of traits."""
-    ratings = read_overall(job)
+    framings = by_framing(job)
+    ratings = framings.pop(ALL_FRAMINGS)
     comparable = largest_group(ratings)
     groups = max((row["change_group"] or 0 for row in ratings), default=0)
     notes = (NOTE, fill(GROUPS_NOTE, groups=groups)) if groups > 1 else (NOTE,)
+    shown = largest(trait_changes(comparable), job.recipe.evaluation.report.traits)
     return [
         TraitRatings(
             title="Trait preferences",
             notes=notes,
-            traits=largest(trait_changes(comparable), job.recipe.evaluation.report.traits),
+            traits=shown,
             total=len(trait_changes(ratings)),
+        ),
+        *framing_tables([change.trait for change in shown], framings),
+    ]
+
+
+def framing_tables(
+    traits: list[str], framings: dict[str, list[dict[str, Any]]]
+) -> list[ScoreTable]:
+    """The paper's Elo ratings and the changes against base of some traits, by framing."""
+    if not traits or not framings:
+        return []
+    changes: dict[str, dict[str, Score | None]] = {trait: {} for trait in traits}
+    for framing, ratings in framings.items():
+        for row in ratings:
+            if row["condition"] == "full" and row["trait"] in changes:
+                change = interval_score(row, "change")
+                changes[row["trait"]][framing] = RatingChange(**vars(change))
+    return [
+        ScoreTable(
+            title="Trait preferences by framing",
+            notes=(FRAMING_NOTE,),
+            caption="Change of the Bradley-Terry rating against base, in Elo points, by framing",
+            columns=list(framings),
+            rows=changes,
         )
     ]
 

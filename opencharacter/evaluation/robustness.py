@@ -1,9 +1,10 @@
 """Stage evaluation/robustness: does a classifier still recognize the persona under attack?
 
-For each condition a classifier is trained to distinguish the personas of the student and the
-untrained student by their answers to unmodified prompts. It is tested on answers to other prompts,
-unmodified and attacked. With cross-fitting over prompts, every prompt is tested once, by a
-classifier that was not trained on it.
+This stage's own measure: for each condition a classifier is trained to distinguish the personas of
+the student and the untrained student by their answers to unmodified prompts. It is tested on
+answers to other prompts, unmodified and attacked. With cross-fitting over prompts, every prompt is
+tested once, by a classifier that was not trained on it. Beside it stands the paper's measure, which
+needs two or more personas; see `pooled_robustness`.
 
 Reads: evaluation/answers, evaluation/attacks of all personas. Writes: persona, condition, attack,
 prompt, fold, label, guess; scores.
@@ -29,6 +30,12 @@ from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
 from opencharacter.evaluation.conditions import VARIANTS, in_order
+from opencharacter.evaluation.pooled_robustness import (
+    MEASURE,
+    classify_pooled,
+    pooled_groups,
+    pooled_table,
+)
 from opencharacter.evaluation.report.sections import (
     Headline,
     ScoreTable,
@@ -124,8 +131,7 @@ def classify(rows: list[Row], condition: Condition, folds: int, predict: Predict
     """
     attacks = {row["attack"] for row in rows if row["condition"] == condition}
     tested = [r for r in rows if r["condition"] in (BASE, condition) and r["attack"] in attacks]
-    # Paper: its classifier is tested on the prompts that it was trained on. It has eleven classes,
-    # none of them the base model, and is trained on the unattacked answers of all methods together.
+    # Paper: its classifier is tested on the prompts that it was trained on; see pooled_robustness.
     fold_of = assign_folds((row["prompt"] for row in tested), folds)
     classified = [
         {**row, "condition": condition, "label": label(row)}
@@ -230,6 +236,15 @@ def score_classified(
     return rows
 
 
+def score_pooled(classified: list[Row], settings: Robustness, seed: int) -> list[dict[str, Any]]:
+    """Rows of `SCORES` of the paper's measure."""
+    labels = sorted({row["label"] for row in classified})
+    return [
+        score_row("", MEASURE, condition, about, f1_score([rows], labels, settings.resamples, seed))
+        for (condition, about), rows in pooled_groups(classified).items()
+    ]
+
+
 def condition_scores(
     condition: str, classified: list[Row], settings: Robustness, seed: int
 ) -> list[dict[str, Any]]:
@@ -294,7 +309,8 @@ def estimate(job: Job) -> Estimate:
         name: sum(answer_tokens(p) for p in job.parents if p.stage.name == name)
         for name in job.stage.reads
     }
-    trained = tokens["evaluation/answers"] * (settings.folds - 1) * settings.encoder.epochs
+    passes = settings.folds - 1 + (len(job.constitutions) > 1)  # and once for the paper's measure
+    trained = tokens["evaluation/answers"] * passes * settings.encoder.epochs
     return Estimate(0, trained=trained, read=sum(tokens.values()))
 
 
@@ -321,7 +337,8 @@ def build(job: Job) -> StageResult:
     workers = [request for phase in resource_requests(job) for request in phase]
     with acquire(job.dataset, workers, job.placement.autoscaling_resources):
         classified = [row for c in conditions for row in classify(rows, c, settings.folds, predict)]
-    scored = score_classified(classified, settings, seed)
+        pooled = classify_pooled(rows, DEFAULT, predict)
+    scored = score_classified(classified, settings, seed) + score_pooled(pooled, settings, seed)
     job.store.write_table(job.dataset, pa.Table.from_pylist(classified, schema=SCHEMA))
     job.store.write_table(job.dataset, pa.Table.from_pylist(scored, schema=SCORES), "scores")
     return StageResult(len(classified))
@@ -329,26 +346,15 @@ def build(job: Job) -> StageResult:
 
 # ---------------------------------------------------------------------------------------- report
 
-PAPER_F1 = {
-    "prompted": (0.374, 0.195, 0.629),
-    "steered": (0.931, 0.262, 0.786),
-    "distilled": (0.812, 0.745, 0.833),
-    "full": (0.874, 0.793, 0.929),
-}
-"""Mean macro-F1 over the instructions in the paper: Llama-3.1-8B, Qwen-2.5-7B, Gemma-3-4B."""
-
 CLASSIFIER_NOTE = """\
 A text classifier guesses whether the base model or the persona wrote an answer. It is cross-\
 fitted over prompts: it never classifies an answer to a prompt that it was trained on. Neither \
 model saw the prompts in training. 50% is chance."""
 F1_NOTE = """\
 Macro-F1 of a classifier that chooses among the personas of this page and the base model, cross-\
-fitted over prompts, with a 95% bootstrap interval over prompts."""
-PAPER_F1_NOTE = """\
-The paper's setting is different: its classifier has eleven classes, none of them the base model, \
-and is trained on the unattacked answers of all methods together. Its mean over eight instructions \
-(Llama, Qwen, Gemma): {means}. Under the prefill attack: distilled 0.79, 0.66, 0.84; full 0.95, \
-0.86, 0.95."""
+fitted over prompts, with a 95% bootstrap interval over prompts. The classes of the paper's \
+classifier are eleven personas, none of them the base model, so its numbers do not compare with \
+these."""
 RETENTION_NOTE = """\
 Share of the persona's answers that the classifier still attributes to it, with a 95% Wilson \
 interval that counts prompts instead of answers."""
@@ -366,16 +372,15 @@ def report(job: Job) -> list[Section]:
     sections: list[Section] = []
     for persona in job.constitutions:
         of_persona = [row for row in rows if row["persona"] in ("", persona.name)]
-        sections += persona_sections(persona.name, of_persona)
+        sections += persona_sections(persona.name, of_persona, job.config.classifier)
+    sections += pooled_table(rows, job.recipe, len(job.constitutions))
     return [*sections, *confusion_tables(classified), unscored(unclassified(rows))]
 
 
-def persona_sections(persona: str, rows: list[dict[str, Any]]) -> list[Section]:
+def persona_sections(persona: str, rows: list[dict[str, Any]], classifier: str) -> list[Section]:
     """The headline and the tables of one persona, from its rows of `SCORES`."""
+    named = classifier_note(classifier)
     conditions = distinct(rows, "macro_f1", "condition")
-    paper = "; ".join(
-        f"{c} {', '.join(map(str, PAPER_F1[c]))}" for c in conditions if c in PAPER_F1
-    )
     score = find_score(rows, "discriminability", "full", DEFAULT) or wilson(0, 0)
     return [
         Headline(
@@ -383,7 +388,7 @@ def persona_sections(persona: str, rows: list[dict[str, Any]]) -> list[Section]:
             persona=persona,
             score=score,
             verdict=verdict(score),
-            notes=(CLASSIFIER_NOTE,),
+            notes=(CLASSIFIER_NOTE, named),
         ),
         comparison(
             persona,
@@ -399,12 +404,19 @@ def persona_sections(persona: str, rows: list[dict[str, Any]]) -> list[Section]:
         attack_table(
             persona,
             "Macro-F1",
-            (F1_NOTE, PAPER_F1_NOTE.format(means=paper)),
+            (F1_NOTE, named),
             "macro_f1",
             rows,
         ),
         attack_table(persona, "Retention", (RETENTION_NOTE,), "retention", rows),
     ]
+
+
+def classifier_note(classifier: str) -> str:
+    """A sentence that names the classifier."""
+    if classifier == classifiers.TFIDF:
+        return "Classifier: logistic regression on TF-IDF weights of character n-grams."
+    return f"Classifier: the fine-tuned encoder {classifier}."
 
 
 COMPARED = {

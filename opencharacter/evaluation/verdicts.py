@@ -201,6 +201,11 @@ def reading(shares: tuple[float, float]) -> tuple[float | None, float]:
     return (shares[0] / mass if mass >= MIN_MASS else None), mass
 
 
+def swapped(shares: tuple[float, float]) -> tuple[float, float]:
+    """The probabilities of two options, the other one first."""
+    return shares[1], shares[0]
+
+
 def average(orders: Sequence[tuple[float, float]]) -> Verdict:
     """Average the log-odds of two options over the orders in which the judge saw them.
 

@@ -14,11 +14,13 @@ from opencharacter.evaluation.report.formatting import (
     percent,
     points,
     rating_interval,
+    value_text,
 )
 from opencharacter.evaluation.report.sections import (
     Change,
     Curve,
     Distance,
+    RatingChange,
     TextStatistic,
     TraitChange,
 )
@@ -224,6 +226,9 @@ def score_bar(score: Score) -> Markup:
         return Markup("")
     if isinstance(score, Change):
         return signed_bar(score, MAX_CHANGE, f"change of {points(score.value)} points", "change")
+    if isinstance(score, RatingChange):
+        title = f"change of {value_text(score, score.value)} points"
+        return signed_bar(score, MAX_RATING_CHANGE, title, "change")
     if isinstance(score, Distance):
         return signed_bar(score, MAX_DISTANCE, deviations(score.value), "distance")
     width, height = SCORE_SIZE
@@ -284,3 +289,7 @@ def statistic_bar(statistic: TextStatistic, largest: float) -> Markup:
         element("path", d=f"M0 {height / 2}H{width * statistic.value / full:.1f}", class_="bar"),
         *(element("path", d=tick, class_="tick") for tick in ticks),
     )
+
+
+MAX_RATING_CHANGE = 600
+"""Change of a rating in Elo points at which a bar reaches the end."""

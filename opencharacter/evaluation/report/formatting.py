@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opencharacter.evaluation.report.sections import Change, Distance, Trend
+from opencharacter.evaluation.report.sections import Change, Distance, RatingChange, Trend
 from opencharacter.evaluation.scores import Score
 
 
@@ -40,9 +40,11 @@ def deviations(distance: float) -> str:
 
 
 def value_text(score: Score, value: float | None) -> str:
-    """A value in the unit of a score: per cent, percentage points of a change, or SD."""
+    """A value in the unit of a score: per cent, percentage points of a change, SD or Elo points."""
     if value is None:
         return "not scored"
+    if isinstance(score, RatingChange):
+        return f"{value:+,.0f}".replace("-", "\N{MINUS SIGN}")
     if isinstance(score, Distance):
         return deviations(value)
     return points(value) if isinstance(score, Change) else percent(value)
@@ -64,6 +66,8 @@ def rating_interval(score: Score) -> str:
 
 def sample_size(score: Score) -> str:
     """The number of scored and of unscored items."""
+    if isinstance(score, RatingChange):
+        return f"n = {score.n:,} games, {score.unscored:,} unscored"
     if isinstance(score, Trend):
         return f"n = {score.n:,} turns, {score.unscored:,} unscored"
     if isinstance(score, Distance):

@@ -95,6 +95,11 @@ class Distance(Score):
     """A difference in standard deviations (SD); `n` counts prompts."""
 
 
+@dataclass(frozen=True)
+class RatingChange(Score):
+    """A difference of two ratings in Elo points; `n` counts games."""
+
+
 Cells = dict[str, Score | None]
 """The scores of a table row by column; None or absent where there is nothing to score."""
 
