@@ -190,7 +190,7 @@ def test_the_table_names_the_assertions_that_an_author_should_look_at(make_jobs,
     assert table.notes[0].endswith("1 of 6.")
     assert any(note.startswith("Not learned: 3;") for note in table.notes)
     assert any(note.startswith("Lost under pressure: 2;") for note in table.notes)
-    assert table.columns == ["Base", "Full", "Control texts", "Change", "Change under pressure"]
+    assert table.columns == ["Change", "Change under pressure", "Base", "Full", "Control texts"]
     assert table.remarks[f"4. {poet.traits[3].trait}"] == adherence.ALREADY
     assert isinstance(table.rows[ALL]["Change"], Score)
     (missing,) = (s for s in sections if s.title == "Unscored items")

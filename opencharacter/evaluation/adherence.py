@@ -420,8 +420,8 @@ def assertion_table(
     """The table of assertions, with the finding below each."""
     (level, moved), (_, pressed) = MEASURES[OCCASION], MEASURES[PRESSURE]
     changes = {"Change": (moved, FULL), "Change under pressure": (pressed, FULL)}
-    columns = {name.capitalize(): (level, name) for name in conditions}
-    columns |= {"Control texts": (level, CONTROL)} | changes
+    columns = changes | {name.capitalize(): (level, name) for name in conditions}
+    columns |= {"Control texts": (level, CONTROL)}
     rows: dict[str, Cells] = {
         about: {column: cells.get(key) for column, key in columns.items()}
         for about, cells in scored.items()
