@@ -3,6 +3,8 @@
 import asyncio
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -10,9 +12,9 @@ from samples import ECHO_ROLE, recipe_of
 
 from opencharacter.config.placement import Pool
 from opencharacter.config.roles import Sampling
-from opencharacter.engines.replicas import EngineClient, EngineReplicas
+from opencharacter.engines.replicas import EngineClient, EngineReplicas, exit_if_dead
 from opencharacter.engines.spec import EngineSpec, Reply
-from opencharacter.errors import StageFailed
+from opencharacter.errors import RowFailed, StageFailed
 from opencharacter.text.chat import user
 
 SPEC = EngineSpec(recipe_of(ECHO_ROLE).roles.student, Pool())
@@ -121,6 +123,18 @@ def test_a_conversation_continues_on_another_replica_if_its_own_is_lost(cpu_ray,
         return [(await request).text for request in requests]
 
     assert asyncio.run(asyncio.wait_for(converse(), 60)) == ["other"] * 3
+
+
+@pytest.mark.parametrize("errored", [True, False])
+def test_an_actor_ends_if_its_engine_died_and_not_if_one_call_failed(errored, monkeypatch):
+    engine: Any = SimpleNamespace(engine=SimpleNamespace(errored=errored))
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(RuntimeError), exit_if_dead(engine):
+        raise RuntimeError("the call failed")
+    with pytest.raises(RowFailed), exit_if_dead(engine):
+        raise RowFailed("too_long")
+    assert codes == [1] * errored
 
 
 def test_the_loss_of_every_replica_fails_the_stage(cpu_ray, tmp_path):
