@@ -24,7 +24,7 @@ from opencharacter.runtime.attempts import repeated_work
 from opencharacter.runtime.progress import console, duration
 from opencharacter.runtime.stage import Job
 
-SUMMARY_FIGURES = ("loss", "dpo/margin", "dpo/accuracy")
+SUMMARY_FIGURES = ("loss", "dpo/margin", "dpo/accuracy", "eval_loss", "eval_dpo/margin")
 
 
 def run(

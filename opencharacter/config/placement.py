@@ -186,6 +186,12 @@ class Serving(Config):
     max_tokens: PositiveInt = 1024
     """Maximum number of new tokens per request, over all its choices. Also the default of a request
     that does not set it."""
+    max_choices: PositiveInt = 16
+    """Maximum number of choices (`n`) per request."""
+    max_messages: PositiveInt = 1000
+    """Maximum number of messages per request."""
+    max_schema_bytes: PositiveInt = 20_000
+    """Maximum size in bytes of a JSON schema for structured output or a tool's parameters."""
     max_requests_per_key: PositiveInt = 64
     """Maximum number of concurrent requests per API key, or of all clients together on a server
     without keys. Each ingress replica counts for itself."""
@@ -206,6 +212,27 @@ class Serving(Config):
     """Seconds between two looks into storage for newly trained personas."""
     drain_seconds: PositiveFloat = 60
     """Seconds that running requests may take to finish when the server stops."""
+
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+"""A tracker of experiments, by its name in transformers."""
+
+
+class Tracking(Config):
+    """Where training curves and the scores of the report are logged, besides storage."""
+
+    trackers: tuple[Tracker, ...] | None = None
+    """`tensorboard` (files in storage), `wandb`, `mlflow` and `trackio`. If null, TensorBoard, and
+    Weights & Biases if it is installed and `WANDB_API_KEY` is set."""
+    project: str = "opencharacter"
+    """Name of the project (W&B, Trackio) or experiment (MLflow). A run has the name of its
+    dataset."""
+    mlflow_uri: str | None = None
+    """Address of the MLflow server, or a database such as `sqlite:////shared/mlflow.db`, that all
+    workers reach. If null, `MLFLOW_TRACKING_URI` or MLflow's default."""
+    trackio_space: str | None = None
+    """Hugging Face Space that shows Trackio's runs. If null, they stay on the machine of the first
+    worker, in `TRACKIO_DIR`."""
 
 
 class EvaluationPlacement(Config):
@@ -254,6 +281,8 @@ class Placement(Config):
     """Limits of a server."""
     evaluation: EvaluationPlacement = EvaluationPlacement()
     """Where evaluations generate."""
+    tracking: Tracking = Tracking()
+    """Where training curves and scores are logged."""
     autoscaling: tuple[AutoscalingGroup, ...] = ()
     """Nodes that the cluster may add. A run that needs them waits for them instead of being
     refused."""

@@ -146,6 +146,10 @@ class Reference(Config):
     trains about 1.3 times as fast on an H200."""
 
 
+HeldOut = Annotated[Annotated[float, Field(ge=0, lt=1)], AddedLater("0.3")]
+"""Share of prompts or rows that are held out of training."""
+
+
 class Dpo(Config):
     """Settings of the stage distillation/dpo."""
 
@@ -156,6 +160,9 @@ class Dpo(Config):
     sq_log_ratio_weight: NonNegativeFloat = 0.001
     """Weight of the squared log-ratio of policy and reference, averaged over all answer tokens. The
     paper calls this term a KL penalty."""
+    held_out: HeldOut = 0.0
+    """Share of prompts whose pairs are not trained on. Their loss, margin and accuracy are measured
+    before, during and after training, as `eval_loss` and so on. The paper trains on all pairs."""
     lora: Lora = Lora()
     """The adapter."""
     optimizer: Optimizer = Optimizer()
@@ -210,6 +217,8 @@ class Transcripts(Config):
 class Sft(Config):
     """Settings of the stage introspection/sft."""
 
+    held_out: HeldOut = 0.0
+    """Share of transcripts that are not trained on; their loss is measured like that of pairs."""
     lora: Lora = Lora()
     """The adapter."""
     optimizer: Optimizer = Optimizer()

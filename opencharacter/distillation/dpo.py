@@ -39,6 +39,8 @@ CURVES = (
     "dpo/accuracy",
 )
 """Metrics of the loss that the report shows."""
+HELD_OUT_CURVES = ("eval_loss", "eval_dpo/margin", "eval_dpo/accuracy")
+"""Those of the held-out pairs."""
 
 
 def dpo_loss(
@@ -95,7 +97,9 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 def estimate(job: Job) -> Estimate:
     parent = job.parent("distillation/reference")
     reference = parent.stage.module.estimate(parent)
-    return Estimate(reference.rows, trained=reference.read * job.config.optimizer.epochs)
+    share = 1 - job.config.held_out
+    trained = int(reference.read * job.config.optimizer.epochs * share)
+    return Estimate(int(reference.rows * share), trained=trained)
 
 
 def build(job: Job) -> StageResult:
@@ -107,4 +111,4 @@ def build(job: Job) -> StageResult:
 
 def report(job: Job) -> list[Section]:
     """The training curves."""
-    return training_curves(job, "DPO", CURVES)
+    return training_curves(job, "DPO", (*CURVES, *HELD_OUT_CURVES))

@@ -54,7 +54,8 @@ def estimate(job: Job) -> Estimate:
     estimates = [p.stage.module.estimate(p) for p in parent.parents]
     tokens = sum(estimate.tokens_out for estimate in estimates)
     rows = sum(estimate.rows for estimate in estimates)
-    return Estimate(rows, trained=tokens * job.config.optimizer.epochs)
+    share = 1 - job.config.held_out
+    return Estimate(int(rows * share), trained=int(tokens * job.config.optimizer.epochs * share))
 
 
 def build(job: Job) -> StageResult:
@@ -71,4 +72,4 @@ def build(job: Job) -> StageResult:
 
 def report(job: Job) -> list[Section]:
     """The training curves."""
-    return training_curves(job, "SFT", ("loss",))
+    return training_curves(job, "SFT", ("loss", "eval_loss"))

@@ -19,6 +19,7 @@ from opencharacter.text.templates import (
     check_trainable,
     load_tokenizer,
 )
+from opencharacter.training import trackers
 from opencharacter.training.architectures import check_student
 
 
@@ -46,9 +47,12 @@ def asks_teacher(recipe: Recipe) -> bool:
 def check_training(selected: list[Job]) -> None:
     """Raise UserError for a student that cannot be trained, or settings that cannot work.
 
-    These are more workers than rows in a batch, and a rank that no engine supports.
+    These are more workers than rows in a batch, a rank that no engine supports, and a tracker that
+    is not installed.
     """
     for job in selected:
+        if hasattr(job.config, "optimizer"):
+            trackers.check(job.placement.tracking)
         if hasattr(job.config, "optimizer") or job.stage.name == "distillation/reference":
             check_student(job.recipe.roles.student, job.placement.training)
         workers = job.placement.training.workers

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
 from opencharacter.config.recipe import Optimizer
+from opencharacter.text.chat import row_id
 from opencharacter.training import packing
 from opencharacter.training.packing import Example, LossDenominators, Pack
 
@@ -56,3 +59,38 @@ class PackedBatches(Dataset[tuple[list[Pack], LossDenominators]]):
             [packing.pack([batch[i] for i in indices]) for indices in own_packs],
             packing.loss_denominators(batch),
         )
+
+
+def split_held_out(rows: pa.Table, share: float) -> tuple[pa.Table, pa.Table]:
+    """Return the rows to train on, and those that are held out.
+
+    A row's place depends on its prompt, so that no prompt is in both, or else on its id. A larger
+    share holds out the same rows and others.
+
+    Args:
+        rows: rows with `id`, and perhaps `prompt_ids`.
+        share: share of held-out rows, in [0, 1).
+    """
+    if not share:
+        return rows, rows.slice(0, 0)
+    column = "prompt_ids" if "prompt_ids" in rows.schema.names else "id"
+    mask = pa.array([fraction(key) < share for key in rows[column].to_pylist()], pa.bool_())
+    return rows.filter(pc.invert(mask)), rows.filter(mask)
+
+
+def fraction(key: object) -> float:
+    """Return a number in [0, 1) that a key determines."""
+    return int(row_id("held out", key)[:13], 16) / 16**13
+
+
+def held_out_batch(
+    examples: Sequence[Example], max_tokens: int, rank: int, world_size: int
+) -> tuple[list[Pack], LossDenominators] | None:
+    """Return this worker's packs of the held-out examples and the counts of all; None for none."""
+    if not examples:
+        return None
+    packs = packing.assign_to_packs(
+        [packing.num_tokens(example) for example in examples], max_tokens, world_size
+    )
+    own_packs = [packing.pack([examples[i] for i in p]) for p in packs[rank::world_size]]
+    return own_packs, packing.loss_denominators(examples)

@@ -9,7 +9,6 @@ worker or an interrupted run, training resumes from the last checkpoint.
 
 from __future__ import annotations
 
-import importlib.util
 import operator
 import os
 import statistics
@@ -31,7 +30,7 @@ from ray.train.torch import TorchTrainer
 from torch.utils.data import DataLoader
 
 from opencharacter import models
-from opencharacter.config.placement import Training
+from opencharacter.config.placement import Tracking, Training
 from opencharacter.config.recipe import Lora, Optimizer
 from opencharacter.config.roles import Role
 from opencharacter.engines.allocation import acquire
@@ -47,7 +46,7 @@ from opencharacter.runtime.progress import (
 from opencharacter.runtime.stage import Job, StageResult, without_dropped
 from opencharacter.runtime.store import SHARDS, RemoteDir, Store
 from opencharacter.text.templates import load_tokenizer
-from opencharacter.training import packing
+from opencharacter.training import packing, trackers
 from opencharacter.training.adapters import (
     adapted_layers,
     add_lora,
@@ -59,7 +58,8 @@ from opencharacter.training.adapters import (
     select_kernels,
 )
 from opencharacter.training.architectures import report_packing
-from opencharacter.training.batches import PackedBatches
+from opencharacter.training.batches import PackedBatches, held_out_batch, split_held_out
+from opencharacter.training.callbacks import HeldOutCallback, ProgressCallback
 from opencharacter.training.frozen import fuse_lora
 from opencharacter.training.packing import Example, LossDenominators, Pack
 from opencharacter.training.probe import prepare
@@ -97,6 +97,7 @@ class TrainingTask:
         config: the stage's section of the recipe, with `lora` and `optimizer`.
         seed: the recipe's seed.
         placement: the training placement.
+        tracking: where the curves are logged.
         make_examples: tokenizes the rows.
         loss_fn: the loss.
         counters: handle of a `ProgressCounters` actor.
@@ -111,6 +112,7 @@ class TrainingTask:
     config: Any
     seed: int
     placement: Training
+    tracking: Tracking
     make_examples: MakeExamples
     loss_fn: LossFn
     counters: Any
@@ -159,6 +161,7 @@ def train(
         config=job.config,
         seed=job.recipe.seed,
         placement=job.placement.training,
+        tracking=job.placement.tracking,
         make_examples=make_examples,
         loss_fn=loss_fn,
         counters=counters,
@@ -178,11 +181,19 @@ def train(
     packed = report_packing(job.dataset, ray.get(counters.read.remote()))
     counters.end.remote()
     curves = job.store.read_table(job.dataset, "curves")
+    rows, share = without_dropped(job.store.read_table(task.data)), held_out_share(job.config)
+    trained, held_out = split_held_out(rows, share)
+    held_out_rows = {"held_out_rows": len(held_out)} if share else {}
     return StageResult(
-        rows=without_dropped(job.store.read_table(task.data, columns=["drop_reason"])).num_rows,
+        rows=len(trained),
         schema=[f"{f.name}: {f.type}" for f in curves.schema],
-        figures=summarize_curves(curves) | packed,
+        figures=summarize_curves(curves) | packed | held_out_rows,
     )
+
+
+def held_out_share(config: Any) -> float:
+    """Return the share of rows that a stage's section of the recipe holds out."""
+    return getattr(config, "held_out", 0.0)
 
 
 def torch_trainer(task: TrainingTask) -> TorchTrainer:
@@ -241,11 +252,13 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     path = models.merge_into_base(base, task.base_adapter.local()) if task.base_adapter else base
     tokenizer = load_tokenizer(path, task.role)
     rows = without_dropped(task.store.read_table(task.data)).sort_by("id")
-    examples = task.make_examples(tokenizer, rows)
+    trained, held_out = split_held_out(rows, held_out_share(task.config))
+    examples = task.make_examples(tokenizer, trained)
+    unseen = task.make_examples(tokenizer, held_out) if len(held_out) else []
     model = load(path, task.role, on_gpu)
     models.weight_names(path, adapted_layers(model))  # fail now if a later merge would fail
     model.config._name_or_path = task.role.model
-    memory = plan_memory(model, placement, max(map(packing.num_tokens, examples)))
+    memory = plan_memory(model, placement, max(map(packing.num_tokens, [*examples, *unseen])))
     packed = verify_packing(model, placement)
     transformers.set_seed(task.seed)  # all workers initialize the same adapter
     model = add_lora(model, task.lora, memory.activation_checkpointing, select_kernels(placement))
@@ -254,12 +267,16 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         examples, task.optimizer, task.seed, memory.max_tokens, rank, placement.workers
     )
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = f"{scratch}/tensorboard"
+        os.environ |= trackers.environment(task.tracking, f"{scratch}/tensorboard")
         trainer = PackedTrainer(
             model=model,
-            args=transformers.TrainingArguments(**trainer_arguments(task, scratch, on_gpu, model)),
+            args=transformers.TrainingArguments(
+                **trainer_arguments(task, scratch, on_gpu, model),
+                **trackers.arguments(task.tracking, task.dataset),
+            ),
             batches=batches,
             loss_fn=task.loss_fn,
+            held_out=held_out_batch(unseen, memory.max_tokens, rank, placement.workers),
         )
         fuse_frozen(trainer.model, task)
         trainer.add_callback(ray_hf.RayTrainReportCallback())
@@ -347,17 +364,9 @@ def trainer_arguments(task: TrainingTask, scratch: str, on_gpu: bool, model: Any
         "save_strategy": "steps",
         "save_steps": placement.checkpoint_steps,
         "save_total_limit": 1,
-        "report_to": loggers(),
-        "run_name": task.dataset,
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-
-
-def loggers() -> list[str]:
-    """Return TensorBoard, and Weights & Biases if it is installed and its API key is set."""
-    wandb = os.environ.get("WANDB_API_KEY") and importlib.util.find_spec("wandb")
-    return ["tensorboard", "wandb"] if wandb else ["tensorboard"]
 
 
 class PackedTrainer(transformers.Trainer):
@@ -366,11 +375,22 @@ class PackedTrainer(transformers.Trainer):
     Args:
         batches: the packs of this worker.
         loss_fn: the loss, see `LossFn`.
+        held_out: this worker's packs of the held-out examples and their denominators, or None.
         options: keyword arguments of `transformers.Trainer`.
     """
 
-    def __init__(self, *, batches: PackedBatches, loss_fn: LossFn, **options: Any):
+    def __init__(
+        self,
+        *,
+        batches: PackedBatches,
+        loss_fn: LossFn,
+        held_out: tuple[list[Pack], LossDenominators] | None = None,
+        **options: Any,
+    ):
         super().__init__(train_dataset=batches, **options)
+        self.held_out = held_out
+        if held_out:
+            self.add_callback(HeldOutCallback(self))
         self.loss_fn, self.world_size = loss_fn, batches.world_size
         self.step_metrics: tuple[list[str], Any] = ([], None)
         self.tokens_since_log = 0
@@ -418,6 +438,24 @@ class PackedTrainer(transformers.Trainer):
         self.step_metrics = list(sums), totals  # read only when logged: reading waits for the GPU
         self.tokens_since_log += denominators.tokens
         return sums["loss"] * self.world_size
+
+    def measure_held_out(self) -> None:
+        """Log the metrics of the loss on the held-out examples, as `eval_` and their names."""
+        assert self.held_out is not None
+        packs, denominators = self.held_out
+        model: Any = self.model_wrapped
+        model.eval()
+        sums: dict[str, Any] = {}
+        with torch.no_grad():
+            for batch in packs:
+                batch = batch.to(self.args.device)
+                with autocast(self.args.device):
+                    log_probs = packing.log_probs(model, batch)
+                for name, value in self.loss_fn(log_probs, batch, denominators).items():
+                    sums[name] = sums.get(name, 0) + value
+        totals: Any = self.accelerator.reduce(torch.stack(list(sums.values())))
+        self.log({f"eval_{n}": v for n, v in zip(sums, totals.tolist(), strict=True)})
+        self.last_log = time.monotonic()  # the speed of training leaves out this time
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the loss, the speed and the memory to the logs of a step."""
@@ -467,7 +505,8 @@ def save(
     tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty template
     task.store.upload(folder, f"{task.dataset}/adapter")
-    task.store.upload(scratch / "tensorboard", f"{task.dataset}/tensorboard")
+    if (scratch / "tensorboard").exists():
+        task.store.upload(scratch / "tensorboard", f"{task.dataset}/tensorboard")
     task.store.write_table(task.dataset, curves_table(trainer.state.log_history), "curves")
 
 
@@ -480,32 +519,3 @@ def curves_table(history: list[dict[str, Any]]) -> pa.Table:
         if name != "step" and isinstance(value, int | float)
     ]
     return pa.Table.from_pylist(rows, schema=CURVES)
-
-
-class ProgressCallback(transformers.TrainerCallback):
-    """Reports the progress of training to the driver.
-
-    Args:
-        counters: handle of a `ProgressCounters` actor.
-        packed: whether packs are processed in one forward pass.
-    """
-
-    def __init__(self, counters: Any, packed: bool):
-        self.counters, self.packed = counters, packed
-        self.start = 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.monotonic()
-        step = state.global_step
-        self._set(kept=step, step=step, steps=state.max_steps, seconds=0)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._set(step=state.global_step, seconds=time.monotonic() - self.start)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self._set(loss=logs["loss"])
-
-    def _set(self, **numbers: float) -> None:
-        if ray.train.get_context().get_world_rank() == 0:
-            self.counters.set.remote(packed=self.packed, **numbers)

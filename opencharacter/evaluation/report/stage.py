@@ -34,6 +34,7 @@ from opencharacter.evaluation.scores import SCORES, Score, score_row
 from opencharacter.runtime.attempts import repeated_work
 from opencharacter.runtime.stage import Estimate, Job, StageResult
 from opencharacter.text import statistics
+from opencharacter.training import trackers
 
 
 def lineage(job: Job, persona: Constitution) -> list[Job]:
@@ -168,6 +169,7 @@ def build(job: Job) -> StageResult:
     unique = {tuple(row.values()): row for row in rows}
     table = pa.Table.from_pylist(list(unique.values()), schema=SCORES)
     job.store.write_table(job.dataset, table, "scores")
+    trackers.log_scores(job, table.to_pylist())
     return StageResult(rows=len(table), figures=headlines(personas))
 
 
