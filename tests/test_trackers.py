@@ -1,5 +1,6 @@
 """Held-out rows during training, and the trackers of curves and scores."""
 
+import math
 import sys
 import types
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 import transformers
 from samples import ECHO_ROLE, recipe_of
+from test_training import metric, write_pairs, write_transcripts
 from trl.trainer import add_fused_lm_head
 
+from opencharacter import pipeline
 from opencharacter.config.placement import Placement, Tracking, Training
 from opencharacter.config.recipe import Dpo, Lora, Optimizer, Sft
 from opencharacter.distillation import dpo
@@ -30,7 +33,7 @@ SCORES = [
     | {"value": None, "low": None, "high": None, "n": 0, "unscored": 4},
 ]
 METRICS = {
-    "poet/change/full/warm _ dry": 0.5,
+    "poet/change/full/warm _ dry/value": 0.5,
     "poet/change/full/warm _ dry/low": 0.1,
     "poet/change/full/warm _ dry/high": 0.9,
     "poet/change/full/warm _ dry/n": 4.0,
@@ -249,3 +252,33 @@ def test_a_tracker_that_fails_is_reported_and_does_not_stop_the_report(
     job = make_jobs(echo_recipe, placement(trackers=["mlflow"]))[-1]
     trackers.log_scores(job, SCORES)
     assert "scores were not logged to mlflow: no route" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_dpo_and_sft_measure_held_out_rows_and_train_on_the_others(cpu_ray, make_jobs, tiny_model):
+    role = {**ECHO_ROLE, "model": str(tiny_model), "name": "tiny"}
+    section = {"lora": {"rank": 8, "alpha": 16}, "held_out": 0.3}
+    section["optimizer"] = {"global_batch_size": 4, "learning_rate": 0.01}
+    recipe = recipe_of(role, distillation={"dpo": section}, introspection={"sft": section})
+    local = Placement.model_validate({"training": {"cpus": 1}})
+    jobs = {job.stage.name: job for job in make_jobs(recipe, local) if job.constitution}
+    write_pairs(jobs["distillation/pairs"])
+    write_transcripts(jobs["introspection/transcripts"])
+    reference = jobs["distillation/reference"]
+    pipeline.finish(reference, reference.stage.module.build(reference), 1)
+    for stage, rows, names in (
+        ("distillation/dpo", 8, dpo.HELD_OUT_CURVES),
+        ("introspection/sft", 8, ("eval_loss",)),
+    ):
+        job = jobs[stage]
+        result = job.stage.module.build(job)
+        held_out = result.figures["held_out_rows"]
+        assert 0 < held_out < rows
+        assert result.rows == rows - held_out
+        for name in names:
+            assert len(metric(job, name)) == 1 + math.ceil(result.rows / 4)
+            assert result.figures[name] == metric(job, name)[-1]
+        pipeline.finish(job, result, 1)
+        (section_of_report,) = job.stage.module.report(job)
+        ((_, curves),) = section_of_report.trainings.items()
+        assert set(names) <= {curve.metric for curve in curves}

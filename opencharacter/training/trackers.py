@@ -23,6 +23,8 @@ from opencharacter.runtime.stage import Job
 PACKAGES: dict[Tracker, str] = {"wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 """Package of each tracker; TensorBoard is installed with this one."""
 KEY = "WANDB_API_KEY"
+MLFLOW_BATCH = 500
+"""Number of metrics per request; MLflow accepts at most 1,000."""
 FORBIDDEN = re.compile(r"[^\w\-./ ]+")
 """Characters that MLflow does not allow in the name of a metric."""
 
@@ -82,7 +84,8 @@ def arguments(tracking: Tracking, run_name: str) -> dict[str, Any]:
 def score_metrics(scores: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return scores of the report as metrics: the value, and the ends of the interval.
 
-    Scores without a value are left out.
+    Scores without a value are left out. No name is the beginning of another one before a slash,
+    because MLflow's files are named so.
 
     Args:
         scores: rows of `evaluation.report.stage.SCORES`.
@@ -93,8 +96,7 @@ def score_metrics(scores: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         name = "/".join(str(part) for part in parts if part)
         for field in ("value", "low", "high", "n", "unscored"):
             if row["value"] is not None and row[field] is not None:
-                suffix = "" if field == "value" else f"/{field}"
-                metrics[FORBIDDEN.sub("_", name + suffix)] = float(row[field])
+                metrics[FORBIDDEN.sub("_", f"{name}/{field}")] = float(row[field])
     return metrics
 
 
@@ -143,7 +145,9 @@ def log_to_mlflow(tracking: Tracking, run_name: str, metrics: dict[str, float]) 
         mlflow.set_tracking_uri(tracking.mlflow_uri)
     mlflow.set_experiment(tracking.project)
     with mlflow.start_run(run_name=run_name):
-        mlflow.log_metrics(metrics)
+        items = list(metrics.items())
+        for start in range(0, len(items), MLFLOW_BATCH):
+            mlflow.log_metrics(dict(items[start : start + MLFLOW_BATCH]))
 
 
 def log_to_trackio(tracking: Tracking, run_name: str, metrics: dict[str, float]) -> None:
