@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
@@ -394,6 +395,20 @@ class Report(Config):
     largest decreases."""
 
 
+class Subject(Config):
+    """What is evaluated as `full` instead of the trained persona; see `opencharacter evaluate`."""
+
+    model: Role | None = None
+    """A model with its own weights or endpoint."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter of the student, in PEFT's layout."""
+
+    @property
+    def name(self) -> str:
+        """A name that can be used in a path."""
+        return self.model.name if self.model else Path(self.adapter or "adapter").name.lower()
+
+
 class Evaluation(Config):
     """What is measured, and how."""
 
@@ -427,6 +442,8 @@ class Evaluation(Config):
     """Answers and transcripts along that direction."""
     capabilities: Capabilities = Capabilities()
     """Benchmarks of lm-evaluation-harness."""
+    subject: Subject = Subject()
+    """A given model or adapter in the place of the trained persona."""
     report: Report = Report()
     """The HTML report."""
 

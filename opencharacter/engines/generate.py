@@ -60,7 +60,7 @@ def generate(
     role: str,
     fields: list[pa.Field],
     phase: str = "",
-    adapter: RemoteDir | None = None,
+    adapter: RemoteDir | Role | None = None,
     model: Role | None = None,
     partner: str = "",
 ) -> Shards:
@@ -74,7 +74,7 @@ def generate(
         fields: columns of the result in addition to `ROW_FIELDS`, taken from the request or added
             by the row function.
         phase: distinguishes the calls of a stage that generates more than once.
-        adapter: LoRA adapter to apply to the role's model, or None.
+        adapter: LoRA adapter to apply to the role's model, or None; or another model in its place.
         model: replaces the role's model, for roles with several models.
         partner: role whose model the row function may use as `conversation.partner`.
 
@@ -140,12 +140,14 @@ def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def effort(job: Job, role: str, adapter: RemoteDir | None) -> int:
+def effort(job: Job, role: str, adapter: RemoteDir | Role | None) -> int:
     """Rank what it takes until the engine that a job uses for a role is ready, as `effort` does."""
     return allocation.effort(engine_spec(job, role, adapter))
 
 
-def can_run_together(job: Job, role: str, adapter: RemoteDir | None, other_role: str) -> bool:
+def can_run_together(
+    job: Job, role: str, adapter: RemoteDir | Role | None, other_role: str
+) -> bool:
     """Whether the engines of two roles fit into the cluster side by side."""
     resources = {
         spec.key(): spec.resources

@@ -181,16 +181,19 @@ class Engine(Protocol):
 
 
 def engine_spec(
-    job: Job, role: str, adapter: RemoteDir | None = None, model: Role | None = None
+    job: Job, role: str, adapter: RemoteDir | Role | None = None, model: Role | None = None
 ) -> EngineSpec:
     """Return the spec of the engine that a job uses for a role.
 
     Args:
         job: provides the recipe and the placement.
         role: name of the role, which selects the model and the pool.
-        adapter: LoRA adapter to apply to the model, or None.
+        adapter: LoRA adapter to apply to the model, or None; or another model that is used in its
+            place.
         model: replaces the role's model, for roles with several models.
     """
+    if isinstance(adapter, Role):
+        return EngineSpec(adapter, getattr(job.placement.pools, role), None, role)
     from opencharacter.engines.served import served_spec  # which builds on this module
 
     if served := served_spec(job, role, adapter, model):

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from opencharacter.config.evaluation import Condition
 from opencharacter.config.recipe import Recipe
+from opencharacter.config.roles import Role
 from opencharacter.distillation import teacher
 from opencharacter.engines.conversations import Conversation, Row, RowFn
 from opencharacter.engines.spec import EngineSpec, engine_spec
@@ -87,8 +88,13 @@ def of_scope(job: Job, conditions: Iterable[Condition]) -> list[Condition]:
     return [condition for condition in conditions if (condition != "base") == of_persona]
 
 
-def condition_adapter(job: Job, condition: Condition) -> RemoteDir | None:
-    """The adapter that a condition adds to the student's weights; None for the student's own."""
+def condition_adapter(job: Job, condition: Condition) -> RemoteDir | Role | None:
+    """The adapter that a condition adds to the student's weights; None for the student's own.
+
+    It is a model if the recipe evaluates one in the place of the persona.
+    """
+    if condition == "full" and job.recipe.evaluation.subject.model:
+        return job.recipe.evaluation.subject.model
     stage = VARIANTS[condition].adapter_stage
     return job.parent(stage).adapter if stage else None
 

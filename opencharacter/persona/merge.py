@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opencharacter import cache, lora
+from opencharacter import cache, lora, models
 from opencharacter.errors import UserError
 from opencharacter.runtime.stage import Estimate, Job, StageResult
 from opencharacter.runtime.store import RemoteDir, explain_write_errors
@@ -276,8 +276,22 @@ def estimate(job: Job) -> Estimate:
     return Estimate(0)
 
 
+def identity(job: Job) -> dict[str, Any]:
+    """The model or adapter that takes the persona's place; nothing otherwise."""
+    given = job.recipe.evaluation.subject
+    if given.adapter:
+        return {"adapter": models.content(Path(given.adapter))}
+    return {"model": models.identity(given.model)} if given.model else {}
+
+
 def build(job: Job) -> StageResult:
-    config = job.config
+    config, given = job.config, job.recipe.evaluation.subject
+    if given.model:
+        return StageResult(0, figures={"skipped": "a given model is evaluated"})
+    if given.adapter:
+        return StageResult(
+            0, figures=merge_and_store(job, [WeightedAdapter(Path(given.adapter), 1.0)])
+        )
     weights = {"distillation/dpo": config.dpo_weight, "introspection/sft": config.sft_weight}
     adapters = [
         WeightedAdapter(job.parent(name).adapter.local(), weight)

@@ -1,0 +1,71 @@
+"""`opencharacter evaluate`: measures any model or adapter as if it were a trained persona."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from opencharacter.api import Run, execute
+from opencharacter.cli.options import (
+    RECIPES,
+    PersonaOption,
+    PlacementOption,
+    SetOption,
+    SmokeOption,
+)
+from opencharacter.cli.run import print_job, print_report_address, stop_on_sigterm
+from opencharacter.config import files
+from opencharacter.evaluation import subject as subjects
+from opencharacter.runtime.progress import console
+
+
+def evaluate(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL_OR_MODEL_OR_ADAPTER",
+            help="A URL of an OpenAI-compatible server (ending in /v1), a model's folder or "
+            "Hugging Face id, or an adapter's folder in PEFT's layout.",
+        ),
+    ],
+    constitution: PersonaOption,
+    recipe: Annotated[
+        str,
+        typer.Option(help=f"The recipe with base, judge and sizes ({RECIPES}) or a .yaml file."),
+    ] = "demo",
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model at the URL, if it serves several.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The untrained model. Default: the recipe's student.")
+    ] = None,
+    placement: PlacementOption = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="A path, s3:// or gs:// URL. Default: runs/evaluate/NAME."),
+    ] = None,
+    set_: SetOption = None,
+    smoke: SmokeOption = False,
+) -> None:
+    """Measure a model or adapter against a constitution and write the report."""
+    loaded = files.load_recipe(recipe, smoke, files.parse_assignments(set_ or ()))
+    given = subjects.parse_subject(subject, loaded.roles.student, model)
+    subjects.require_available(given)
+    storage = storage or f"runs/evaluate/{given.name}"
+    requested = Run(
+        subjects.evaluation_recipe(loaded, given, base), constitution, placement, storage
+    )
+    subjects.leave_out_training(requested.jobs)
+    selected = requested.select()
+    try:
+        for job, manifest in execute(requested, selected, None, on_connected=stop_on_sigterm):
+            print_job(job, manifest)
+    except KeyboardInterrupt:
+        console.show_cursor()
+        console.print("interrupted; run the same command again to resume")
+        sys.stdout.flush()
+        os._exit(130)  # the threads of running jobs would keep the process alive
+    print_report_address(requested)
