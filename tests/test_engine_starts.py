@@ -1,6 +1,13 @@
-"""What makes the start of an engine short."""
+"""What makes starts short, and work fast on cores that other processes use too."""
 
+import os
+
+import pytest
+import ray
+
+from opencharacter.config.placement import Placement
 from opencharacter.engines.backends import cache_environment
+from opencharacter.runtime import cluster
 
 
 def test_compiled_graphs_are_kept_in_the_cache_of_the_package(monkeypatch, tmp_path):
@@ -16,3 +23,21 @@ def test_compiled_graphs_are_kept_in_the_cache_of_the_package(monkeypatch, tmp_p
 def test_folders_that_the_environment_sets_are_used(monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", "/fast/vllm")
     assert cache_environment()["VLLM_CACHE_ROOT"] == "/fast/vllm"
+
+
+@pytest.mark.parametrize(
+    ("address", "chosen", "policy"),
+    [("", None, "PASSIVE"), ("", "ACTIVE", "ACTIVE"), ("10.0.0.1:6379", None, None)],
+)
+def test_waiting_threads_sleep_in_a_ray_that_a_command_starts(monkeypatch, address, chosen, policy):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    found = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: found.append(os.environ.get("OMP_WAIT_POLICY")))
+    monkeypatch.setattr(cluster, "node_resources", lambda _: [])
+    monkeypatch.setattr(cluster, "check_fits", lambda *_: None)
+    cluster.connect(Placement())
+    assert found == [policy]

@@ -17,6 +17,9 @@ from opencharacter.errors import UserError
 
 GIB = 2**30
 ACCELERATOR_PREFIX = "accelerator_type:"
+PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads of torch that wait for each other sleep. By default they spin, which is many times slower
+as soon as another process uses the cores, such as an engine beside training."""
 
 
 def connect(placement: Placement, recipe: Recipe | None = None) -> None:
@@ -32,6 +35,9 @@ def connect(placement: Placement, recipe: Recipe | None = None) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         options: dict[str, Any] = {} if address else local_options(placement)
+        if not address:
+            for name, value in PASSIVE_THREADS.items():  # which the workers of this Ray inherit
+                os.environ.setdefault(name, value)
         # Without "local", Ray would join any cluster that runs on this machine.
         ray.init(
             address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options
