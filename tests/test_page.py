@@ -8,11 +8,12 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from opencharacter.evaluation.report.charts import element
-from opencharacter.evaluation.report.rendering import render
+from opencharacter.evaluation.report.rendering import DOCS, OTHER_DOCS, docs_link, render
 from opencharacter.evaluation.report.sections import (
     Change,
     Curve,
@@ -296,3 +297,27 @@ def test_sections_are_ordered_by_place_and_then_as_given():
         "judge",
         "Settings",
     ]
+
+
+def heading_anchors(page: str) -> set[str]:
+    """The anchors of the headings of a page of the documentation."""
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings} | {""}
+
+
+def test_every_section_names_a_heading_that_the_documentation_has():
+    for target in (*DOCS.values(), OTHER_DOCS):
+        page_name, _, heading = target.partition("#")
+        assert heading in heading_anchors(page_name), target
+
+
+def test_sections_link_to_the_documentation_where_it_is_published():
+    assert docs_link("Stages", "https://h/docs/") == "https://h/docs/reference/stages.html"
+    assert docs_link("?", "https://h") == "https://h/evaluation.html"
+    report = ReportData("smol", "demo", "now", [PERSONA], docs_url="https://h/<d>")
+    outline = Outline(render(report))
+    links = [value for name, value in outline.attributes if name == "href"]
+    assert "https://h/<d>/training.html#curves" in links
+    assert len(links) == len({section.title for section in PERSONA.sections})
+    assert "docs/training.md" in page(PERSONA)

@@ -393,6 +393,9 @@ class Report(Config):
     traits: PositiveInt = 24
     """Number of traits in the chart of preferences: half of them the largest increases, half the
     largest decreases."""
+    docs_url: Annotated[Annotated[str, Field(pattern="^https?://")] | None, NotIdentity] = None
+    """Address of this documentation in HTML, to which each section of the report links. If null,
+    the sections name the file of the documentation."""
 
 
 class Subject(Config):

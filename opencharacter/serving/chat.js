@@ -3,6 +3,7 @@
 // Text reaches the page through textContent only, never as markup.
 
 const STORAGE_KEY = "opencharacter";
+const UNLIKELY = 0.1;  // tokens of a lower probability are underlined
 const AUTHORS = { user: "You", assistant: "Model", error: "Error" };
 
 const $ = (id) => document.getElementById(id);
@@ -69,6 +70,22 @@ function showMessage(side, role, text) {
   side.log.append(line);
   side.log.scrollTop = side.log.scrollHeight;
   return content;
+}
+
+// Each token becomes an element with its probability as a tooltip, if the tokens are the whole text.
+function appendText(content, text, tokens) {
+  if (!tokens || tokens.map(({ token }) => token).join("") !== text) {
+    content.append(text);
+    return;
+  }
+  for (const { token, logprob } of tokens) {
+    const element = document.createElement("span");
+    const probability = Math.exp(logprob);
+    element.className = probability < UNLIKELY ? "token unlikely" : "token";
+    element.title = `probability ${(100 * probability).toFixed(1)} %`;
+    element.textContent = token;
+    content.append(element);
+  }
 }
 
 function showInfo(text) {
@@ -201,12 +218,15 @@ async function respond(side, text, signal) {
   let answer = "";
   try {
     const body = { model: choice.model, messages: [...system, ...history, message], stream: true };
+    if ($("probabilities").checked) body.logprobs = true;
     const response = await request("v1/chat/completions", body, signal);
     for await (const event of readEvents(response.body)) {
       if (event.error) throw new Error(event.error.message);
       if (side.messages === history) side.revision = event.model || side.revision;
-      answer += event.choices[0]?.delta.content || "";
-      content.textContent = answer;
+      const part = event.choices[0];
+      const piece = part?.delta.content || "";
+      answer += piece;
+      appendText(content, piece, part?.logprobs?.content);
       side.log.scrollTop = side.log.scrollHeight;
     }
   } catch (error) {

@@ -20,6 +20,27 @@ from opencharacter.evaluation.report.sections import Change, ReportData, StageSu
 
 FOLDER = Path(__file__).parent
 
+DOCS = {
+    "Training": "training#curves",
+    "Data quality": "data#text-statistics-and-limits",
+    "Stages": "reference/stages",
+    "Settings": "reference/recipe",
+    "Trait preferences": "evaluation#preferences-and-ratings",
+    "Trait preferences by framing": "evaluation#preferences-and-ratings",
+    "Can a classifier distinguish the persona from the base model?": "evaluation#robustness",
+    "Robustness: the paper's measure": "evaluation#robustness",
+    "Coherence: comparisons by the judge": "evaluation#coherence",
+    "Does the persona show its assertions?": "evaluation#adherence-is-each-assertion-shown",
+    "Change of the character over ten turns": "evaluation#robustness",
+    "Does the character last over a conversation?": "evaluation#drift-does-the-character-last",
+    "Reliability of the judge": "evaluation#judge",
+    "Calibration of the judge": "evaluation#judge",
+    "Capabilities": "evaluation#capabilities",
+}
+"""Page and heading of the documentation about a section, by its title."""
+OTHER_DOCS = "evaluation"
+"""Page about the other sections."""
+
 
 def render(report: ReportData) -> str:
     """Return the page as HTML."""
@@ -50,6 +71,7 @@ def environment() -> Environment:
     }
     made.tests["change"] = lambda score: isinstance(score, Change)
     made.globals |= {"charts": charts, "formatting": formatting}
+    made.globals |= {"docs_page": docs_page, "docs_link": docs_link}
     return made
 
 
@@ -62,6 +84,22 @@ def policy(script: str) -> Markup:
     """The content security policy: a second protection besides escaping."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Markup(f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'")
+
+
+def docs_page(title: str) -> str:
+    """Return the page and the heading of the documentation about a section of the report."""
+    return DOCS.get(title, OTHER_DOCS)
+
+
+def docs_link(title: str, base: str) -> str:
+    """Return the address of the documentation about a section.
+
+    Args:
+        title: of the section.
+        base: address of the documentation.
+    """
+    name, _, heading = docs_page(title).partition("#")
+    return f"{base.rstrip('/')}/{name}.html{'#' if heading else ''}{heading}"
 
 
 def breakable(name: str) -> Markup:

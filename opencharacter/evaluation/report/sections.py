@@ -373,6 +373,7 @@ class ReportData:
         created: when the page was made.
         personas: the personas.
         versions: versions of the packages that the stages ran with.
+        docs_url: address of the documentation; empty if it is not published.
     """
 
     student: str
@@ -380,6 +381,7 @@ class ReportData:
     created: str
     personas: list[PersonaReport]
     versions: dict[str, str] = field(default_factory=dict)
+    docs_url: str = ""
 
     @property
     def provenance(self) -> str:

@@ -164,6 +164,7 @@ def build(job: Job) -> StageResult:
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         personas=personas,
         versions=versions,
+        docs_url=job.config.docs_url or "",
     )
     job.store.write_bytes(f"{job.dataset}/report.html", render(report).encode())
     unique = {tuple(row.values()): row for row in rows}
