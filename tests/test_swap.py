@@ -8,6 +8,7 @@ import contextlib
 import json
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -224,6 +225,7 @@ def test_outputs_after_a_swap_equal_those_of_a_fresh_engine_even_if_one_is_kille
 
     # The engine hangs during the next swap, and its actor is killed.
     (core,) = processes("EngineCore", raylets())
+    assert processes("VLLM::Worker", raylets()) == []  # the engine runs the model itself
     (actor,) = processes("ray::EngineActor", raylets())
     core.suspend()
 
@@ -248,37 +250,74 @@ def raylets() -> list[int]:
     ]
 
 
+class Answering:
+    """A run of a persona's evaluation/answers, which replaces its engine's weights once.
+
+    Args:
+        folder: the working folder, with a storage and a cache of its own.
+        model: folder of the embedded model.
+    """
+
+    def __init__(self, folder: Path, model: Path):
+        folder.mkdir()
+        data = embedded_recipe()
+        data["evaluation"]["answers"] |= {
+            "conditions": ["base", "prompted", "full"],
+            "count": 4,
+        }
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
+        recipe, store = Recipe.model_validate(data), Store(str(folder / "runs/tiny"))
+        jobs = pipeline.jobs(recipe, [schema.load("poeticism")], Placement(), store)
+        by_name = {job.stage.name: job for job in jobs}
+        prompts = by_name["distillation/prompts"]
+        store.write_table(prompts.dataset, pa.table({"id": ["1"], "prompt": ["Hello?"]}))
+        write_adapter(model, by_name["persona/merge"].adapter.local(), seed=2)
+        self.folder, self.store, self.job = folder, store, by_name["evaluation/answers"]
+        self.cache = folder / "cache"
+        shutil.copytree(cache.cache_dir() / "models", self.cache / "models")
+        compiled = str(cache.cache_dir() / "vllm")
+        self.environment = {"OPENCHARACTER_CACHE": str(self.cache), "VLLM_CACHE_ROOT": compiled}
+
+    def start(self, placement: dict, **environment: str) -> subprocess.Popen[str]:
+        (self.folder / "few.yaml").write_text(yaml.safe_dump(placement))
+        environment = {**self.environment, **environment}
+        return start(self.folder, f"{self.job.stage.name}@persona", "few.yaml", **environment)
+
+    def await_swap(self, process: subprocess.Popen[str]) -> None:
+        """Wait for the beginning of the swap, where the adapter is merged."""
+        start_time = time.monotonic()
+        while not (self.cache / "merged").is_dir():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() - start_time < 300
+            time.sleep(0.02)
+
+    def finish(self, process: subprocess.Popen[str]) -> tuple[dict, list[str]]:
+        """Return the manifest and the answers, each id exactly once."""
+        manifest = check_complete(self.folder, self.job.dataset, 8, process)
+        rows = self.store.read_table(self.job.dataset).sort_by("id")
+        return manifest, rows["answer"].to_pylist()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(embedded_model, tmp_path_factory) -> list[str]:
+    """The answers of a run that nothing disturbed."""
+    run = Answering(tmp_path_factory.mktemp("undisturbed") / "run", embedded_model)
+    manifest, answers = run.finish(run.start({"ray_cpus": 2}))
+    assert (len(manifest["engines_started"]), len(manifest["engines_swapped"])) == (1, 1)
+    return answers
+
+
 @pytest.mark.slow
-def test_a_run_whose_driver_is_killed_during_a_swap_resumes(embedded_model, tmp_path):
-    data = embedded_recipe()
-    data["evaluation"]["answers"] |= {"conditions": ["base", "full"], "count": 4}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
-    (tmp_path / "few.yaml").write_text(yaml.safe_dump({"ray_cpus": 2}))
-    recipe, store = Recipe.model_validate(data), Store(str(tmp_path / "runs/tiny"))
-    jobs = pipeline.jobs(recipe, [schema.load("poeticism")], Placement(), store)
-    by_name = {job.stage.name: job for job in jobs}
-    prompts = by_name["distillation/prompts"]
-    store.write_table(prompts.dataset, pa.table({"id": ["1"], "prompt": ["Hello?"]}))
-    write_adapter(embedded_model, by_name["persona/merge"].adapter.local(), seed=2)
-    own_cache, answers = tmp_path / "cache", by_name["evaluation/answers"]
-    shutil.copytree(cache.cache_dir() / "models", own_cache / "models")
-
-    def start_answers():
-        name = answers.stage.name
-        return start(tmp_path, name, "few.yaml", OPENCHARACTER_CACHE=str(own_cache))
-
-    process = start_answers()
-    merged = own_cache / "merged"
-    start_time = time.monotonic()
-    # The adapter is merged at the beginning of the swap.
-    while not merged.is_dir():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() - start_time < 300
-        time.sleep(0.02)
+def test_a_run_whose_driver_is_killed_during_a_swap_resumes_with_the_same_answers(
+    undisturbed, embedded_model, tmp_path
+):
+    run = Answering(tmp_path / "run", embedded_model)
+    process = run.start({"ray_cpus": 2})
+    run.await_swap(process)
     process.kill()
     process.wait()
-    assert shard_files(tmp_path, f"{answers.dataset}") == []
-    base_rows = list((tmp_path / "runs/tiny" / answers.dataset / ".shards/base").glob("*.parquet"))
-    assert base_rows
-    manifest = check_complete(tmp_path, answers.dataset, 8, start_answers())
+    assert shard_files(run.folder, run.job.dataset) == []
+    assert list((run.folder / "runs/tiny" / run.job.dataset / ".shards/prompted").glob("*.parquet"))
+    manifest, answers = run.finish(run.start({"ray_cpus": 2}))
     assert (len(manifest["engines_started"]), manifest["engines_swapped"]) == (1, [])
+    assert answers == undisturbed
