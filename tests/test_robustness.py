@@ -324,3 +324,26 @@ def test_the_papers_numbers_stand_only_beside_the_same_setting():
     assert "full, all instructions, pooled: 0.87" in pooled_robustness.paper_note(
         same, 11, ["full"]
     )
+
+
+@pytest.mark.slow
+def test_the_interval_of_the_papers_measure_covers_the_truth():
+    draw = np.random.default_rng(11)
+    personas = ["a", "b", "c"]
+
+    def answered(prompts):
+        """Answers under eight instructions; a hard prompt confuses the classifier under all."""
+        rows = []
+        for prompt, ease in enumerate(draw.beta(3, 2, size=prompts)):
+            for persona in personas:
+                others = [name for name in personas if name != persona]
+                for _ in range(8):
+                    guess = persona if draw.random() < ease else others[draw.integers(2)]
+                    rows.append({"prompt": str(prompt), "label": persona, "guess": guess})
+        return rows
+
+    truth = robustness.f1_score([answered(5000)], personas, 100, seed=1).value
+    runs = [robustness.f1_score([answered(60)], personas, 300, seed=n) for n in range(300)]
+    assert truth
+    covered = [run.low <= truth <= run.high for run in runs if run.low and run.high]
+    assert 0.92 <= sum(covered) / len(runs) <= 0.98
