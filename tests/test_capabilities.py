@@ -61,12 +61,29 @@ def test_format_errors_are_distinguished_from_wrong_answers():
         "commonplace", {"commonplace": [sample(n, acc=float(n < 3)) for n in range(4)]}
     )
     replies = ["A", "Ah, the first of stars!", "B.", "Alas, none"]
-    answers = [sample(n, target="A", resps=[[text]]) for n, text in enumerate(replies)]
+    doc = {"options": ["Rome", "Oslo", "Bern", "Cairo"]}
+    answers = [sample(n, target="A", resps=[[text]], doc=doc) for n, text in enumerate(replies)]
     rows = capabilities.chat_rows(known, answers)
     results = {m: [r["value"] for r in rows if r["metric"] == m] for m in (IN_CHAT, READABLE)}
     assert results == {IN_CHAT: [1, 0, 0, 0], READABLE: [1, 0, 1, 0]}
     assert [r["value"] for r in rows if r["metric"] == FORMAT_LOST] == [0, 1, 0, 0]
     assert rows[0]["answer"] == "A"
+
+
+@pytest.mark.parametrize(
+    ("text", "reached"),
+    [
+        ("B", capabilities.IN_CHAT),
+        ("C. Rome", capabilities.WRONG),
+        ("Oh, the answer is New York, dear friend!", capabilities.OTHER_FORM),
+        ("Rome, of course.", capabilities.WRONG),
+        ("Rome or New York?", capabilities.NO_ANSWER),
+        ("The stars alone know.", capabilities.NO_ANSWER),
+        ("<think>Rome?</think> new york", capabilities.OTHER_FORM),
+    ],
+)
+def test_a_reply_is_right_right_in_another_form_wrong_or_no_answer(text, reached):
+    assert capabilities.outcome(text, ["Rome", "New York", "Bern", "York"][:3], 1) == reached
 
 
 def test_each_metric_of_a_document_is_a_row_and_subtasks_of_a_group_are_one_task():

@@ -47,6 +47,7 @@ from opencharacter.evaluation.scores import (
 from opencharacter.runtime.attempts import AttemptLog
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, TrainingWorkers
 from opencharacter.runtime.store import SHARDS
+from opencharacter.text import filters
 from opencharacter.text.chat import row_id, strip_think
 from opencharacter.text.templates import load_tokenizer
 
@@ -78,7 +79,10 @@ METRICS = ("acc", "acc_norm", "exact_match")
 """The harness's metrics that are kept: proportions, 0 .. 1."""
 IN_CHAT, READABLE, FORMAT_LOST = "chat", "chat_readable", "format_lost"
 """Right in chat; a letter can be read in chat; right by likelihood, but no letter can be read."""
-ALL_METRICS = (*METRICS, IN_CHAT, READABLE, FORMAT_LOST)
+OTHER_FORM, WRONG, NO_ANSWER = "chat_other_form", "chat_wrong", "chat_no_answer"
+"""Right, but by the option's text and not by its letter; another option; no option at all. Together
+with `IN_CHAT` they count every reply once."""
+ALL_METRICS = (*METRICS, IN_CHAT, OTHER_FORM, WRONG, NO_ANSWER, READABLE, FORMAT_LOST)
 
 SIZES = {
     "truthfulqa_mc2": 817,
@@ -91,7 +95,7 @@ SIZES = {
 """Number of documents of the paper's tasks and of ours, for `plan`."""
 SUBTASKS = {"mmlu": 57}
 """Number of subtasks of a task, each with at most `documents` documents; others have one."""
-ROWS_PER_DOCUMENT = {"hellaswag": 2, "arc_challenge": 2, OWN: 4}
+ROWS_PER_DOCUMENT = {"hellaswag": 2, "arc_challenge": 2, OWN: 7}
 """Number of metrics of a task that are kept, for `plan`; others have one."""
 
 SCHEMA = pa.schema(
@@ -238,7 +242,7 @@ def documents(task: str, samples: Samples) -> list[Row]:
 
 
 def chat_rows(by_likelihood: list[Row], replies: list[dict[str, Any]]) -> list[Row]:
-    """Rows of the chat form: right or not, readable or not, and known but in the wrong format.
+    """Rows of the chat form: the outcome of a reply, whether it has a letter, and lost format.
 
     Args:
         by_likelihood: rows of the same documents by likelihood.
@@ -249,13 +253,31 @@ def chat_rows(by_likelihood: list[Row], replies: list[dict[str, Any]]) -> list[R
     for sample in replies:
         document, text = document_id(OWN, sample), sample["resps"][0][0]
         letter = read_letter(text)
+        reached = outcome(text, sample["doc"]["options"], LETTERS.index(sample["target"]))
         values = {
-            IN_CHAT: letter == sample["target"],
+            **{name: name == reached for name in (IN_CHAT, OTHER_FORM, WRONG, NO_ANSWER)},
             READABLE: letter is not None,
             FORMAT_LOST: likeliest[document] and letter is None,
         }
         rows += [row(OWN, metric, document, value, text) for metric, value in values.items()]
     return rows
+
+
+def outcome(text: str, options: Sequence[str], right: int) -> str:
+    """What a reply in chat amounts to: one of `IN_CHAT`, `OTHER_FORM`, `WRONG` and `NO_ANSWER`.
+
+    A reply without a letter answers by the text of an option, if it names exactly one.
+    """
+    letter = read_letter(text)
+    if letter is not None:
+        return IN_CHAT if letter == LETTERS[right] else WRONG
+    visible = " ".join(filters.words(strip_think(text) or text))
+    named = [
+        n for n, o in enumerate(options) if f" {' '.join(filters.words(o))} " in f" {visible} "
+    ]
+    if len(named) != 1:
+        return NO_ANSWER
+    return OTHER_FORM if named[0] == right else WRONG
 
 
 def read_letter(text: str) -> str | None:
@@ -454,7 +476,8 @@ points, with 95% intervals for paired data."""
 FORMAT_NOTE = """\
 The questions of this package's task are also asked in chat, where the reply should be a letter. \
 If the right option is the most likely one but no letter can be read in the reply, the persona has \
-lost the format, not the knowledge."""
+lost the format, not the knowledge. Right, right in another form (the option's text without its \
+letter), wrong, and no answer count every reply once."""
 PAPER_NOTE = """\
 In the paper (Llama, before and after goodness, loving, misalignment): TruthfulQA 45.9 to 42.9, \
 45.4, 34.1; WinoGrande 72.6 to 71.5, 71.6, 68.8; HellaSwag 60.8 to 59.2, 58.6, 56.7; ARC-C 59.2 \
@@ -465,7 +488,10 @@ METRIC_LABELS = {
     "acc": "accuracy",
     "acc_norm": "accuracy by likelihood per byte",
     "exact_match": "exact match",
-    IN_CHAT: "accuracy in chat",
+    IN_CHAT: "right in chat",
+    OTHER_FORM: "right in chat, but in another form",
+    WRONG: "wrong in chat",
+    NO_ANSWER: "no answer in chat",
     READABLE: "readable letter in chat",
     FORMAT_LOST: "known, but format lost in chat",
 }
