@@ -21,7 +21,7 @@ LAYERS = (
     ("planning",),
     ("serving",),
     ("api",),
-    ("cli",),
+    ("cli", "integrations"),
 )
 """From the bottom up."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

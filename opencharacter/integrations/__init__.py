@@ -1,0 +1,1 @@
+"""Connections to evaluation frameworks of others; each needs the framework installed."""
