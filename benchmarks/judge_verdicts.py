@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import platform
 import sys
 import time
@@ -72,7 +73,8 @@ def main() -> None:
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for model in sys.argv[1:]:
         name = Path(model).stem
-        stored[name] = asyncio.run(measure(model)) | {"machine": platform.processor() or "CPU"}
+        machine = f"{os.cpu_count()} cores, {platform.machine()}, shared with other work"
+        stored[name] = asyncio.run(measure(model)) | {"machine": machine}
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
         for way in ("text", "log_probability"):
             agreement = stored[name][way]["agreement"]
