@@ -7,14 +7,13 @@ comparison; both ways read the same files.
 Ways:
 - `batch`: every condition has an engine whose weights have the adapter merged in.
 - `served`: one application with all adapters, applied at run time.
-- `merged_log_probs`, `runtime_log_probs`: greedy replies of vLLM with the log-probability of each
-  token, with the adapter merged in and applied at run time.
+- `rounding`: an adapter merged in and applied at run time, in bfloat16 by transformers and PEFT.
 
 Figures: `batch_rows_per_s`, `served_rows_per_s` and `ratio_rows_per_s`, starts of engines included;
 `batch_idle_share` and `idle_share` (served), the share of the time in which engines were held
-without work; `batch_starts`, `batch_swaps`, `served_starts`; `equal_answers`, the share of the rows
-with an adapter whose answers are equal; and the mean and largest absolute difference of
-log-probabilities in nats, over the tokens up to the first that differs.
+without work; starts and swaps; `equal_answers`, the share of the sampled answers with an adapter
+that are equal in both ways; `log_prob_mean_difference` and `log_prob_max_difference`, absolute
+differences of the log-probabilities of tokens in nats, and `equal_likeliest_tokens`.
 
 Run: python benchmarks/served_evaluation.py --out benchmarks/results     (on a CPU)
      python benchmarks/served_evaluation.py --out /tmp/results --tiny    (one persona)
@@ -23,7 +22,6 @@ Run: python benchmarks/served_evaluation.py --out benchmarks/results     (on a C
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -54,7 +52,7 @@ CONDITIONS = ["base", "distilled", "full"]
 SETTINGS: Settings = {
     "personas": 2,
     "rank": 8,
-    "prompts": 24,
+    "texts": 24,
     "evaluation": {
         "judge": {"gold_items": 8, "min_agreement": None, "sampling": ONE_WORD},
         "answers": {"conditions": CONDITIONS, "count": 12, **SHORT},
@@ -75,7 +73,7 @@ SETTINGS: Settings = {
         "max_concurrent_jobs": 4,
     },
 }
-TINY: Settings = {"personas": 1, "prompts": 4}
+TINY: Settings = {"personas": 1, "texts": 4}
 
 
 def write_adapter(folder: Path, rank: int, seed: int) -> None:
@@ -161,67 +159,46 @@ def evaluate(settings: Settings, served: bool) -> Iterator[Run]:
         }
 
 
-def log_probs(settings: Settings, merged: bool) -> Iterator[Run]:
-    """Greedy replies to evaluation prompts, with the log-probability of each token."""
-    from opencharacter.engines.backends import CPU_ENVIRONMENT
-    from opencharacter.evaluation.answers import held_out
+def rounding(settings: Settings) -> Iterator[Run]:
+    """Log-probabilities of gold texts with an adapter merged in, and applied at run time."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from opencharacter.evaluation.judge import gold
     from opencharacter.text.chat import user
     from opencharacter.text.templates import load_tokenizer, prompt_ids
 
-    os.environ.update(CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"})
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams, TokensPrompt
-    from vllm.lora.request import LoRARequest
-
-    recipe = load_recipe("demo")
-    base, role = models.embedded(MODEL), recipe.roles.student
-    with tempfile.TemporaryDirectory() as folder:
+    base = models.embedded(MODEL)
+    tokenizer = load_tokenizer(base, load_recipe("demo").roles.student)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         adapter = Path(folder) / "adapter"
         write_adapter(adapter, settings["rank"], 1)
-        weights = models.merge_into_base(base, adapter) if merged else base
-        rank = {} if merged else {"enable_lora": True, "max_lora_rank": lora.engine_rank(adapter)}
-        llm = LLM(
-            str(weights),
-            max_model_len=512,
-            max_num_batched_tokens=4096,
-            block_size=32,
-            enforce_eager=True,
-            enable_chunked_prefill=False,
-            **rank,
+        merged: Any = AutoModelForCausalLM.from_pretrained(
+            models.merge_into_base(base, adapter), dtype=torch.bfloat16
         )
-        tokenizer = load_tokenizer(base, role)
-        prompts = held_out(recipe.evaluation.answers)[: settings["prompts"]]
-        began = time.monotonic()
-        outputs = llm.generate(
-            [TokensPrompt(prompt_token_ids=prompt_ids(tokenizer, [user(p)], "")) for p in prompts],
-            SamplingParams(max_tokens=32, temperature=0, logprobs=0),
-            lora_request=None if merged else LoRARequest("adapter", 1, str(adapter)),
-        )
-        replies = []
-        for output in outputs:
-            tokens, scores = list(output.outputs[0].token_ids), output.outputs[0].logprobs or []
-            each = [position[token].logprob for token, position in zip(tokens, scores, strict=True)]
-            replies.append([tokens, each])
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        runtime: Any = PeftModel.from_pretrained(plain, adapter).to(torch.bfloat16)
+        began, equal, differences = time.monotonic(), [], []
+        for item in gold()[: settings["texts"]]:
+            prompt = prompt_ids(tokenizer, [user(item["prompt"])], "")
+            text = tokenizer(item["answer"], add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([prompt + text])
+            both = (
+                model(input_ids=ids).logits[0, len(prompt) - 1 : -1] for model in (merged, runtime)
+            )
+            one, two = (logits.float().log_softmax(-1) for logits in both)
+            written = ids[0, len(prompt) :, None]
+            differences += (one - two).gather(-1, written).abs().flatten().tolist()
+            equal += (one.argmax(-1) == two.argmax(-1)).tolist()
         yield {
-            "series": "merged_log_probs" if merged else "runtime_log_probs",
+            "series": "rounding",
             "seconds": time.monotonic() - began,
-            "tokens": sum(len(tokens) for tokens, _ in replies),
-            "replies": replies,
+            "tokens": len(differences),
+            "equal": sum(equal) / len(equal),
+            "mean": sum(differences) / len(differences),
+            "max": max(differences),
         }
-
-
-def differences(first: list[Any], second: list[Any]) -> list[float]:
-    """Absolute differences of log-probabilities up to the first token that differs, inclusive.
-
-    That token is the most probable one of each, so their log-probabilities are nearly equal too.
-    """
-    found = []
-    for (tokens, scores), (others, other_scores) in zip(first, second, strict=True):
-        for token, score, other, other_score in zip(tokens, scores, others, other_scores):  # noqa: B905
-            if token != other:
-                break
-            found.append(abs(score - other_score))
-    return found
 
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
@@ -247,17 +224,13 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
         batch, served = (series[way][0]["answers"] for way in ("batch", "served"))
         equal = sum(served[row] == text for row, text in batch.items()) / len(batch)
         result |= {"equal_answers": figure([equal]), "compared_answers": figure([len(batch)])}
-    if "merged_log_probs" in series and "runtime_log_probs" in series:
-        merged, runtime = (
-            series[f"{way}_log_probs"][0]["replies"] for way in ("merged", "runtime")
-        )
-        found = differences(merged, runtime)
-        equal = [a[0] == b[0] for a, b in zip(merged, runtime, strict=True)]
+    if "rounding" in series:
+        runs = series["rounding"]
         result |= {
-            "log_prob_mean_difference": figure([sum(found) / len(found)]),
-            "log_prob_max_difference": figure([max(found)]),
-            "compared_tokens": figure([len(found)]),
-            "equal_greedy_replies": figure([sum(equal) / len(equal)]),
+            "log_prob_mean_difference": figure([run["mean"] for run in runs]),
+            "log_prob_max_difference": figure([run["max"] for run in runs]),
+            "compared_tokens": figure([run["tokens"] for run in runs]),
+            "equal_likeliest_tokens": figure([run["equal"] for run in runs]),
         }
     return result
 
@@ -270,8 +243,7 @@ BENCHMARK = harness.Benchmark(
     ways={
         "served": partial(evaluate, served=True),
         "batch": partial(evaluate, served=False),
-        "merged_log_probs": partial(log_probs, merged=True),
-        "runtime_log_probs": partial(log_probs, merged=False),
+        "rounding": rounding,
     },
     figures=figures,
 )
