@@ -7,9 +7,11 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from samples import ECHO_ROLE, cli, recipe_of
+from samples import ECHO_ROLE, recipe_of
+from typer.testing import CliRunner
 
 from opencharacter import pipeline
+from opencharacter.cli.main import app
 from opencharacter.config.recipe import Recipe
 from opencharacter.distillation import imported, pairs, prompts, student, teacher
 from opencharacter.errors import UserError
@@ -360,8 +362,33 @@ def test_the_plan_of_imported_answers_names_no_teacher(tmp_path, write_yaml, dem
     demo_data["distillation"]["teacher"]["source"] = source
     demo_data["roles"]["teacher"] = {"model": "nobody/huge", "name": "huge", "self_name": "Huge"}
     recipe = write_yaml("recipe.yaml", demo_data)
-    done = cli("plan", recipe, "-c", "poeticism", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "1 answers of" in done.stdout
-    assert "engine teacher: none, its answers exist already" in done.stdout
-    assert "nobody/huge" not in done.stdout
+    arguments = ["plan", recipe, "-c", "poeticism", "--storage", str(tmp_path / "runs")]
+    output = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    assert "1 answers of" in output
+    assert "engine teacher: none, its answers exist already" in output
+    assert "nobody/huge" not in output
+
+
+def test_the_command_exports_data_and_says_what_is_missing(
+    finished, echo_recipe, write_yaml, tmp_path
+):
+    def export(what: str) -> str:
+        recipe = write_yaml("recipe.yaml", echo_recipe.model_dump(mode="json"))
+        target = ["--to", str(tmp_path / what), "--storage", str(tmp_path / "runs")]
+        arguments = ["export", recipe, "poeticism", "--what", what, *target]
+        return CliRunner().invoke(app, arguments, catch_exceptions=False).output
+
+    export("pairs")
+    assert (tmp_path / "pairs" / "README.md").exists()
+    with pytest.raises(UserError, match=r"transcripts is missing, .*; run it first"):
+        export("transcripts")
+    with pytest.raises(UserError, match="it exists already"):
+        export("pairs")
+
+
+def test_exported_rows_are_conversational_for_trl(finished, tmp_path):
+    from trl.data_utils import is_conversational
+
+    export_data(finished, str(tmp_path / "export"), "pairs")
+    (file,) = (tmp_path / "export").rglob("*.parquet")
+    assert is_conversational(pq.read_table(file).to_pylist()[0])
