@@ -126,7 +126,12 @@ BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "deep schema": ("chat", schema_format(nested_schema(33)), "more than 32 levels"),
     "long pattern": ("chat", pattern_format("a" * 257), "257 characters.*allows 256"),
     "repetition in a pattern": ("chat", pattern_format("^a{1,1000}$"), "1,000.*allows 128"),
-    "nested repetition": ("chat", pattern_format("((a{1,30}){1,30}){9}"), "8,100.*allows 128"),
+    "nested repetition": ("chat", pattern_format("((a{1,5}){1,5}){5}"), "3,125.*allows 128"),
+    "many patterns": (
+        "chat",
+        schema_format({"properties": {f"a{i}": {"pattern": f"a{{{90 + i}}}"} for i in range(3)}}),
+        "273 characters or classes.*allows 256",
+    ),
     "pattern of properties": (
         "chat",
         schema_format({"type": "object", "patternProperties": {"[a-z]{129}": {}}}),
