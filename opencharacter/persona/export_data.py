@@ -73,7 +73,7 @@ Generated with opencharacter {version} after the method of \
 | Digest of the constitution | `{constitution}` |
 | Fingerprints | {fingerprints} |
 
-The texts were written by these models. Their licenses and terms of use also apply to the texts.
+The texts and scores were made by these models. Their licenses and terms of use also apply to the texts.
 
 {models}
 
@@ -312,7 +312,7 @@ def dataset_card(jobs: list[Job], splits: list[Split], what: What) -> str:
         seeds="derived from it, the stage and the row's id" if recipe.seeded_sampling else "none",
         constitution=persona.digest(),
         fingerprints=", ".join(f"`{s.job.dataset}` {s.job.fingerprint}" for s in splits),
-        models=models_table(splits[0].job),
+        models=models_table(splits[0].job, what),
         traits=persona.assertions(),
     )
     return f"---\n{front_matter(splits, persona.name, what)}\n---\n\n{text}"
@@ -347,10 +347,11 @@ def counts_table(splits: list[Split]) -> str:
     return markdown_table(("Data", "Rows", "Dropped rows, not included", "Content digest"), rows)
 
 
-def models_table(job: Job) -> str:
-    """Return a table of the models that wrote or judged the texts."""
+def models_table(job: Job, what: What) -> str:
+    """Return a table of the models that wrote the texts, or judged them."""
     rows = []
-    for name in ("teacher", "student", "judge"):
+    names = ("student", "judge") if what == "evaluation" else ("teacher", "student")
+    for name in names:
         role = getattr(job.recipe.roles, name)
         hub_name, license_id = published(role)
         rows.append([name, hub_name or role.name, role.revision or "", license_id or "unknown"])
