@@ -29,6 +29,7 @@ from opencharacter.serving import chat_page, lifecycle, metrics, validation
 from opencharacter.serving.access import AccessPolicy, is_loopback
 from opencharacter.serving.application import build_application
 from opencharacter.serving.catalogue import Catalogue
+from opencharacter.serving.messages import normalize_messages
 
 HELLO = [{"role": "user", "content": "hello there"}]
 BODY = {"model": "echo", "messages": HELLO}
@@ -458,7 +459,7 @@ def test_unset_sampling_parameters_are_the_recipes():
 def test_content_parts_become_one_string():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": parts}]
-    assert validation.normalize_messages(messages) == [{"role": "system", "content": "ab"}]
+    assert normalize_messages(messages, Serving(), False) == [{"role": "system", "content": "ab"}]
 
 
 # ---------------------------------------------------------------------------------- operation
