@@ -73,7 +73,7 @@ Generated with opencharacter {version} after the method of \
 | Digest of the constitution | `{constitution}` |
 | Fingerprints | {fingerprints} |
 
-The texts and scores were made by these models. Their licenses and terms of use also apply to the texts.
+The texts and scores were made by these models, whose licenses and terms of use also apply to them.
 
 {models}
 
