@@ -90,6 +90,9 @@ class Role(Config):
     trust_remote_code: bool = False
     """Run Python code that is distributed with the weights. Enable it only after reading that
     code."""
+    tool_parser: Annotated[str | None, NotIdentity] = None
+    """vLLM's parser of the model's tool calls, for example `hermes` for Qwen 2.5 or `llama3_json`
+    for Llama 3.1. A server rejects requests with tools if null."""
     endpoint: Annotated[Annotated[str, AfterValidator(validate_endpoint)] | None, NotIdentity] = (
         None
     )

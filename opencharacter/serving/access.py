@@ -9,12 +9,26 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from starlette.requests import Request
 
 from opencharacter.serving.protocol import ApiError
 
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+
+
+class Client(NamedTuple):
+    """Who sent a request.
+
+    Args:
+        id: the start of the API key's digest, which is logged; "" if no key is required.
+        cache_salt: separates the prefix cache of this key from those of others, so that no client
+            can tell from response times what others have sent; "" if no key is required.
+    """
+
+    id: str = ""
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,18 +44,15 @@ class AccessPolicy:
     keys: tuple[bytes, ...] = ()
     local: bool = True
 
-    def authenticate(self, request: Request) -> str:
+    def authenticate(self, request: Request) -> Client:
         """Check the Host header and the API key of a request.
-
-        Returns:
-            An identifier of the key: the start of its digest, or "" if no key is required.
 
         Raises:
             ApiError: 403 for a foreign Host header, 401 for a missing or invalid key.
         """
         self._check_host(request)
         if not self.keys:
-            return ""
+            return Client()
         values = request.headers.getlist("authorization")
         scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
         digest = hash_key(key.strip())
@@ -49,7 +60,7 @@ class AccessPolicy:
         if scheme.lower() != "bearer" or not any(matches):
             problem = "is invalid" if values else "is missing: send Authorization: Bearer KEY"
             raise ApiError(401, f"the API key {problem}", code="invalid_api_key")
-        return digest.hex()[:8]
+        return Client(digest.hex()[:8], hashlib.sha256(b"cache salt" + digest).hexdigest())
 
     def _check_host(self, request: Request) -> None:
         host = request.headers.get("host", "")

@@ -52,7 +52,11 @@ def build_application(
         roles.student.name: model_deployment(student, serving, catalogue, max_lora_rank(recipe))
     }
     base_models = {
-        roles.student.name: BaseModelEntry(roles.student.name, recipe.evaluation.answers.sampling)
+        roles.student.name: BaseModelEntry(
+            roles.student.name,
+            recipe.evaluation.answers.sampling,
+            bool(roles.student.tool_parser),
+        )
     }
     if judge:
         spec = EngineSpec(roles.judge, placement.pools.judge)
@@ -65,7 +69,8 @@ def build_application(
                     "rename one of them in the recipe"
                 )
             handles[name] = model_deployment(spec, serving, None, 0)
-        base_models[JUDGE] = BaseModelEntry(name, recipe.evaluation.preferences.judge)
+        tools = base_models[name].tools if name in base_models else bool(roles.judge.tool_parser)
+        base_models[JUDGE] = BaseModelEntry(name, recipe.evaluation.preferences.judge, tools)
     options = {
         "num_replicas": serving.ingress_replicas,
         "ray_actor_options": {"num_cpus": 0},

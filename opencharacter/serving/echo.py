@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,7 +11,9 @@ from ray import serve
 from opencharacter.config.roles import Role, Sampling
 from opencharacter.engines.backends import EchoEngine
 from opencharacter.engines.spec import Reply
-from opencharacter.serving.protocol import ResponsePart, format_event
+from opencharacter.serving import echo_formats
+from opencharacter.serving.protocol import ResponsePart
+from opencharacter.serving.validation import template_error
 from opencharacter.text.chat import Message
 
 
@@ -47,29 +47,17 @@ class EchoModel:
 
     async def answer(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[ResponsePart]:
         """Respond to one request, as `replica.PersonaServer.answer` does."""
-        text = payload["messages"][-1]["content"] if kind == "chat" else payload["prompt"]
-        words = f"{payload['model']}: {text}".split(" ")[: payload.get("max_tokens")]
-        usage = {
-            "prompt_tokens": 1,
-            "completion_tokens": len(words),
-            "total_tokens": 1 + len(words),
-        }
-        base = {"id": f"echo-{uuid.uuid4().hex}", "created": int(time.time())}
-        base["model"] = payload["model"]
+        model = payload["model"]
+        error = template_error(payload, "", model)
+        if error:
+            yield error
+            return
+        limit = payload.get("max_tokens", payload.get("max_output_tokens"))
+        words = f"{model}: {echo_formats.input_text(kind, payload)}".split(" ")[:limit]
         if not payload.get("stream"):
             await asyncio.sleep(self.seconds)
-            message = {"role": "assistant", "content": " ".join(words)}
-            choice = {"index": 0, "finish_reason": "stop", "message": message}
-            yield {
-                "body": {**base, "object": "chat.completion", "choices": [choice], "usage": usage}
-            }
+            yield {"body": echo_formats.format_body(kind, model, words)}
             return
-        base["object"] = "chat.completion.chunk"
-        for i, word in enumerate(words):
+        for event in echo_formats.format_events(kind, model, words):
             await asyncio.sleep(self.seconds / len(words))
-            delta = {"role": "assistant", "content": word if i == 0 else f" {word}"}
-            finish_reason = "stop" if i == len(words) - 1 else None
-            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-            yield format_event({**base, "choices": [choice]})
-        yield format_event({**base, "choices": [], "usage": usage})
-        yield "data: [DONE]\n\n"
+            yield event

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from opencharacter.serving.protocol import (
     ResponsePart,
     format_event,
     has_usage,
+    read_usage,
     split_events,
 )
 
@@ -121,9 +121,11 @@ async def stream_events(
     part: Any = first
     try:
         while True:
-            for usage in filter(has_usage, split_events(part) if has_usage(part) else ()):
-                record.count_tokens(json.loads(usage.removeprefix("data: "))["usage"])
-                part = part if include_usage else part.replace(usage, "")
+            for event in filter(has_usage, split_events(part) if has_usage(part) else ()):
+                usage, usage_only = read_usage(event)
+                record.count_tokens(usage)
+                if usage_only and not include_usage:
+                    part = part.replace(event, "")
             if part:
                 yield part
             part = await anext(rest)

@@ -21,7 +21,7 @@ from opencharacter.config.placement import Serving
 from opencharacter.constitution.schema import Constitution
 from opencharacter.errors import OpenCharacterError
 from opencharacter.serving import chat_page, generation
-from opencharacter.serving.access import AccessPolicy, ConcurrencyLimiter
+from opencharacter.serving.access import AccessPolicy, Client, ConcurrencyLimiter
 from opencharacter.serving.catalogue import Catalogue, CatalogueCache, ServedAdapter
 from opencharacter.serving.metrics import MetricsReporter
 from opencharacter.serving.observability import (
@@ -66,8 +66,8 @@ class Ingress:
         self.metrics_reporter = MetricsReporter(aggregator)
         self.started = int(time.time())
 
-    def authenticate(self, request: Request) -> str:
-        """Check a request's Host header and API key; return an identifier of the key.
+    def authenticate(self, request: Request) -> Client:
+        """Check a request's Host header and API key.
 
         Raises:
             ApiError: 401 or 403.
@@ -126,17 +126,19 @@ class Ingress:
     async def generate(self, kind: str, request: Request) -> Response:
         """Handle a generation request from its body to the response."""
         record: RequestRecord = request.state.record
-        key = self.authenticate(request)
+        client = self.authenticate(request)
         payload = await self.read_body(request)
         name: Any = payload.get("model")
         entry, model = await self.resolve_model(name)
         record.fields["model"], _, record.fields["revision"] = model.partition("@")
-        record.fields["key"] = key
-        payload = validate_request(kind, payload, self.serving, entry.sampling)
+        record.fields["key"] = client.id
+        payload = validate_request(kind, payload, self.serving, entry.sampling, entry.tools)
+        if client.cache_salt:
+            payload["cache_salt"] = client.cache_salt
         include_usage = payload.pop("stream_options", {}).get("include_usage", False)
-        if payload.get("stream"):
+        if payload.get("stream") and kind != "responses":
             payload["stream_options"] = {"include_usage": True}
-        record.cleanup.enter_context(self.limiter.acquire(key))
+        record.cleanup.enter_context(self.limiter.acquire(client.id))
 
         async def respond(model: str) -> Response:
             handle = self.handles[entry.deployment].options(
@@ -163,6 +165,10 @@ class Ingress:
     async def completions(self, request: Request) -> Response:
         """Continue a text."""
         return await self.generate("completions", request)
+
+    async def responses(self, request: Request) -> Response:
+        """Generate the next message of a conversation, in the format of the Responses API."""
+        return await self.generate("responses", request)
 
     async def list_models(self, request: Request) -> Response:
         """List the base models and the adapters."""
@@ -235,8 +241,8 @@ class Ingress:
 
     async def rate(self, request: Request) -> Response:
         """Save a user's rating of two conversations."""
-        key = self.authenticate(request)
-        row = chat_page.rating_row(await self.read_body(request), key)
+        client = self.authenticate(request)
+        row = chat_page.rating_row(await self.read_body(request), client.id)
         await asyncio.to_thread(chat_page.save_rating, self.store, self.student, row)
         return JSONResponse({"id": row["id"]}, 201)
 
@@ -244,6 +250,7 @@ class Ingress:
 ROUTES = (
     ("POST", "/v1/chat/completions", "chat_completions"),
     ("POST", "/v1/completions", "completions"),
+    ("POST", "/v1/responses", "responses"),
     ("GET", "/v1/models", "list_models"),
     ("GET", "/v1/models/{model:path}", "get_model"),
     ("GET", "/health", "health"),

@@ -41,9 +41,14 @@ class RequestRecord:
     cleanup: ExitStack = field(default_factory=ExitStack)
 
     def count_tokens(self, usage: dict[str, Any] | None) -> None:
-        """Add a response's token usage to the log line and the metrics."""
-        for kind in ("prompt", "completion"):
-            tokens = (usage or {}).get(f"{kind}_tokens", 0)
+        """Add a response's token usage to the log line and the metrics.
+
+        Args:
+            usage: as in chat completions or, with other names, in the Responses API.
+        """
+        usage = usage or {}
+        for kind, other in (("prompt", "input"), ("completion", "output")):
+            tokens = usage.get(f"{kind}_tokens", usage.get(f"{other}_tokens", 0))
             self.fields[f"{kind}_tokens"] = tokens
             TOKEN_COUNT.labels(self.fields["model"], kind).inc(tokens)
 

@@ -65,10 +65,12 @@ class BaseModelEntry:
     Args:
         deployment: name of the deployment that generates.
         sampling: sampling parameters for requests that leave them unset.
+        tools: whether the model can call tools.
     """
 
     deployment: str
     sampling: Sampling
+    tools: bool = False
 
 
 def format_event(data: dict[str, Any]) -> str:
@@ -81,9 +83,24 @@ def split_events(text: str) -> list[str]:
     return [f"{event}\n\n" for event in text.split("\n\n") if event]
 
 
+FINAL_RESPONSE_EVENTS = ("event: response.completed\n", "event: response.incomplete\n")
+
+
 def has_usage(text: str) -> bool:
     """Return whether a server-sent event, or any event in a string, reports token usage."""
-    return '"choices":[]' in text
+    return '"choices":[]' in text or any(event in text for event in FINAL_RESPONSE_EVENTS)
+
+
+def read_usage(event: str) -> tuple[dict[str, Any] | None, bool]:
+    """Read the token usage from a server-sent event.
+
+    Returns:
+        The usage, and whether the event reports nothing else.
+    """
+    data = json.loads(event.partition("data: ")[2])
+    if event.startswith(FINAL_RESPONSE_EVENTS):
+        return data["response"].get("usage"), False
+    return data.get("usage"), True
 
 
 Item = TypeVar("Item")

@@ -1,7 +1,8 @@
-"""A model replica on `ray.serve.llm`; the only module that touches Ray's LLM internals.
+"""A model replica on `ray.serve.llm`; with `router`, the only module that touches Ray's internals.
 
-Two names are internal to Ray: `DiskMultiplexConfig`, which an adapter loader must return, and
-`VLLMEngine`, which `ReplicaEngine` extends. Everything else is Ray's public API, identical in Ray
+Internal to Ray are `DiskMultiplexConfig`, which an adapter loader must return, `VLLMEngine`, which
+`ReplicaEngine` extends, and `_app_state` and `_run_request`, which give access to vLLM's
+implementation of the Responses API. Everything else is Ray's public API, identical in Ray
 2.58 (vLLM 0.26) and 2.60 (vLLM 0.29). Importing this module imports vLLM, so only code that serves
 a model imports it.
 """
@@ -25,8 +26,10 @@ from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
+from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from opencharacter import models
@@ -39,16 +42,21 @@ from opencharacter.engines.backends import (
     environment,
 )
 from opencharacter.engines.spec import EngineSpec, Reply
-from opencharacter.errors import RowFailed
+from opencharacter.errors import RowFailed, UserError
 from opencharacter.runtime.cluster import accelerator_resource
 from opencharacter.serving import replies
 from opencharacter.serving.catalogue import Catalogue
 from opencharacter.serving.protocol import ErrorBody, ResponsePart, coalesce
 from opencharacter.serving.router import router_options
+from opencharacter.serving.validation import template_error
 from opencharacter.text.chat import Message
-from opencharacter.text.templates import adapted_template
+from opencharacter.text.templates import adapted_template, load_tokenizer, template_source
 
-REQUEST_TYPES = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
+REQUEST_TYPES = {
+    "chat": ChatCompletionRequest,
+    "completions": CompletionRequest,
+    "responses": ResponsesRequest,
+}
 
 
 def build_deployment(
@@ -62,6 +70,7 @@ def build_deployment(
         catalogue: the model's adapters; None for a model without adapters.
         max_rank: largest LoRA rank of the adapters.
     """
+    check_tool_parser(spec.role)
     return build_llm_deployment(
         build_llm_config(spec, serving, max_rank if catalogue else None),
         deployment_cls=PersonaServer,
@@ -73,6 +82,16 @@ def build_deployment(
             "max_chunks_per_second": serving.max_chunks_per_second,
         },
     )
+
+
+def check_tool_parser(role: Role) -> None:
+    """Raise a `UserError` if vLLM does not have the role's tool parser."""
+    known = ToolParserManager.list_registered()
+    if role.tool_parser and role.tool_parser not in known:
+        raise UserError(
+            f"tool_parser = {role.tool_parser!r} of {role.name} is unknown; vLLM has "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def build_llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -> LLMConfig:
@@ -215,8 +234,24 @@ class ReplicaEngine(VLLMEngine):
         if config.parallel_config.world_size == 1 and not current_platform.is_cpu():
             config.parallel_config.distributed_executor_backend = "uni"
         frontend.enable_prompt_tokens_details = True
+        if self.role.tool_parser:
+            frontend.enable_auto_tool_choice = True
+            frontend.tool_call_parser = self.role.tool_parser
         frontend.chat_template = adapted_template(models.resolve_role(self.role), self.role)
         return arguments, frontend, config
+
+    async def responses(self, request: ResponsesRequest, _: Any = None) -> AsyncIterator[Any]:
+        """Respond to a request of the Responses API with vLLM's implementation."""
+        response = await self._app_state.openai_serving_responses.create_responses(request)
+        if not hasattr(response, "__aiter__"):
+            yield response
+            return
+        async for event in response:
+            yield f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
+
+    def vocabulary_size(self) -> int:
+        """Return the number of tokens that the model knows."""
+        return self._engine_client.model_config.get_vocab_size()  # type: ignore
 
 
 class PersonaServer(LLMServer):
@@ -248,6 +283,12 @@ class PersonaServer(LLMServer):
             engine_cls=partial(ReplicaEngine, role=role),  # type: ignore
             model_downloader=lambda **_: self.loader,  # type: ignore
         )
+        tokenizer = load_tokenizer(models.resolve_role(role), role)
+        self.template = template_source(tokenizer) or ""
+        if role.tool_parser and "tools" not in self.template:
+            raise UserError(
+                f"the chat template of {role.name} does not render tools; set tool_parser: null"
+            )
         await self.warm_up(llm_config.model_id)
 
     async def warm_up(self, model: str) -> None:
@@ -255,6 +296,10 @@ class PersonaServer(LLMServer):
         hello = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
         async for _ in self.answer("chat", hello | {"max_tokens": 1}):
             pass
+
+    async def responses(self, request: ResponsesRequest) -> AsyncIterator[Any]:
+        """Return the stream of a response, as `chat` and `completions` do."""
+        return await self._run_request(request, engine_method="responses")  # type: ignore
 
     async def ready(self) -> bool:
         """Return True if the engine is healthy; raise if it is not."""
@@ -312,7 +357,23 @@ class PersonaServer(LLMServer):
         except EngineDeadError:
             os._exit(1)
 
+    def check_model_limits(self, payload: dict[str, Any]) -> ErrorBody | None:
+        """Return an error if a request sets what this model does not have."""
+        size = self.engine.vocabulary_size()  # type: ignore
+        unknown = [i for i in payload.get("stop_token_ids", ()) if i >= size]
+        if unknown:
+            return ErrorBody(
+                400,
+                f"stop_token_ids contains {unknown[0]}; this model has {size:,} tokens",
+                param="stop_token_ids",
+            )
+        return template_error(payload, self.template, self._llm_config.model_id)
+
     async def _generate(self, kind: str, payload: dict[str, Any]) -> AsyncIterator[ResponsePart]:
+        problem = self.check_model_limits(payload)
+        if problem:
+            yield problem
+            return
         try:
             request = REQUEST_TYPES[kind].model_validate(payload)
         except (ValueError, VLLMValidationError) as error:
