@@ -384,7 +384,6 @@ the shares lie within the limits of their column."""
 
 COLUMNS = {
     "Right": "agreement",
-    "Right, one order": "agreement_one_order",
     "Decided": "decided",
     "Names the first trait": "first_named",
     "Same in both orders": "consistency",
