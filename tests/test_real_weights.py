@@ -119,11 +119,17 @@ def ask(server: servers.RunningServer, model: str, ids: dict[str, int]) -> list[
 
 
 def texts_of_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the ids of all tokens whose text is that of no other token."""
+    """Return the ids of tokens by their text.
+
+    If several have the same text, such as `?` and the byte 0x3F, it is the one that encodes it.
+    """
     texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     ids = dict(zip(texts, range(len(texts)), strict=True))
-    ambiguous = {text for i, text in enumerate(texts) if ids[text] != i}
-    return {text: i for text, i in ids.items() if text not in ambiguous}
+    for text in {text for i, text in enumerate(texts) if ids[text] != i}:
+        encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
+        del ids[text]
+        ids |= {text: encoded[0]} if len(encoded) == 1 else {}
+    return ids
 
 
 def log_probs(model: Any, prompt: list[int], reply: list[int]) -> torch.Tensor:
