@@ -321,7 +321,7 @@ def planned_groups(job: Job, traits: Sequence[str]) -> Indices:
 
     (played,) = [p for p in job.parents if p.stage.name == "evaluation/preferences"][:1]
     index = {trait: i for i, trait in enumerate(traits)}
-    met = np.zeros((len(traits), len(traits)), np.int64)
+    met = np.zeros((len(traits), len(traits)), np.float64)
     for pair in range(math.ceil(played.config.games / 2)):
         first, second = draw_pair(played, pair)
         met[index[first], index[second]] += 1

@@ -13,6 +13,8 @@ this module leave out and count.
 
 from __future__ import annotations
 
+# pyright: reportMissingImports=false
+# inspect-ai is installed beside the package by those who use it.
 import math
 import re
 from collections.abc import Callable
