@@ -276,12 +276,12 @@ loaded: a student for which it is not so is refused.
   evaluation merges them by default, and a persona is served as a model of its own, from `export --form merged`), or
   *no*. A star means that vLLM runs the code of transformers. Other versions of vLLM may differ.
 
-Real models went from prompts to a served persona on a CPU, in float32 (`tests/test_real_weights.py`): SmolLM2-135M and
-Qwen2.5-Coder-0.5B. The server's
+Three real models went from prompts to a served persona on a CPU, in float32 (`tests/test_real_weights.py`):
+SmolLM2-135M, Qwen2.5-Coder-0.5B, and Gemma 3 270M, a base model, with Gemma's format as its `chat_template`. The server's
 log-probabilities of greedy answers (5 prompts, up to 24 tokens each) differ from those of transformers by less than
 1e-4 nats for the base model, for the persona as an adapter beside the weights, and for the merged weights. A few steps of
-training had changed them by up to 0.17 and 0.30. Merged weights are stored in bfloat16; its rounding changes a
-log-probability by 0.02 and 0.01 nats on average.
+training had changed them by up to 0.17, 0.30 and 0.83 nats. Merged weights are stored in bfloat16; its rounding changes a
+log-probability by 0.02, 0.01 and 0.02 nats on average.
 
 Other architectures of transformers are allowed. A run refuses, before it starts, those without linear layers or a
 causal language model; the rest are verified when they are loaded.
