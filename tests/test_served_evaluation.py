@@ -370,10 +370,11 @@ def drive(storage):
 
     preferences.check_scored = lambda *_: None
     slow = {name: STUDENT | {"model": "echo:1"} for name in ("student", "teacher")}
-    roles = slow | {"prompt_generator": STUDENT, "judge": JUDGE | {"model": "echo:1"}}
+    roles = slow | {"prompt_generator": STUDENT, "judge": JUDGE | {"model": "echo:1.5"}}
     made = recipe_of(STUDENT, roles=roles, evaluation=EVALUATION)
     few = {name: {"max_num_seqs": 3} for name in ("student", "judge")}
-    placement = Placement.model_validate(SERVED.model_dump() | {"pools": few})
+    pools = {"pools": few, "training": {"cpus": 1}}
+    placement = Placement.model_validate(SERVED.model_dump() | pools)
     cluster.connect(placement)
     evaluate(trained_jobs(storage, placement, made))
 

@@ -232,7 +232,7 @@ class ServedEngine:
 
         self.role, self.app = spec.role, spec.app
         self.model = served_model(spec)
-        status = serve.status().applications.get(spec.app.name)
+        status = applications().get(spec.app.name)
         if status is None:
             raise StageFailed(f"Serve application {spec.app.name!r} does not run; run again")
         deployment = find_deployment(status.deployments, spec.app.deployment(spec.role_name))
@@ -301,6 +301,19 @@ class ServedEndpoint(EndpointEngine):
 
 KEY_VARIABLE = "OPENCHARACTER_API_KEY"
 """Environment variable with the API key of a server that a run joins by its URL."""
+
+
+def applications() -> dict[str, Any]:
+    """Return the status of all Serve applications of the cluster by name."""
+    from ray import serve
+    from ray.serve import context
+
+    try:
+        return serve.status().applications
+    except ray.exceptions.RayActorError:
+        # This process was connected to a Serve instance that was shut down since.
+        context._set_global_client(None)
+        return serve.status().applications
 
 
 def find_deployment(names: Iterable[str], model: str) -> str:
