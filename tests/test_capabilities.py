@@ -256,7 +256,8 @@ def test_base_and_persona_are_evaluated_on_the_same_documents(
     finish(student, base, 1)
     outcome = capabilities.build(persona)
     metrics = {"tiny_sums": ["acc", "acc_norm"]}
-    metrics[capabilities.OWN] = ["acc", IN_CHAT, READABLE, FORMAT_LOST]
+    outcomes = [IN_CHAT, capabilities.OTHER_FORM, capabilities.WRONG, capabilities.NO_ANSWER]
+    metrics[capabilities.OWN] = ["acc", *outcomes, READABLE, FORMAT_LOST]
     expected = 6 * sum(map(len, metrics.values()))
     assert base.rows == outcome.rows == expected
     results = persona.store.read_table(persona.dataset, "scores").to_pylist()

@@ -96,7 +96,7 @@ def test_single_process_training_is_not_divided_by_the_workers(make_jobs):
         assert takes.fixed == SPEEDS.training_start
         assert takes.work == found.trained / SPEEDS.training + found.read / SPEEDS.reading > 0
     assert estimates["capabilities"].read == 80 * 300
-    assert estimates["capabilities"].rows == 80 * 4  # by likelihood, and three values in chat
+    assert estimates["capabilities"].rows == 80 * 7  # by likelihood, and six values in chat
     # Under each of two conditions 8 answers and 8 of base's, learned from by four of five.
     assert estimates["robustness"].trained == 2 * (8 + 8) * 10 * 4
 
