@@ -129,7 +129,7 @@ def fuzz(server: servers.RunningServer, models: list[str]) -> tuple[Counter[int]
 
     def run_client(seed: int) -> None:
         fuzzer = Fuzzer(seed, models)
-        with httpx.Client(base_url=server.url, headers=server.headers, timeout=120) as client:
+        with httpx.Client(base_url=server.url, headers=server.headers, timeout=300) as client:
             while time.monotonic() < started + SECONDS:
                 request = fuzzer.request()
                 status = send(client, request)

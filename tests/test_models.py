@@ -89,6 +89,7 @@ def test_a_model_without_plain_weights_is_refused_before_training(tiny_gemma, tm
     task = SimpleNamespace(
         placement=Training(),
         role=Role(model=str(tmp_path), name="odd", self_name="Odd"),
+        config=SimpleNamespace(held_out=0),
         base_adapter=None,
         store=SimpleNamespace(read_table=lambda _: rows),
         data="rows",
