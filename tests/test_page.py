@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import math
 import re
 from dataclasses import replace
@@ -299,9 +300,20 @@ def test_sections_are_ordered_by_place_and_then_as_given():
     ]
 
 
+def generated(page: str) -> str:
+    """The text of a page that is generated when the documentation is built."""
+    path = Path(__file__).parents[1] / "docs" / "_ext" / "reference.py"
+    spec = importlib.util.spec_from_file_location("reference", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pages()[page.removeprefix("reference/")]
+
+
 def heading_anchors(page: str) -> set[str]:
     """The anchors of the headings of a page of the documentation."""
-    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text()
+    docs = Path(__file__).parents[1] / "docs"
+    text = generated(page) if page.startswith("reference/") else (docs / f"{page}.md").read_text()
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings} | {""}
 
