@@ -136,6 +136,7 @@ def test_a_given_model_answers_as_full_and_the_student_as_base(poet, store):
     assert engine_spec(job, "student", condition_adapter(job, "base")).role.model == "echo:"
 
 
+@pytest.mark.slow
 def test_a_given_model_is_evaluated_without_any_training(cpu_ray, poet, store, monkeypatch):
     """The echo engine has no weights; what is tested is that every stage of the evaluation runs."""
     monkeypatch.setattr("opencharacter.evaluation.preferences.check_scored", lambda *_: None)
