@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opencharacter.api import adapter, dataset, load_recipe, plan, report, run
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["adapter", "dataset", "load_recipe", "plan", "report", "run"]
 
 
