@@ -201,7 +201,10 @@ exec "$@"
 RECORD = """#!/bin/bash
 token="mode=$RAY_AUTH_MODE token=${#RAY_AUTH_TOKEN}"
 echo "$NODE ${0##*/} $* address=${RAY_ADDRESS-} $token" >> "$LOG"
-case "$*" in *--block) sleep 20;; esac
+case "$*" in
+  *--block) exec sleep 20;;
+  status) grep -o 'ray start' "$LOG" | sed 's/.*/ 1 node_0/';;
+esac
 """
 
 
