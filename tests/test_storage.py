@@ -195,7 +195,7 @@ def test_a_whole_run_is_stored_in_a_bucket_and_resumes_after_a_kill(project, buc
     (elsewhere := project / "elsewhere").mkdir()
     status = cli("status", f"{project}/{run[0]}", *run[1:3], *run[5:], cwd=elsewhere)
     used = [stage for stage in pipeline.STAGES if stage.name not in UNUSED_STAGES]
-    assert status.stdout.count(" done ") == len(used) == 24
+    assert status.stdout.count(" done ") == len(used) == 29
 
     stored = {path: bucket.read(path) for path in bucket.paths()}
     manifest = json.loads(stored[train.replace(".shards/train", "manifest.json")])
