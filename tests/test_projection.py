@@ -8,7 +8,7 @@ import pytest
 from opencharacter.config.evaluation import Direction
 from opencharacter.config.roles import Role
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation import direction, projection, residual
+from opencharacter.evaluation import direction, projection, residual, steering
 from opencharacter.evaluation.report import charts, formatting
 from opencharacter.evaluation.report.sections import Distance, ScoreTable
 from opencharacter.evaluation.steering import last_states
@@ -19,7 +19,9 @@ POET = [system("You speak in verse about the sea.")]
 
 @pytest.fixture(scope="module")
 def loaded(tiny_model):
-    return residual.load(Role(model=str(tiny_model), name="tiny", self_name="Tiny"), on_gpu=False)
+    return steering.load_student(
+        Role(model=str(tiny_model), name="tiny", self_name="Tiny"), on_gpu=False
+    )
 
 
 # --------------------------------------------------------------------------------------- the model

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Annotated
 
 import typer
 
-from opencharacter.api import Run, execute
+from opencharacter.api import Run
 from opencharacter.cli.options import (
     RECIPES,
     PersonaOption,
@@ -16,10 +14,9 @@ from opencharacter.cli.options import (
     SetOption,
     SmokeOption,
 )
-from opencharacter.cli.run import print_job, print_report_address, stop_on_sigterm
+from opencharacter.cli.run import run_jobs
 from opencharacter.config import files
 from opencharacter.evaluation import subject as subjects
-from opencharacter.runtime.progress import console
 
 
 def evaluate(
@@ -59,13 +56,4 @@ def evaluate(
         subjects.evaluation_recipe(loaded, given, base), constitution, placement, storage
     )
     subjects.leave_out_training(requested.jobs)
-    selected = requested.select()
-    try:
-        for job, manifest in execute(requested, selected, None, on_connected=stop_on_sigterm):
-            print_job(job, manifest)
-    except KeyboardInterrupt:
-        console.show_cursor()
-        console.print("interrupted; run the same command again to resume")
-        sys.stdout.flush()
-        os._exit(130)  # the threads of running jobs would keep the process alive
-    print_report_address(requested)
+    run_jobs(requested, requested.select())

@@ -55,6 +55,11 @@ def run(
     if is_done(selected, rebuild):
         console.print("nothing to do: every stage is done")
         return
+    run_jobs(requested, selected, rebuild)
+
+
+def run_jobs(requested: Run, selected: list[Job], rebuild: str | None = None) -> None:
+    """Run jobs, print each when it ends, and print where the report is; Ctrl-C ends the process."""
     try:
         for job, manifest in execute(requested, selected, rebuild, on_connected=stop_on_sigterm):
             print_job(job, manifest)

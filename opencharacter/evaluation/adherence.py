@@ -33,7 +33,7 @@ from opencharacter.evaluation.conditions import (
     prefix_tokens,
     under_each_condition,
 )
-from opencharacter.evaluation.intervals import grouped_mean, mean_interval, pair
+from opencharacter.evaluation.intervals import column_change, column_mean, grouped_mean, pair
 from opencharacter.evaluation.report.sections import (
     Cells,
     Change,
@@ -253,8 +253,7 @@ def kinds(rows: list[Row]) -> list[str]:
 
 def present(rows: list[Row]) -> Score:
     """The mean probability that an answer shows the assertion; unreadable verdicts are missing."""
-    values = [row["presence"] for row in rows if row["presence"] is not None]
-    return mean_interval(values, len(rows) - len(values))
+    return column_mean(rows, "presence")
 
 
 def all_present(rows: list[Row]) -> Score:
@@ -274,8 +273,7 @@ def scenario_of(row: Row) -> str:
 
 def change(before: list[Row], after: list[Row]) -> Change:
     """The change of presence in scenarios that both conditions have a readable verdict on."""
-    differences, unpaired = pair(before, after, scenario_of, "presence")
-    return Change(**vars(mean_interval(list(differences.values()), unpaired, CHANGES)))
+    return Change(**vars(column_change(before, after, scenario_of, "presence")))
 
 
 def all_changed(before: list[Row], after: list[Row]) -> Change:

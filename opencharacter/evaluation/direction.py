@@ -20,7 +20,7 @@ from opencharacter.config.evaluation import Direction
 from opencharacter.config.roles import Role
 from opencharacter.distillation import teacher
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation import residual
+from opencharacter.evaluation import residual, steering
 from opencharacter.evaluation.report.sections import Cells, Distance, ScoreTable, Section
 from opencharacter.evaluation.scores import score_row
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, without_dropped
@@ -86,7 +86,7 @@ def measure(
     on_gpu: bool,
 ) -> tuple[np.ndarray, list[list[float] | None]]:
     """Find the directions and the positions of conversations along them; runs in a Ray task."""
-    model, tokenizer = residual.load(role, on_gpu)
+    model, tokenizer = steering.load_student(role, on_gpu)
     directions = residual.find_directions(model, tokenizer, prompts, context)
     positions = residual.project(model, tokenizer, directions, conversations, max_tokens)
     return directions.numpy(), positions
@@ -136,7 +136,7 @@ def build(job: Job) -> StageResult:
     rows = texts(pairs)
     context = teacher.context_messages(job.persona, job.recipe.distillation.teacher.exemplars)
     conversations = [row["messages"] for row in rows]
-    directions, positions = residual.run_in_task(
+    directions, positions = steering.run_in_task(
         job, measure, job.recipe.roles.student, prompts, context, conversations, settings.max_tokens
     )
     vectors = [{"layer": n, "vector": vector} for n, vector in enumerate(directions.tolist(), 1)]

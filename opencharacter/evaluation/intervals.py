@@ -196,3 +196,17 @@ def pair(
     known = {item: (first.get(item), second.get(item)) for item in items}
     differences = {item: b - a for item, (a, b) in known.items() if a is not None and b is not None}
     return differences, len(items) - len(differences)
+
+
+def column_mean(rows: Sequence[Row], column: str) -> Score:
+    """The mean of a column of probabilities; rows without a value are unscored."""
+    values = [row[column] for row in rows if row[column] is not None]
+    return mean_interval(values, len(rows) - len(values))
+
+
+def column_change(
+    before: Iterable[Row], after: Iterable[Row], key: Callable[[Row], Hashable], column: str
+) -> Score:
+    """The mean change of a column of probabilities, paired by item as in `pair`."""
+    differences, unpaired = pair(before, after, key, column)
+    return mean_interval(list(differences.values()), unpaired, (-1.0, 1.0))

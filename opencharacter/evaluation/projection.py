@@ -18,7 +18,7 @@ import numpy as np
 from opencharacter.config.roles import Role
 from opencharacter.distillation import teacher
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation import adherence, residual
+from opencharacter.evaluation import adherence, residual, steering
 from opencharacter.evaluation.conditions import in_order
 from opencharacter.evaluation.direction import DIRECTIONS, SCHEMA, direction_table, with_positions
 from opencharacter.evaluation.report.sections import Cells, Distance, ScoreTable, Section
@@ -74,7 +74,7 @@ def measure(
     """The positions of conversations along the directions; runs in a Ray task."""
     import torch
 
-    model, tokenizer = residual.load(role, on_gpu)
+    model, tokenizer = steering.load_student(role, on_gpu)
     found = torch.from_numpy(directions)
     return residual.project(model, tokenizer, found, conversations, max_tokens)
 
@@ -118,7 +118,7 @@ def build(job: Job) -> StageResult:
         raise StageFailed(f"{job.dataset}: base answered no prompt; see evaluation/answers")
     parent = job.parent("evaluation/direction")
     vectors = parent.store.read_table(parent.dataset, DIRECTIONS).sort_by("layer")["vector"]
-    positions = residual.run_in_task(
+    positions = steering.run_in_task(
         job,
         measure,
         job.recipe.roles.student,

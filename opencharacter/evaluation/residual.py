@@ -12,23 +12,19 @@ student's answers, as in Glass's delta: 0 is the mean of these answers.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opencharacter import models
-from opencharacter.config.roles import Role
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation.intervals import student_quantile
 from opencharacter.evaluation.report.sections import Distance
 from opencharacter.evaluation.steering import direction, last_states, steered_layers
-from opencharacter.runtime.stage import Job
 from opencharacter.text.chat import Message, user
-from opencharacter.text.templates import encode, load_tokenizer
+from opencharacter.text.templates import encode
 
 if TYPE_CHECKING:
     import torch
@@ -43,20 +39,6 @@ MIDDLE = (0.2, 0.8)
 
 
 # --------------------------------------------------------------------------------------- the model
-
-
-def load(role: Role, on_gpu: bool) -> tuple[Any, Any]:
-    """Load a model and its tokenizer, in bfloat16 on a GPU and float32 elsewhere."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    path = models.resolve_role(role)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if on_gpu else torch.float32,
-        trust_remote_code=role.trust_remote_code,
-    )
-    return model.to("cuda" if on_gpu else "cpu").eval(), load_tokenizer(path, role)
 
 
 def find_directions(
@@ -112,22 +94,6 @@ def project(
     """The positions of texts along the layers' directions; None for a text that was not read."""
     states = (answer_states(model, tokenizer, c, max_tokens) for c in conversations)
     return [None if s is None else (s * directions).sum(-1).tolist() for s in states]
-
-
-def run_in_task(job: Job, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a Ray task with the resources of one training worker."""
-    import ray
-
-    from opencharacter.engines.allocation import acquire
-
-    training = job.placement.training
-    remote: Any = ray.remote(function)
-    task = remote.options(num_cpus=training.cpus, num_gpus=training.gpus)
-    with acquire(job.dataset, [job.workers(1)], job.placement.autoscaling_resources) as allocation:
-        began = time.monotonic()
-        result = ray.get(task.remote(*arguments, training.gpus > 0))
-        allocation.work_seconds = time.monotonic() - began
-    return result
 
 
 # ------------------------------------------------------------------------------------- statistics

@@ -34,7 +34,7 @@ from opencharacter.evaluation.conditions import (
     prefix_tokens,
     under_each_condition,
 )
-from opencharacter.evaluation.intervals import mean_interval, pair
+from opencharacter.evaluation.intervals import column_change, column_mean, mean_interval, pair
 from opencharacter.evaluation.report.sections import (
     Cells,
     Change,
@@ -283,8 +283,6 @@ def figures(rows: list[Row]) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------- scores
 
-CHANGES = (-1.0, 1.0)
-"""Bounds of a change of probabilities."""
 DOUBLE_CHANGES = (-2.0, 2.0)
 """Bounds of the change of a change."""
 SADNESS = "the sad story's effect on false beliefs"
@@ -308,14 +306,12 @@ def item_of(row: Row) -> str:
 
 def level(rows: list[Row]) -> Score:
     """The mean harm; items without a readable verdict are unscored."""
-    values = [row["harm"] for row in rows if row["harm"] is not None]
-    return mean_interval(values, len(rows) - len(values))
+    return column_mean(rows, "harm")
 
 
 def change(before: list[Row], after: list[Row]) -> Change:
     """The mean change of the items that are scored on both sides."""
-    differences, unpaired = pair(before, after, item_of, "harm")
-    return Change(**vars(mean_interval(list(differences.values()), unpaired, CHANGES)))
+    return Change(**vars(column_change(before, after, item_of, "harm")))
 
 
 def sadness(rows: list[Row], condition: str) -> Change:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +195,39 @@ def split(rows: list[dict[str, Any]], settings: Steering) -> tuple[list[str], li
     return training, [by_prompt[text] for text in held_out]
 
 
+def load_student(role: Role, on_gpu: bool) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, in bfloat16 on a GPU and float32 elsewhere."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = models.resolve_role(role)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16 if on_gpu else torch.float32,
+        trust_remote_code=role.trust_remote_code,
+    )
+    return model.to("cuda" if on_gpu else "cpu").eval(), load_tokenizer(path, role)
+
+
+def run_in_task(job: Job, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a Ray task with the resources of one training worker.
+
+    Its last argument, `on_gpu`, says whether they include a GPU.
+    """
+    import ray
+
+    from opencharacter.engines.allocation import acquire
+
+    training = job.placement.training
+    remote: Any = ray.remote(function)
+    task = remote.options(num_cpus=training.cpus, num_gpus=training.gpus)
+    with acquire(job.dataset, [job.workers(1)], job.placement.autoscaling_resources) as allocation:
+        began = time.monotonic()
+        result = ray.get(task.remote(*arguments, training.gpus > 0))
+        allocation.work_seconds = time.monotonic() - began
+    return result
+
+
 def find_vectors(
     role: Role,
     prompts: list[str],
@@ -208,18 +241,8 @@ def find_vectors(
     Returns:
         The vectors at the best strength, and the result of `sweep`.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    path = models.resolve_role(role)
-    models.check_steerable(path)
-    tokenizer = load_tokenizer(path, role)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if on_gpu else torch.float32,
-        trust_remote_code=role.trust_remote_code,
-    )
-    model = model.to("cuda" if on_gpu else "cpu").eval()
+    models.check_steerable(models.resolve_role(role))
+    model, tokenizer = load_student(role, on_gpu)
     vectors = directions(model, tokenizer, prompts, context, settings)
     nll = sweep(model, tokenizer, vectors, held_out, settings.strengths)
     return scaled(vectors, best_strength(nll)), nll
@@ -246,10 +269,7 @@ def estimate(job: Job) -> Estimate:
 def build(job: Job) -> StageResult:
     if not is_enabled(job):
         return StageResult(0)
-    import ray
     from safetensors.torch import save_file
-
-    from opencharacter.engines.allocation import acquire
 
     settings: Steering = job.config
     prompts, held_out = split(job.read("distillation/pairs").to_pylist(), settings)
@@ -258,15 +278,8 @@ def build(job: Job) -> StageResult:
             f"{job.dataset}: too few pairs for steering; it needs at least two prompts"
         )
     context = teacher.context_messages(job.persona, job.recipe.distillation.teacher.exemplars)
-    training = job.placement.training
-    task = ray.remote(find_vectors).options(num_cpus=training.cpus, num_gpus=training.gpus)
     role = job.recipe.roles.student
-    args = (role, prompts, held_out, context, settings, training.gpus > 0)
-    limit = job.placement.autoscaling_resources
-    with acquire(job.dataset, [job.workers(1)], limit) as allocation:
-        began = time.monotonic()
-        vectors, nll = ray.get(task.remote(*args))
-        allocation.work_seconds = time.monotonic() - began
+    vectors, nll = run_in_task(job, find_vectors, role, prompts, held_out, context, settings)
     with tempfile.TemporaryDirectory() as scratch:
         tensors = {str(layer): vector.contiguous() for layer, vector in vectors.items()}
         save_file(tensors, Path(scratch) / models.STEERING)
