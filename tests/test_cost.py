@@ -1,10 +1,14 @@
 """The predictions of `plan`: time, GPU-hours and price."""
 
+import asyncio
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 import yaml
 from samples import ECHO_ROLE, cli, recipe_of
@@ -15,6 +19,8 @@ from opencharacter.cli.plan import missing_here
 from opencharacter.config.placement import Placement, Resources
 from opencharacter.constitution import schema
 from opencharacter.distillation.teacher import context_messages, expected_tokens
+from opencharacter.engines.conversations import ROW_FIELDS, Conversation
+from opencharacter.engines.spec import FirstToken, Reply
 from opencharacter.errors import UserError
 from opencharacter.evaluation import capabilities
 from opencharacter.models import memory_footprint
@@ -29,6 +35,7 @@ from opencharacter.planning.simulation import (
 from opencharacter.planning.speeds import Speeds, load_speeds, measure_speeds
 from opencharacter.runtime.schedule import keys
 from opencharacter.runtime.stage import Estimate
+from opencharacter.text.chat import row_seed
 
 SPEEDS = Speeds(
     teacher=100,
@@ -130,6 +137,83 @@ def test_a_plan_counts_the_constitution_in_prompts_of_the_prompted_student(make_
     requests = {"answers": 10, "preferences": 20, "attacks": 5 * len(job.config.kinds)}
     for name, count in requests.items():
         assert prompted[name] - distilled[name] == count * prefix
+
+
+class CountedJudge:
+    """An engine with log-probabilities that counts the tokens of the verdicts it gives."""
+
+    def __init__(self):
+        self.tokens = 0
+
+    async def reply(self, messages, sampling, *, seed, prefill=""):
+        listed = (("Yes", -1.5), ("no", -2.5), ("A", -1.5), ("B", -2.5), ("poetic", -1.5))
+        tokens = 1 if isinstance(sampling, FirstToken) else 4
+        self.tokens += tokens
+        return Reply("Yes, poetic.", "stop", 9, tokens, 0, listed if tokens == 1 else ())
+
+
+class Student:
+    async def reply(self, messages, sampling, *, seed, prefill=""):
+        return Reply(f"An answer to {seed}.", "stop", 9, 5, 0)
+
+
+def run_here(monkeypatch):
+    """Run the row functions of stages in this process; return the judge."""
+    engines = {"judge": CountedJudge(), "student": Student()}
+
+    def generate(job, requests, row_fn, role, fields, *_, partner="", **__):
+        def row_of(request):
+            row = dict(request)
+            conversation = Conversation(engines[role], row_seed(1, role, row["id"]))
+            if partner:
+                conversation.partner = Conversation(engines[partner], 1)
+            return row | asyncio.run(row_fn(row, conversation)) | {"drop_reason": None}
+
+        rows = [row_of(request) for request in requests]
+        table = pa.Table.from_pylist(rows, pa.schema([ROW_FIELDS[0], *fields, *ROW_FIELDS[1:]]))
+        return SimpleNamespace(table=lambda: table)
+
+    monkeypatch.setattr("opencharacter.engines.generate.generate", generate)
+    monkeypatch.setattr("opencharacter.engines.generate.can_run_together", lambda *_: True)
+    monkeypatch.setattr("opencharacter.engines.generate.effort", lambda *_: 0)
+    monkeypatch.setattr("opencharacter.evaluation.drift.acquire", lambda *_: nullcontext())
+    return engines["judge"]
+
+
+@pytest.mark.parametrize("kind", ["log_probability", "text"])
+def test_a_plan_counts_every_question_that_a_run_asks_the_judge(make_jobs, monkeypatch, kind):
+    settings = {
+        "judge": {"gold_items": 4, "min_agreement": None, "verdicts": kind},
+        "answers": {"count": 6},
+        "preferences": {"games": 6, "traits": ["poetic", "technical"]},
+        "coherence": {"prompts": 3},
+        "scenarios": {"occasions": 2, "pressures": 1, "assertions": 2},
+        "adherence": {"control_texts": 3},
+        "drift": {"conversations": 2, "turns": 6, "judged_turns": 3},
+        "side_effects": {"items": 2},
+    }
+    counted = run_here(monkeypatch)
+    planned = {}
+    for job in make_jobs(recipe_of(STUDENT, evaluation=settings)):
+        name = job.stage.name.removeprefix("evaluation/")
+        if name == "scenarios":
+            rows = [
+                {"id": f"{n}", "trait": n % 2, "kind": "occasion", "turns": ["Hello."]}
+                for n in range(6)
+            ]
+        elif job.stage.name.startswith("evaluation/") and name in settings:
+            counted.tokens = 0
+            job.stage.module.build(job)
+            found = job.stage.module.estimate(job)
+            verdicts = found.judged or (found.tokens_out if name != "answers" else 0)
+            planned[job.dataset] = (verdicts, counted.tokens)
+            continue
+        else:
+            rows = [{"id": "1", "prompt": "What is a poem?"}]
+        table = pa.Table.from_pylist(rows)
+        job.store.write_tables(job.dataset, [table], table.schema)
+    assert len(planned) == 9  # judge, answers and games of base and of the persona, four more
+    assert all(expected == asked for expected, asked in planned.values()), planned
 
 
 @pytest.mark.parametrize(("author", "work"), [("student", 1800), ("teacher", 72_000)])

@@ -77,9 +77,22 @@ def messages(row: Row) -> list[Message]:
     return [system(SYSTEM), user(fill(QUESTION, **fields))]
 
 
-def verdict_tokens(recipe: Recipe) -> int:
-    """Tokens that `plan` expects of a verdict, including the judge's thinking."""
-    return 4 + (recipe.evaluation.judge.thinking_budget // 3 if recipe.roles.judge.thinks else 0)
+def verdict_tokens(recipe: Recipe, judge: Role | None = None) -> int:
+    """Tokens that `plan` expects of a verdict in one order, including the judge's thinking.
+
+    Args:
+        recipe: says how verdicts are read; `plan` assumes engines with log-probabilities.
+        judge: one of the panel; the recipe's judge if None.
+    """
+    settings, role = recipe.evaluation.judge, judge or recipe.roles.judge
+    if not verdicts.are_text(settings, role.thinks):
+        return 1
+    return 4 + (settings.thinking_budget // 3 if role.thinks else 0)
+
+
+def orders(recipe: Recipe, judge: Role) -> int:
+    """In how many orders `name_trait_in_both_orders` asks a judge."""
+    return 1 if verdicts.are_text(recipe.evaluation.judge, judge.thinks) else 2
 
 
 async def name_trait(
@@ -343,8 +356,9 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 
 
 def estimate(job: Job) -> Estimate:
-    rows = 2 * min(job.config.gold_items, len(gold())) * len(panel(job))
-    return Estimate(rows, 150 * rows, verdict_tokens(job.recipe) * rows)
+    judges, rows = panel(job), 2 * min(job.config.gold_items, len(gold()))
+    tokens = sum(verdict_tokens(job.recipe, role) for role in judges)
+    return Estimate(rows * len(judges), 150 * rows * len(judges), rows * tokens)
 
 
 def build(job: Job) -> StageResult:

@@ -156,10 +156,13 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 
 
 def estimate(job: Job) -> Estimate:
-    rows = len(conditions(job)) * job.config.games
+    rows, recipe = len(conditions(job)) * job.config.games, job.recipe
     answer = expected_tokens(job.config.sampling)
-    verdicts = rows * judge.verdict_tokens(job.recipe)
-    tokens_in = rows * (300 + answer) + job.config.games * prefix_tokens(job, conditions(job))
+    judges = [recipe.roles.judge, *recipe.evaluation.judge.panel]
+    asked = [(rows * judge.orders(recipe, r), judge.verdict_tokens(recipe, r)) for r in judges]
+    verdicts = sum(questions * tokens for questions, tokens in asked)
+    prefix = job.config.games * prefix_tokens(job, conditions(job))
+    tokens_in = rows * 150 + sum(questions for questions, _ in asked) * (150 + answer) + prefix
     return Estimate(rows, tokens_in, rows * answer + verdicts, judged=verdicts)
 
 

@@ -43,6 +43,11 @@ class Verdict:
     mass: float | None = None
 
 
+def are_text(settings: Judge, thinks: bool) -> bool:
+    """Whether verdicts are read from text: by the recipe, or because the judge thinks first."""
+    return settings.verdicts == "text" or (thinks and settings.thinking_budget > 0)
+
+
 async def compare(
     conversation: Conversation, question: Question, first: str, second: str, settings: Judge
 ) -> Verdict:
@@ -90,7 +95,7 @@ async def read_shares(
         The probabilities; None if verdicts are text: by the recipe, because the judge thinks first,
         or because the engine has no log-probabilities.
     """
-    if settings.verdicts == "text" or (conversation.thinks and settings.thinking_budget):
+    if are_text(settings, conversation.thinks):
         return None
     prefill, begun, reached = EMPTY_THOUGHT if conversation.thinks else "", "", 1.0
     shares = (0.0, 0.0)
