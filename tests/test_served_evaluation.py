@@ -1,12 +1,15 @@
 """Evaluation through a Ray Serve application gives the rows of the batch way."""
 
 import asyncio
+import faulthandler
+import json
 import math
 import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -49,6 +52,7 @@ EVALUATION = {
 }
 MEASURED = {f"evaluation/{name}" for name in EVALUATION}
 SHORT = Sampling(max_tokens=12)
+TWO_NODES_S = 600
 
 
 def recipe(**student):
@@ -364,7 +368,7 @@ def test_a_run_joins_an_application_that_answers_chats_meanwhile(serve_ray, tmp_
         list(pipeline.run(jobs))
 
 
-def drive(storage):
+def drive(storage, placement):
     """The client that `test_rows_are_complete...` kills: a process of its own."""
     from opencharacter.evaluation import preferences
 
@@ -374,9 +378,9 @@ def drive(storage):
     made = recipe_of(STUDENT, roles=roles, evaluation=EVALUATION)
     few = {name: {"max_num_seqs": 3} for name in ("student", "judge")}
     pools = {"pools": few, "training": {"cpus": 1}}
-    placement = Placement.model_validate(SERVED.model_dump() | pools)
-    cluster.connect(placement)
-    evaluate(trained_jobs(storage, placement, made))
+    where = Placement.model_validate(json.loads(placement) | pools)
+    cluster.connect(where)
+    evaluate(trained_jobs(storage, where, made))
 
 
 def kill_replica(deployment):
@@ -395,23 +399,22 @@ def wait_for(condition, process):
         time.sleep(0.2)
 
 
-@pytest.mark.slow
-def test_rows_are_complete_when_replicas_and_the_client_are_killed_on_two_nodes(readable, tmp_path):
+def kill_on_two_nodes(folder):
+    """The body of `test_rows_are_complete...`: a process of its own, since it joins a cluster."""
     from ray.cluster_utils import Cluster
 
-    ray.shutdown()
+    faulthandler.dump_traceback_later(TWO_NODES_S - 30, exit=True)
     nodes = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000}
     )
     nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
-    code = "import sys, test_served_evaluation as test; test.drive(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(tmp_path / "served")]
-    environment = os.environ | {"RAY_ADDRESS": nodes.address}
+    os.environ["RAY_ADDRESS"] = nodes.address
+    command = own_process("drive", f"{folder}/served", SERVED.model_dump_json())
 
     def shards():
-        return len(list((tmp_path / "served").rglob("shard-*.parquet")))
+        return len(list(Path(folder, "served").rglob("shard-*.parquet")))
 
-    client = subprocess.Popen(command, env=environment)
+    client = subprocess.Popen(command)
     try:
         ray.init(nodes.address, log_to_driver=False)
         wait_for(lambda: shards() >= 2, client)
@@ -421,13 +424,32 @@ def test_rows_are_complete_when_replicas_and_the_client_are_killed_on_two_nodes(
         client.kill()
         client.wait()
         assert any(name.startswith("opencharacter-") for name in serve.status().applications)
-        subprocess.run(command, env=environment, timeout=300, check=True)
+        subprocess.run(command, check=True)
         assert not serve.status().applications
-        batch = trained_jobs(tmp_path / "batch", Placement())
-        evaluate(batch)
-        assert rows_of(trained_jobs(tmp_path / "served", Placement())) == rows_of(batch)
+        serve.shutdown()
+        subprocess.run(own_process("drive", f"{folder}/batch", "{}"), check=True)
     finally:
         client.kill()
-        serve.shutdown()
         ray.shutdown()
         nodes.shutdown()
+
+
+def own_process(function, *arguments):
+    """The command that calls a function of this module in a process of its own."""
+    code = f"import sys, {__name__} as test; test.{function}(*sys.argv[1:])"
+    return [sys.executable, "-c", code, *arguments]
+
+
+@pytest.mark.slow
+def test_rows_are_complete_when_replicas_and_the_client_are_killed_on_two_nodes(tmp_path):
+    process = subprocess.run(
+        own_process("kill_on_two_nodes", str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=TWO_NODES_S,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    served_way, batch_way = (
+        rows_of(trained_jobs(tmp_path / way, Placement())) for way in ("served", "batch")
+    )
+    assert served_way == batch_way
