@@ -30,6 +30,12 @@ STEERING = "steering.safetensors"
 STEERABLE = ("llama", "qwen2")
 """Model types that can be stored as a Llama with biases."""
 GGUF = ".gguf"
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+"""Data types of weights to which an update can be added, as safetensors files state them. The
+values of smaller types are multiples of scales that are stored elsewhere."""
+SECOND_COPY = ("consolidated", "params.json")
+"""Beginnings of the names of files with a second copy of the weights, in the format of Mistral's
+own library, and of its configuration. VLLM prefers them to the other files of a folder."""
 CONTENT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -173,7 +179,7 @@ def memory_footprint(model: Path) -> MemoryFootprint:
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     keys = config.get("num_key_value_heads", heads) * width
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in weight_files(model))
     return MemoryFootprint(weights, per_token=2 * 2 * config["num_hidden_layers"] * keys)
 
 
@@ -368,16 +374,24 @@ def merge_into_base(base: Path, adapter: Path) -> Path:
         Directory of the merged model in the user's cache.
     """
     add = _add_biases if is_steering(adapter) else _add_updates
-    contents = json.dumps([content(base), content(adapter)], sort_keys=True)
+    files = {n: c for n, c in content(base).items() if not n.startswith(SECOND_COPY)}
+    contents = json.dumps([files, content(adapter)], sort_keys=True)
     key = hashlib.sha256(contents.encode()).hexdigest()[:16]
 
     def make(target: Path) -> None:
         for path in base.iterdir():
-            if path.suffix != ".safetensors" and path.is_file():
+            is_left_out = path.suffix == ".safetensors" or path.name.startswith(SECOND_COPY)
+            if path.is_file() and not is_left_out:
                 shutil.copy(path, target / path.name)
         add(base, adapter, target)
 
     return create_once(cache_dir() / "merged" / key, make)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a model's weights in the layout of transformers, sorted."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [path for path in files if not path.name.startswith(SECOND_COPY)]
 
 
 def weight_names(base: Path, modules: Iterable[str]) -> dict[str, str]:
@@ -388,11 +402,13 @@ def weight_names(base: Path, modules: Iterable[str]) -> dict[str, str]:
         modules: module names of the loaded model, as adapters use them.
 
     Raises:
-        UserError: if a module does not have exactly one weight.
+        UserError: if a module does not have exactly one weight, or one that is quantized.
     """
     stored: dict[str, list[str]] = {}
-    for shard in sorted(base.glob("*.safetensors")):
-        for name in tensor_names(shard):
+    dtypes: dict[str, str] = {}
+    for shard in weight_files(base):
+        for name, dtype in tensor_dtypes(shard).items():
+            dtypes[name] = dtype
             stored.setdefault(_normalized(name), []).append(name)
     weights = {module: stored.get(_normalized(f"{module}.weight"), []) for module in modules}
     for module, names in weights.items():
@@ -400,6 +416,11 @@ def weight_names(base: Path, modules: Iterable[str]) -> dict[str, str]:
             raise UserError(
                 f"{base} has {'no weight' if not names else ' and '.join(names)} for {module}, so "
                 "that adapters cannot be merged into it; choose a student with plain linear layers"
+            )
+        if dtypes[names[0]] not in PLAIN_DTYPES:
+            raise UserError(
+                f"{base}: {names[0]} is quantized ({dtypes[names[0]]}), so that adapters cannot be "
+                f"merged into it; use the model's weights in {', '.join(PLAIN_DTYPES)}"
             )
     return {module: name for module, (name,) in weights.items()}
 
@@ -422,7 +443,7 @@ def _add_updates(base: Path, adapter: Path, target: Path) -> None:
     config, updates = lora.adapter_updates(adapter)
     names = weight_names(base, updates)
     by_weight = {names[module]: update for module, update in updates.items()}
-    for shard in sorted(base.glob("*.safetensors")):
+    for shard in weight_files(base):
         _merge_shard(shard, target / shard.name, by_weight, lora.scale(config))
 
 
@@ -439,6 +460,11 @@ def _merge_shard(source: Path, target: Path, updates: dict[str, Any], factor: fl
             weight = shard.get_tensor(name)
             if name in updates:
                 a, b = (t.to(torch.float32) for t in updates[name])
+                if weight.shape != (len(b), a.shape[1]):
+                    raise UserError(
+                        f"{source}: {name} has shape {tuple(weight.shape)}, and the adapter's "
+                        f"update {(len(b), a.shape[1])}; use an adapter of this model"
+                    )
                 weight = (weight.to(torch.float32) + factor * (b @ a)).to(weight.dtype)
             tensors[name] = weight.contiguous()
         save_file(tensors, target, metadata=shard.metadata())
@@ -477,7 +503,7 @@ def _add_biases(base: Path, folder: Path, target: Path) -> None:
     biased = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     biased |= {f"self_attn.{name}_proj" for name in "qkvo"} if attention else set()
     vectors = load_file(folder / STEERING)
-    shards = sorted(base.glob("*.safetensors"))
+    shards = weight_files(base)
     stored = {name for shard in shards for name in tensor_names(shard)}
     for shard in shards:
         tensors = load_file(shard)
@@ -504,10 +530,15 @@ def _add_biases(base: Path, folder: Path, target: Path) -> None:
 
 def tensor_names(shard: Path) -> list[str]:
     """Return the names of the tensors in a safetensors file."""
+    return list(tensor_dtypes(shard))
+
+
+def tensor_dtypes(shard: Path) -> dict[str, str]:
+    """Return the data type of each tensor in a safetensors file as the file states it (`BF16`)."""
     from safetensors import safe_open
 
     with lora.explain_damage(shard), safe_open(shard, "pt") as file:
-        return list(file.keys())
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
 def _write_index(folder: Path) -> None:

@@ -370,6 +370,63 @@ def test_merging_into_the_base_refuses_an_adapter_of_another_model(
     assert not list((tmp_path / "cache" / "merged").iterdir())
 
 
+def adapter_of(tiny_model, folder):
+    """An adapter of all linear layers of the tiny model with random weights."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(folder)
+    return folder
+
+
+def test_a_second_copy_of_the_weights_in_mistral_s_format_is_not_kept_beside_the_merged_ones(
+    tiny_model, tmp_path, monkeypatch
+):
+    """VLLM prefers that copy, so that a persona's engine would generate with the base's weights."""
+    monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    weights = load_file(base / models.WEIGHTS)
+    copy = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    save_file(copy, base / "consolidated.safetensors")
+    (base / "consolidated.safetensors.index.json").write_text("{}")
+    (base / "params.json").write_text("{}")
+    merged = models.merge_into_base(base, adapter_of(tiny_model, tmp_path / "adapter"))
+    assert [path.name for path in merged.glob("*.safetensors")] == [models.WEIGHTS]
+    assert not list(merged.glob("consolidated*")) + list(merged.glob("params.json"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not load_file(merged / models.WEIGHTS)[name].equal(weights[name])
+    footprints = (models.memory_footprint(folder) for folder in (base, tiny_model))
+    assert len({footprint.weights for footprint in footprints}) == 1
+
+
+def test_quantized_weights_are_refused_and_not_added_to_as_if_they_had_no_scales(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    weights = load_file(base / models.WEIGHTS)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights |= {name: weights[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1)}
+    save_file(weights, base / models.WEIGHTS, metadata={"format": "pt"})
+    adapter = adapter_of(tiny_model, tmp_path / "adapter")
+    with pytest.raises(UserError, match=rf"{name} is quantized \(F8_E4M3\).*BF16"):
+        models.merge_into_base(base, adapter)
+
+
+def test_an_adapter_of_a_model_with_other_shapes_is_refused_in_one_line(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
+    adapter = write_adapter(tmp_path / "one", 4, 1, {"model.layers.0.self_attn.q_proj": (8, 12)})
+    with pytest.raises(UserError, match=r"q_proj.weight has shape \(64, 64\).*update \(8, 12\)"):
+        models.merge_into_base(tiny_model, adapter)
+
+
 def test_a_damaged_embedded_model_is_converted_again(embedded_model, tmp_path, monkeypatch):
     weights = load_file(embedded_model / models.WEIGHTS)
     assert all(t.dtype == torch.bfloat16 for t in weights.values())
