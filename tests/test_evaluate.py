@@ -15,6 +15,8 @@ from opencharacter.errors import UserError
 from opencharacter.evaluation import subject as subjects
 from opencharacter.evaluation.conditions import condition_adapter
 from opencharacter.persona import merge
+from opencharacter.runtime.attempts import AttemptLog
+from opencharacter.runtime.stage import StageResult
 
 STUDENT = Role(model="echo:", name="echo", self_name="Echo", chat_template="{{ messages }}")
 
@@ -136,6 +138,34 @@ def test_a_given_model_answers_as_full_and_the_student_as_base(poet, store):
     assert engine_spec(job, "student", condition_adapter(job, "base")).role.model == "echo:"
 
 
+def test_an_evaluation_in_the_storage_of_a_training_run_is_refused_and_deletes_nothing(poet, store):
+    recipe = recipe_of(ECHO_ROLE).model_copy(update={"seed": 3})
+    trained = pipeline.jobs(recipe, [poet], Placement(), store)
+    finished = next(job for job in trained if job.stage.name == "distillation/teacher")
+    begun = next(job for job in trained if job.stage.name == "distillation/dpo")
+    pipeline.finish(finished, StageResult(9), 1.0)
+    AttemptLog(begun, kept=0)
+    other = Role(model="echo:0", name="other", self_name="Other")
+    jobs = pipeline.jobs(subject_recipe(Subject(model=other)), [poet], Placement(), store)
+    with pytest.raises(UserError, match="distillation/teacher holds data of a training run"):
+        subjects.leave_out_training(jobs)
+    assert finished.state()[0] == "done"
+    store.delete(finished.dataset)
+    with pytest.raises(UserError, match="distillation/dpo holds data of a training run"):
+        subjects.leave_out_training(jobs)
+    assert begun.state()[0] == "partial"
+
+
+def test_the_marks_of_an_earlier_evaluation_are_replaced(poet, store):
+    for model in ("echo:0", "echo:1"):
+        other = Role(model=model, name="other", self_name="Other")
+        recipe = subject_recipe(Subject(model=other))
+        recipe = recipe.model_copy(update={"seed": recipe.seed + int(model[-1])})
+        jobs = pipeline.jobs(recipe, [poet], Placement(), store)
+        subjects.leave_out_training(jobs)
+        assert all(j.state()[0] == "done" for j in jobs if j.stage.name in subjects.LEFT_OUT)
+
+
 @pytest.mark.slow
 def test_a_given_model_is_evaluated_without_any_training(cpu_ray, poet, store, monkeypatch):
     """The echo engine has no weights; what is tested is that every stage of the evaluation runs."""
@@ -158,4 +188,4 @@ def test_a_given_model_is_evaluated_without_any_training(cpu_ray, poet, store, m
     assert made["evaluation/side_effects"]["rows"] == 7 * 3
     assert not set(made) & set(subjects.LEFT_OUT)
     page = store.path("echo/evaluation/report/report.html")
-    assert b"Side effects" in store.fs.open_input_file(page).read()
+    assert b"Which side effects came with the character?" in store.fs.open_input_file(page).read()

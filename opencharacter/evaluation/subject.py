@@ -39,6 +39,8 @@ LEFT_OUT = (
 """The stages whose data an evaluation of another model does not need."""
 COMPARING = ("answers", "preferences", "attacks", "adherence", "drift", "side_effects")
 """The sections of the evaluation that list conditions."""
+SKIPPED = "skipped"
+"""Name of the figure that marks a stage as left out."""
 URLS = ("http://", "https://")
 TIMEOUT_SECONDS = 20
 
@@ -163,9 +165,27 @@ def evaluation_recipe(recipe: Recipe, subject: Subject, base: str | None = None)
 
 
 def leave_out_training(jobs: list[Job]) -> None:
-    """Mark the training stages as done without data, so that the evaluation can follow."""
-    for job in jobs:
-        if job.stage.name in LEFT_OUT and job.state()[0] != "done":
-            job.store.delete(job.dataset)
-            result = StageResult(0, figures={"skipped": "a given model is evaluated"})
-            manifests.finish(job, result, 0.0, {})
+    """Mark the training stages as done without data, so that the evaluation can follow.
+
+    Raises:
+        UserError: if the storage has training data, which would be lost.
+    """
+    unmarked = [job for job in jobs if job.stage.name in LEFT_OUT and job.state()[0] != "done"]
+    for job in unmarked:
+        if has_training_data(job):
+            raise UserError(
+                f"{job.store.address(job.dataset)} holds data of a training run, which an "
+                "evaluation of another model would replace; use another --storage"
+            )
+    for job in unmarked:
+        job.store.delete(job.dataset)
+        result = StageResult(0, figures={SKIPPED: "a given model is evaluated"})
+        manifests.finish(job, result, 0.0, {})
+
+
+def has_training_data(job: Job) -> bool:
+    """Whether a training stage's dataset has more than the mark of an earlier evaluation."""
+    manifest = job.store.manifest(job.dataset, any_format=True)
+    if manifest is None:
+        return job.store.exists(job.dataset)
+    return SKIPPED not in manifest.get("figures", {})
