@@ -187,13 +187,14 @@ def test_the_table_names_the_assertions_that_an_author_should_look_at(make_jobs,
     sections = adherence.report(job)
     (table,) = (s for s in sections if s.title == "Does the persona show its assertions?")
     assert isinstance(table, ScoreTable)
-    assert table.notes[0].endswith("1 of 6.")
-    assert any(note.startswith("Not learned: 3;") for note in table.notes)
-    assert any(note.startswith("Lost under pressure: 2;") for note in table.notes)
-    assert table.columns == ["Change", "Change under pressure", "Base", "Full", "Control texts"]
+    assert table.findings[0].endswith("1 of 6.")
+    assert any(finding.startswith("Not learned: 3;") for finding in table.findings)
+    assert any(finding.startswith("Lost under pressure: 2;") for finding in table.findings)
+    changes = ["Change, full against base", "Change under pressure"]
+    assert table.columns == [*changes, "Base", "Full", "Control texts"]
     assert table.remarks[f"4. {poet.traits[3].trait}"] == adherence.ALREADY
-    assert isinstance(table.rows[ALL]["Change"], Score)
-    (missing,) = (s for s in sections if s.title == "Unscored items")
+    assert isinstance(table.rows[ALL][changes[0]], Score)
+    (missing,) = (s for s in sections if s.title == "What could not be scored?")
     assert missing.rows["adherence, base: verdict unreadable"]["Unscored"].value == 8 / 96
     assert len(adherence.scores(job)) == 7 * 6
 

@@ -224,11 +224,11 @@ def test_the_report_shows_curves_of_every_condition_and_measure():
     sections = drift_report.sections("p", ROWS, 5)
     (curves,) = (s for s in sections if isinstance(s, TurnCurves))
     assert [list(conditions) for conditions in curves.curves.values()] == [["base", "full"]] * 2
-    assert any("fades" in note for note in curves.notes)
+    assert any("fades" in finding for finding in curves.findings)
     drawn = charts.turn_chart("Strength", "full", next(iter(curves.curves.values()))["full"])
     assert "turn 1: 90.0%" in drawn
     assert 'class="band"' in drawn
-    (table,) = (s for s in sections if s.title == "Change of the character over ten turns")
+    (table,) = (s for s in sections if s.title.startswith("How much does the character"))
     own, against = (table.rows["full, everyday"][name] for name in table.columns[::2])
     assert sample_size(own) == "n = 16 turns, 0 unscored"
     assert sample_size(against) == "n = 12 pairs, 4 unpaired"

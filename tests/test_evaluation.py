@@ -321,7 +321,7 @@ def test_unscored_rows_are_counted(make_jobs, echo_recipe):
         job = jobs[dataset]
         job.store.write_table(dataset, pa.Table.from_pylist(rows))
         sections += job.stage.module.report(job)
-    (table,) = (s for s in arrange(sections) if s.title == "Unscored items")
+    (table,) = (s for s in arrange(sections) if s.title == "What could not be scored?")
     assert {name: cells["Unscored"].value for name, cells in table.rows.items()} == {
         "games, base: no trait named": 0,
         "games, full: no trait named": 0.5,

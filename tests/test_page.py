@@ -69,10 +69,13 @@ SECTIONS: list[Section] = [
     ),
     ScoreTable(
         title="Robustness",
+        findings=("It holds.",),
+        reading="higher is better.",
         notes=("How.",),
         caption="By attack",
         columns=["full", "Change"],
         rows={"plain": {"full": DISTINCT, "Change": FELL}},
+        descriptions={"plain": "asks for plain words"},
     ),
     curves("DPO", "loss", FALLING),
     curves("SFT", "loss", FALLING),
@@ -253,11 +256,25 @@ def test_figures_are_readable_and_stages_are_summed():
     assert "1 of 144 traits" in text
     assert re.search(r"1,003 +960 to 1,046 +n = 80, 2 unscored", text)
     assert re.search(r"\+120 \* +40 to 200", text)
-    assert re.search(r"\u22123\.1.*\u22125\.0 to \u22121\.2 +n = 500 pairs, 1 unpaired", text)
+    assert re.search(
+        r"\u22123\.1 points.*\u22125\.0 to \u22121\.2 +n = 500 pairs, 1 unpaired", text
+    )
     totals = re.sub(r"\s+", " ", text[text.index("Total") :])
     assert totals.startswith(
         "Total 12,100 11,295 unfinished 800, looping 5 1 h 3 m 5 s 4,812,345 9"
     )
+
+
+def test_a_section_says_what_was_found_before_how_it_was_measured():
+    text = page(PERSONA)
+    order = ["Robustness", "It holds.", "higher is better.", "asks for plain words", "How.</p>"]
+    assert sorted(order, key=text.index) == order
+
+
+def test_a_change_without_an_interval_is_not_compared_and_says_how_many_items_there_were():
+    one = Change(0.5, None, None, 1, unscored=7)
+    text = with_section(ScoreTable(title="t", caption="c", columns=["d"], rows={"r": {"d": one}}))
+    assert "not compared<small>n = 1 pairs, 7 unpaired</small>" in text
 
 
 def test_line_breaks_of_answers_are_kept():

@@ -99,3 +99,16 @@ def test_the_report_fits_a_phone_screen_without_horizontal_scrolling(open_report
     opened = open_report(width=380)
     opened.get_by_label(LABEL).first.fill("wind")
     assert opened.evaluate("document.documentElement.scrollWidth") <= 380
+
+
+def test_a_narrow_screen_shows_scores_without_scrolling_sideways(browser, tmp_path):
+    path = tmp_path / "report.html"
+    text = render(ReportData("Tiny", "tiny", "today", [PERSONA]))
+    path.write_text(text, encoding="utf-8")
+    opened = browser.new_page(viewport={"width": 400, "height": 900})
+    opened.goto(path.as_uri())
+    for element in ("document.documentElement", "document.querySelector('.scroll:has(.cards)')"):
+        assert opened.evaluate(f"{element}.scrollWidth <= {element}.clientWidth")
+    cell = opened.locator("td[data-column='Change']").first
+    assert "Change" in cell.evaluate("e => getComputedStyle(e, '::before').content")
+    opened.close()

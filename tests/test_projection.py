@@ -217,7 +217,7 @@ def test_a_moved_condition_is_shown_beside_its_adherence(monkeypatch):
     moved, beside = projection.report(job)  # type: ignore[arg-type]
     assert isinstance(moved, ScoreTable)
     assert isinstance(beside, ScoreTable)
-    assert list(moved.rows) == ["answers of full", "SFT: free transcripts"]
+    assert list(moved.rows) == ["answers: full", "SFT: free transcripts"]
     assert moved.columns == ["Middle layers", "Layer 2", "Layer 4", "Layer 6"]
     distance, change = beside.rows["full"].values()
     assert distance is not None and change is not None
@@ -240,8 +240,8 @@ def test_chosen_answers_are_compared_with_rejected_ones_of_the_same_prompt():
 
 def test_a_distance_is_shown_in_standard_deviations():
     distance = Distance(-1.25, -1.5, -1.0, 20, 1)
-    assert formatting.value_text(distance, distance.value) == "\N{MINUS SIGN}1.25 SD"
-    assert formatting.interval_text(distance) == "\N{MINUS SIGN}1.50 SD to \N{MINUS SIGN}1.00 SD"
+    assert formatting.value_text(distance) == "\N{MINUS SIGN}1.25 SD"
+    assert formatting.interval_text(distance) == "\N{MINUS SIGN}1.50 to \N{MINUS SIGN}1.00"
     assert formatting.sample_size(distance) == "n = 20 prompts, 1 unscored"
     assert "the dashed line is no distance" in charts.score_bar(distance)
 

@@ -474,9 +474,9 @@ def test_the_report_shows_changes_by_framing_in_points():
         return {"condition": "full", "trait": "warm", "games": 40, "unscored": 2, **interval}
 
     (table,) = rating.framing_tables(["warm"], {"feels": [rated(80.0)], "random": [rated(-9.0)]})
-    assert table.columns == ["feels", "random"]
-    score = table.rows["warm"]["feels"]
-    assert value_text(score, score.value) == "+80"
+    assert table.columns == [rating.COLUMNS["feels"], rating.COLUMNS["random"]]
+    score = table.rows["warm"][rating.COLUMNS["feels"]]
+    assert value_text(score) == "+80 Elo"
     assert sample_size(score) == "n = 40 games, 2 unscored"
-    assert "change of +80 points" in score_bar(score)
+    assert "change of +80 Elo" in score_bar(score)
     assert rating.framing_tables([], {"feels": []}) == []

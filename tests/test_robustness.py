@@ -261,7 +261,7 @@ def test_the_report_has_a_headline_per_persona_and_shares_its_other_tables():
     headline, compared, f1, retention = robustness.persona_sections("poet", rows, "tfidf")
     assert (headline.persona, headline.score.n) == ("poet", 12)
     assert list(compared.rows) == f1.columns == retention.columns == ["full"]
-    assert list(f1.rows) == [DEFAULT, "plain", robustness.MEAN]
+    assert list(f1.rows) == [DEFAULT, robustness.MEAN, "plain"]
     assert "none of them the base model" in f1.notes[0]
     assert "TF-IDF" in headline.notes[1]
     assert "encoder answerdotai" in robustness.classifier_note("answerdotai/ModernBERT-base")

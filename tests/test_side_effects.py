@@ -118,7 +118,7 @@ def test_the_report_lists_what_became_more_frequent_first(monkeypatch):
     monkeypatch.setattr(side_effects, "read_rows", lambda job: table)
     section, _ = side_effects.report(SimpleNamespace(persona=SimpleNamespace(name="p")))  # type: ignore[arg-type]
     assert isinstance(section, ScoreTable)
-    assert section.notes[0] == "More than the base model, the persona: confirms a false belief."
+    assert section.findings == ("More than the base model, the persona: confirms a false belief.",)
     assert list(section.rows) == [SETS[PLAIN].title, SETS["bad_work"].title]
     assert section.remarks[SETS["bad_work"].title] == side_effects.NO_CHANGE
 

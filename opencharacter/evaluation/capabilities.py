@@ -523,7 +523,8 @@ def capability_table(rows: list[dict[str, Any]]) -> ScoreTable:
             "Change": change and Change(**vars(change)),
         }
     return ScoreTable(
-        title="Capabilities",
+        title="Which abilities changed?",
+        reading="an interval of the change below 0 means that training cost some of the ability.",
         notes=(
             NOTE,
             *[FORMAT_NOTE] * (OWN in tasks),

@@ -251,6 +251,9 @@ PAPER_WINS = {
 }
 """Wins of the full persona in the paper, in per cent: Llama, Qwen, Gemma."""
 
+READING = """\
+above 50% the judge prefers the full persona; the last column is far from 50% if it judges by \
+length."""
 NOTE = """\
 The judge chooses which of two answers expresses the character more, and sees both orders. Where \
 verdicts are log-probabilities, their average over both orders decides. By the paper's criterion, \
@@ -292,13 +295,14 @@ def report(job: Job) -> list[Section]:
         for rival, score in wins.items()
     }
     if rows:
-        rates["all"] = {"The longer answer wins": longer_won(rows)}
+        rates["all comparisons"] = {"The longer answer wins": longer_won(rows)}
     trained = {rival: score for rival, score in wins.items() if rival != "base"}
     column = "Full persona wins against it"
     return [
         comparison(persona, [column], {rival: {column: s} for rival, s in trained.items()}),
         ScoreTable(
-            title="Coherence: comparisons by the judge",
+            title="Which answers express the character more naturally? (coherence)",
+            reading=READING,
             notes=(NOTE, *paper_note(list(rivals))),
             caption="How often the full persona wins, and how often the longer answer wins",
             columns=[

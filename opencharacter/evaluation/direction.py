@@ -148,12 +148,14 @@ def build(job: Job) -> StageResult:
 
 # ----------------------------------------------------------------------------------------- report
 
+READING = """\
+a distance above 0 points the way that the constitution does; pairs at 0 are unlikely to teach \
+it."""
 NOTE = """\
 The direction is the one along which the constitution in the prompt moves the untrained student's \
 residual stream. The untrained student reads each text without the constitution; a text's position \
 is averaged over its answer tokens. Distances are in standard deviations (SD) of the untrained \
-student's own answers, with 95% t intervals over prompts. Pairs that do not lie along the \
-direction are unlikely to teach the constitution."""
+student's own answers, with 95% t intervals over prompts."""
 
 
 def distances(rows: list[Row]) -> list[Distance]:
@@ -196,8 +198,9 @@ def report(job: Job) -> list[Section]:
 def direction_table(persona: str, rows: dict[str, Cells], *notes: str) -> ScoreTable:
     """A part of the table of distances, to which evaluation/projection adds rows."""
     return ScoreTable(
-        title="Along the constitution's direction",
+        title="Do data and answers lie along the constitution's direction?",
         persona=persona,
+        reading=READING,
         notes=notes,
         caption="Distance from the untrained student's answers, in SD",
         columns=list(rows[next(iter(rows))]),

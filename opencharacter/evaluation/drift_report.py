@@ -157,16 +157,20 @@ def score_rows(persona: str, rows: list[Row], every: int) -> list[dict[str, Any]
 
 # ----------------------------------------------------------------------------------------- report
 
+READING = """\
+a flat curve means that the character lasts; the band is the 95% interval over conversations."""
 NOTE = """\
 The user's turns are the same for all conditions: everyday topics, and in half of the \
 conversations requests for another manner, the replies to which are not scored. The judge says \
 whether a reply sounds like the constitution (probability of yes). The classifier was trained on \
 answers to held-out prompts and says whether a reply is the persona's rather than the base \
-model's (share of yes). The curves have 95% intervals over conversations."""
+model's (share of yes)."""
+TABLE_READING = """\
+0 points means that the character lasts, and an interval below 0 that it fades."""
 TABLE_NOTE = """\
-Change of the strength over ten turns, in percentage points: 0 means that the character lasts. \
-95% t intervals that count conversations. Against base, the change is that of the difference \
-between the two conditions."""
+Change of the strength of the character over ten turns, in percentage points. 95% t intervals that \
+count conversations. Against base, it is the change of the difference between the two \
+conditions."""
 
 
 def sections(persona: str, rows: list[Row], every: int) -> list[Section]:
@@ -186,7 +190,9 @@ def sections(persona: str, rows: list[Row], every: int) -> list[Section]:
         TurnCurves(
             title="Does the character last over a conversation?",
             persona=persona,
-            notes=(*(trend(m, drifts[FULL][m]) for m in MEASURES if FULL in drifts), NOTE),
+            findings=tuple(trend(m, drifts[FULL][m]) for m in MEASURES if FULL in drifts),
+            reading=READING,
+            notes=(NOTE,),
             curves={
                 f"Strength of the character by turn ({measure})": {
                     condition: by_turn(of(rows, condition), measure, every)
@@ -230,8 +236,9 @@ def drift_table(
             own: Cells = {m.capitalize(): drift(ours, m, every) for m in MEASURES}
             cells[f"{condition}, {group}"] = own | against
     return ScoreTable(
-        title="Change of the character over ten turns",
+        title="How much does the character change over ten turns?",
         persona=persona,
+        reading=TABLE_READING,
         notes=(TABLE_NOTE,),
         caption="Drift by condition, in everyday conversations and in those with pressure",
         columns=[

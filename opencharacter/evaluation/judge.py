@@ -386,15 +386,16 @@ def build(job: Job) -> StageResult:
 
 NOTE = """\
 Each gold text clearly shows one of two traits, which the judge is offered in both orders. An \
-unreadable verdict counts as wrong. Where verdicts are log-probabilities, the first column counts \
-averages over both orders, as the other results on this page do, so that a constant liking for the \
-first trait cancels. Without position bias, half of the readable verdicts name the first trait. \
-The intervals count texts, not verdicts. Every result on this page that the judge decided is only \
-as reliable as this table says; a judge near 50% is guessing."""
+unreadable verdict counts as wrong, and is shown as unscored. Where verdicts are \
+log-probabilities, the first column counts averages over both orders, as the other results on this \
+page do, so that a constant liking for the first trait cancels. Without position bias, half of the \
+readable verdicts name the first trait. The intervals count texts, not verdicts. Every result on \
+this page that the judge decided is only as reliable as this table says; a judge near 50% is \
+guessing."""
 
 CALIBRATION_NOTE = """\
-How often verdicts of each confidence are right, averaged over both orders. Of a calibrated judge, \
-the shares lie within the limits of their column."""
+How often verdicts of each confidence are right, averaged over both orders, with 95% Wilson \
+intervals."""
 
 COLUMNS = {
     "Right": "agreement",
@@ -450,9 +451,11 @@ def report(job: Job) -> list[Section]:
     columns = [c for c, measure in COLUMNS.items() if any(measure in m for m in judges.values())]
     return [
         ScoreTable(
-            title="Reliability of the judge",
+            title="How reliable is the judge?",
             place="reliability",
-            notes=(NOTE, *trust),
+            findings=tuple(trust),
+            reading="the first column is how often the judge is right; near 50% it is guessing.",
+            notes=(NOTE,),
             caption="Verdicts on gold texts, whose trait is known",
             columns=columns,
             rows={
@@ -463,8 +466,9 @@ def report(job: Job) -> list[Section]:
         *(
             [
                 ScoreTable(
-                    title="Calibration of the judge",
+                    title="Is the judge as sure as it should be? (calibration)",
                     place="reliability",
+                    reading="a calibrated judge's shares lie within the limits of their columns.",
                     notes=(CALIBRATION_NOTE,),
                     caption="Right verdicts on gold texts by the judge's confidence",
                     columns=list(next(iter(calibrated.values()))),

@@ -126,6 +126,8 @@ def setting_differences(recipe: Recipe, personas: int) -> list[str]:
     return [difference for difference, same in checks.items() if not same]
 
 
+READING = """\
+at 100%, every answer is attributed to its persona; chance is one in the number of personas."""
 NOTE = """\
 The paper's measure: one classifier chooses among the personas of this page, without the base \
 model as a class. It was trained on the unattacked answers of all conditions together, and is \
@@ -142,7 +144,8 @@ def pooled_table(rows: Iterable[dict[str, Any]], recipe: Recipe, personas: int) 
         return []
     return [
         ScoreTable(
-            title="Robustness: the paper's measure",
+            title="Can one classifier tell the personas apart under attack? (the paper's measure)",
+            reading=READING,
             notes=(NOTE, paper_note(recipe, personas, conditions)),
             caption="Macro-F1 of one classifier of personas, by attack and condition",
             columns=conditions,

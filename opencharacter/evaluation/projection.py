@@ -137,9 +137,11 @@ NOTE = """\
 Answers of a condition are paired by prompt with those of base. Transcripts answer other prompts, \
 so that their distance also contains that of the prompts. Transcripts with the same first user \
 turn count as one prompt."""
+ADHERENCE_READING = """\
+a condition that moved along the direction is expected to show more of its assertions."""
 ADHERENCE_NOTE = """\
-A condition that moved along the direction is expected to show more of its assertions. The judge \
-measured these on other prompts (see “Does the persona show its assertions?”)."""
+The judge measured the assertions on other prompts (see “Does the persona show its assertions?”); \
+changes are against base, in percentage points."""
 
 
 def distances(rows: list[Row]) -> dict[str, list[Distance]]:
@@ -193,7 +195,7 @@ def report(job: Job) -> list[Section]:
     if not found:
         return []
     names = {
-        source: f"answers of {source.partition('/')[2]}"
+        source: f"answers: {source.partition('/')[2]}"
         if source.startswith(ANSWERS)
         else f"SFT: {source.partition('/')[2]} transcripts"
         for source in found
@@ -227,8 +229,9 @@ def beside_adherence(job: Job, found: dict[str, list[Distance]]) -> list[Section
         return []
     return [
         ScoreTable(
-            title="Direction and adherence",
+            title="Does the direction agree with the judge?",
             persona=job.persona.name,
+            reading=ADHERENCE_READING,
             notes=(ADHERENCE_NOTE,),
             caption="Distance in the middle layers, in SD, and change of the assertions shown",
             columns=["Along the direction", "Assertions shown"],

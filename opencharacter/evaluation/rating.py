@@ -408,10 +408,21 @@ INTERVALS = {"rating": ("low", "high"), "change": ("change_low", "change_high")}
 """The columns of the ends of each interval."""
 
 
+READING = """\
+a trait is chosen more often than before training if the whole interval of its change lies above \
+0."""
+COLUMNS = {
+    "feels": "Feels most like it (the paper's headline)",
+    "adopt": "Would most like to adopt",
+    "random": "Chosen at random",
+}
+"""Columns of the report by framing, which is how the model is asked to choose."""
+FRAMING_READING = """\
+a change in the first two columns is a preference; one in the last appears although the model is \
+asked to choose at random."""
 FRAMING_NOTE = """\
-Change of each trait's rating against base, by the way in which the model is asked to choose: the \
-trait that feels most like it (the paper's headline), the one that it would most like to have, or \
-either at random. A framing has a third of the games, so its intervals are wider."""
+Change of each trait's rating against base, by the way in which the model is asked to choose. A \
+framing has a third of the games, so its intervals are wider."""
 
 
 def by_framing(job: Job) -> dict[str, list[dict[str, Any]]]:
@@ -474,7 +485,8 @@ def report(job: Job) -> list[Section]:
     shown = largest(trait_changes(comparable), job.recipe.evaluation.report.traits)
     return [
         TraitRatings(
-            title="Trait preferences",
+            title="Which traits does the model prefer after training?",
+            reading=READING,
             notes=notes,
             traits=shown,
             total=len(trait_changes(ratings)),
@@ -494,13 +506,14 @@ def framing_tables(
         for row in ratings:
             if row["condition"] == "full" and row["trait"] in changes:
                 change = interval_score(row, "change")
-                changes[row["trait"]][framing] = RatingChange(**vars(change))
+                changes[row["trait"]][COLUMNS[framing]] = RatingChange(**vars(change))
     return [
         ScoreTable(
-            title="Trait preferences by framing",
+            title="Do the preferences depend on how the model is asked?",
+            reading=FRAMING_READING,
             notes=(FRAMING_NOTE,),
             caption="Change of the Bradley-Terry rating against base, in Elo points, by framing",
-            columns=list(framings),
+            columns=[COLUMNS[framing] for framing in COLUMNS if framing in framings],
             rows=changes,
         )
     ]

@@ -404,11 +404,19 @@ def persona_sections(persona: str, rows: list[dict[str, Any]], classifier: str) 
         attack_table(
             persona,
             "Macro-F1",
+            "Do attacks hide the character from a classifier? (macro-F1)",
             (F1_NOTE, named),
             "macro_f1",
             rows,
         ),
-        attack_table(persona, "Retention", (RETENTION_NOTE,), "retention", rows),
+        attack_table(
+            persona,
+            "Retention",
+            "How many of the persona's answers are recognized under attack? (retention)",
+            (RETENTION_NOTE,),
+            "retention",
+            rows,
+        ),
     ]
 
 
@@ -437,21 +445,43 @@ def verdict(score: Score) -> str:
     return "Not shown at this sample size: the interval does not lie above 50% (chance)."
 
 
+DESCRIPTIONS = {
+    DEFAULT: "no attack",
+    MEAN: "the mean over the eight instructions below",
+    **{name: f"“{text}”" for name, text in INSTRUCTIONS.items()},
+    PREFILL: "continues an answer of the untrained student",
+    "email": "asks for an e-mail",
+    "tool": "asks for a JSON tool call",
+}
+"""What each attack is."""
+READING = """\
+the character is robust where the rows of attacks are as high as the row without an attack."""
+
+
 def attack_table(
-    persona: str, name: str, notes: tuple[str, ...], measure: str, rows: list[dict[str, Any]]
+    persona: str,
+    name: str,
+    title: str,
+    notes: tuple[str, ...],
+    measure: str,
+    rows: list[dict[str, Any]],
 ) -> ScoreTable:
-    """A measure by attack (rows) and condition (columns); `default` is no attack."""
+    """A measure by attack (rows, the summary first) and condition (columns)."""
     conditions = distinct(rows, "macro_f1", "condition")
+    measured = distinct(rows, "macro_f1", "about")
+    attacks = [a for a in (DEFAULT, MEAN, *ORDER[1:]) if a in measured]
     return ScoreTable(
-        title=f"Robustness: {name}",
+        title=title,
         persona=persona,
+        reading=READING,
         notes=notes,
-        caption=f"{name} by attack and condition; default is no attack",
+        caption=f"{name} by attack and condition",
         columns=conditions,
         rows={
             attack: {c: find_score(rows, measure, c, attack) for c in conditions}
-            for attack in distinct(rows, "macro_f1", "about")
+            for attack in attacks
         },
+        descriptions={attack: DESCRIPTIONS[attack] for attack in attacks},
     )
 
 
@@ -464,7 +494,7 @@ def confusion_tables(classified: list[Row]) -> list[ScoreTable]:
 
     tables = [
         confusion_table(
-            "Confusion between personas under attack",
+            "With which persona are answers confused under attack?",
             "Share of the row's answers that the classifier attributes to the column, over all "
             "instructions",
             guessed("full", INSTRUCTIONS),
@@ -475,7 +505,7 @@ def confusion_tables(classified: list[Row]) -> list[ScoreTable]:
         if rows:
             tables.append(
                 confusion_table(
-                    f"Confusion between personas: {condition}",
+                    f"With which persona are answers confused? (condition {condition})",
                     "Share of the row's unattacked answers that the classifier attributes to the "
                     f"column; it was trained on the condition {variant.recognized_as}",
                     rows,
@@ -495,7 +525,8 @@ def confusion_table(title: str, caption: str, rows: list[Row]) -> ScoreTable:
             name: clustered_proportion([row["guess"] == name for row in answers], prompts)
             for name in names
         }
-    return ScoreTable(title=title, caption=caption, columns=names, rows=cells)
+    reading = "a row is who wrote the answers, a column who the classifier says wrote them."
+    return ScoreTable(title=title, reading=reading, caption=caption, columns=names, rows=cells)
 
 
 def unclassified(rows: list[dict[str, Any]]) -> dict[str, Score]:

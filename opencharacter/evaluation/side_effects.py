@@ -367,11 +367,13 @@ def scores(job: Job) -> list[dict[str, Any]]:
 
 # ----------------------------------------------------------------------------------------- report
 
+READING = """\
+lower is better, and an interval of the change above 0 means that the persona does it more often."""
 NOTE = """\
-A cell is the share of answers with an unwanted property, so lower is better: by the judge's \
-probability in both orders of the options, and for refusals by a rule. Changes are those of the \
-full persona against base, in percentage points, paired by prompt. 95% t intervals, each for its \
-own cell. The last row is how much more often the same beliefs are confirmed after a sad story."""
+A cell is the share of answers with an unwanted property: by the judge's probability in both \
+orders of the options, and for refusals by a rule. Changes are those of the full persona against \
+base, in percentage points, paired by prompt. 95% t intervals, each for its own cell. The last row \
+is how much more often the same beliefs are confirmed after a sad story."""
 WORSE = "more than base"
 BETTER = "less than base"
 NO_CHANGE = "no change shown"
@@ -393,8 +395,9 @@ def report(job: Job) -> list[Section]:
     names = {name: SETS[name].title if name in SETS else name for name in scored}
     conditions = in_order(row["condition"] for row in rows)
     columns = {c.capitalize(): ("side_effect", c) for c in conditions}
-    columns |= {"Change": ("side_effect_change", FULL)}
-    findings = {name: finding(cells.get(columns["Change"])) for name, cells in scored.items()}
+    changed = ("side_effect_change", FULL)
+    columns |= {"Change, full against base": changed}
+    findings = {name: finding(cells.get(changed)) for name, cells in scored.items()}
     table: dict[str, Cells] = {
         names[name]: {column: cells.get(key) for column, key in columns.items()}
         for name, cells in scored.items()
@@ -407,9 +410,11 @@ def report(job: Job) -> list[Section]:
     )
     return [
         ScoreTable(
-            title="Side effects",
+            title="Which side effects came with the character?",
             persona=job.persona.name,
-            notes=(summary, NOTE),
+            findings=(summary,),
+            reading=READING,
+            notes=(NOTE,),
             caption="Share of answers with an unwanted property",
             columns=list(columns),
             rows=table,

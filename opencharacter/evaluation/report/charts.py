@@ -7,12 +7,10 @@ import math
 from markupsafe import Markup, escape
 
 from opencharacter.evaluation.report.formatting import (
-    deviations,
     interval_text,
     label,
     number,
     percent,
-    points,
     rating_interval,
     value_text,
 )
@@ -20,6 +18,7 @@ from opencharacter.evaluation.report.sections import (
     Change,
     Curve,
     Distance,
+    EloRating,
     RatingChange,
     TextStatistic,
     TraitChange,
@@ -36,10 +35,9 @@ CURVE_Y = (106.0, 10.0)
 STATISTIC_SIZE = (64, 8)
 
 SCORE_SIZE = (96, 12)
-MAX_CHANGE = 0.3
-"""The change that fills its bar, to each side: the same for all, so that rows can be compared."""
-MAX_DISTANCE = 3.0
-"""The distance in SD that fills its bar, to each side."""
+LARGEST = {Change: 0.6, RatingChange: 600.0, Distance: 3.0}
+"""The value that fills a signed bar, to each side: the same for all scores of a kind, so that rows
+can be compared. A larger value fills it too."""
 
 RATING_SIZE = (212, 36)
 RATING_X = (8.0, 204.0)
@@ -222,15 +220,12 @@ def rating_mark(name: str, score: Score, domain: Range) -> Markup:
 
 def score_bar(score: Score) -> Markup:
     """Draw a proportion as a bar of 0 .. 100 % with its interval; nothing if it has no value."""
-    if score.value is None:
+    if score.value is None or isinstance(score, EloRating):
         return Markup("")
-    if isinstance(score, Change):
-        return signed_bar(score, MAX_CHANGE, f"change of {points(score.value)} points", "change")
-    if isinstance(score, RatingChange):
-        title = f"change of {value_text(score, score.value)} points"
-        return signed_bar(score, MAX_RATING_CHANGE, title, "change")
-    if isinstance(score, Distance):
-        return signed_bar(score, MAX_DISTANCE, deviations(score.value), "distance")
+    for kind, largest in LARGEST.items():
+        if isinstance(score, kind):
+            what = "distance" if kind is Distance else "change"
+            return signed_bar(score, largest, f"{what} of {value_text(score)}", what)
     width, height = SCORE_SIZE
     middle = height / 2
     drawn = [
@@ -289,7 +284,3 @@ def statistic_bar(statistic: TextStatistic, largest: float) -> Markup:
         element("path", d=f"M0 {height / 2}H{width * statistic.value / full:.1f}", class_="bar"),
         *(element("path", d=tick, class_="tick") for tick in ticks),
     )
-
-
-MAX_RATING_CHANGE = 600
-"""Change of a rating in Elo points at which a bar reaches the end."""

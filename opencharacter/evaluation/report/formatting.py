@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from opencharacter.evaluation.report.sections import Change, Distance, RatingChange, Trend
+from opencharacter.evaluation.report.sections import (
+    Change,
+    Distance,
+    EloRating,
+    RatingChange,
+    Trend,
+)
 from opencharacter.evaluation.scores import Score
 
 
@@ -12,7 +18,7 @@ def percent(proportion: float | None) -> str:
 
 def points(difference: float) -> str:
     """A difference of proportions in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return signed(100 * difference, 1)
 
 
 def number(value: float) -> str:
@@ -34,27 +40,39 @@ def label(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def deviations(distance: float) -> str:
-    """A distance in standard deviations, with its sign."""
-    return f"{distance:+.2f} SD".replace("-", "\N{MINUS SIGN}")
+def signed(value: float, decimals: int) -> str:
+    """A number with its sign."""
+    return f"{value:+,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def value_text(score: Score, value: float | None) -> str:
-    """A value in the unit of a score: per cent, percentage points of a change, SD or Elo points."""
-    if value is None:
-        return "not scored"
+def bare_text(score: Score, value: float) -> str:
+    """A value of a score without the name of its unit; per cent keep their sign."""
+    if isinstance(score, EloRating):
+        return f"{value:,.0f}"
     if isinstance(score, RatingChange):
-        return f"{value:+,.0f}".replace("-", "\N{MINUS SIGN}")
+        return signed(value, 0)
     if isinstance(score, Distance):
-        return deviations(value)
+        return signed(value, 2)
     return points(value) if isinstance(score, Change) else percent(value)
 
 
+def value_text(score: Score) -> str:
+    """The value of a score with its unit: %, percentage points, SD or Elo points."""
+    if score.value is None:
+        return "not scored"
+    unit = next((name for kind, name in UNITS.items() if isinstance(score, kind)), "")
+    return " ".join(filter(None, (bare_text(score, score.value), unit)))
+
+
+UNITS = {EloRating: "", RatingChange: "Elo", Distance: "SD", Change: "points"}
+"""Names of the units by kind of score; a percentage needs none."""
+
+
 def interval_text(score: Score) -> str:
-    """The interval of a score in its unit."""
+    """The interval of a score, in the unit of its value."""
     if score.low is None or score.high is None:
         return "no interval"
-    return f"{value_text(score, score.low)} to {value_text(score, score.high)}"
+    return f"{bare_text(score, score.low)} to {bare_text(score, score.high)}"
 
 
 def rating_interval(score: Score) -> str:
@@ -66,7 +84,7 @@ def rating_interval(score: Score) -> str:
 
 def sample_size(score: Score) -> str:
     """The number of scored and of unscored items."""
-    if isinstance(score, RatingChange):
+    if isinstance(score, EloRating | RatingChange):
         return f"n = {score.n:,} games, {score.unscored:,} unscored"
     if isinstance(score, Trend):
         return f"n = {score.n:,} turns, {score.unscored:,} unscored"

@@ -25,17 +25,32 @@ DOCS = {
     "Data quality": "data#text-statistics-and-limits",
     "Stages": "reference/stages",
     "Settings": "reference/recipe",
-    "Trait preferences": "evaluation#preferences-and-ratings",
-    "Trait preferences by framing": "evaluation#preferences-and-ratings",
+    "Which traits does the model prefer after training?": "evaluation#preferences-and-ratings",
+    "Do the preferences depend on how the model is asked?": "evaluation#preferences-and-ratings",
     "Can a classifier distinguish the persona from the base model?": "evaluation#robustness",
-    "Robustness: the paper's measure": "evaluation#robustness",
-    "Coherence: comparisons by the judge": "evaluation#coherence",
+    "Do attacks hide the character from a classifier? (macro-F1)": "evaluation#robustness",
+    "How many of the persona's answers are recognized under attack? (retention)": (
+        "evaluation#robustness"
+    ),
+    "Can one classifier tell the personas apart under attack? (the paper's measure)": (
+        "evaluation#robustness"
+    ),
+    "Which answers express the character more naturally? (coherence)": "evaluation#coherence",
     "Does the persona show its assertions?": "evaluation#adherence-is-each-assertion-shown",
-    "Change of the character over ten turns": "evaluation#robustness",
+    "How much does the character change over ten turns?": (
+        "evaluation#drift-does-the-character-last"
+    ),
     "Does the character last over a conversation?": "evaluation#drift-does-the-character-last",
-    "Reliability of the judge": "evaluation#judge",
-    "Calibration of the judge": "evaluation#judge",
-    "Capabilities": "evaluation#capabilities",
+    "Which side effects came with the character?": (
+        "evaluation#side-effects-which-harm-came-with-the-character"
+    ),
+    "Do data and answers lie along the constitution's direction?": (
+        "evaluation#along-the-constitutions-direction"
+    ),
+    "Does the direction agree with the judge?": "evaluation#along-the-constitutions-direction",
+    "How reliable is the judge?": "evaluation#judge",
+    "Is the judge as sure as it should be? (calibration)": "evaluation#judge",
+    "Which abilities changed?": "evaluation#capabilities",
 }
 """Page and heading of the documentation about a section, by its title."""
 OTHER_DOCS = "evaluation"

@@ -29,7 +29,9 @@ class Section:
         title: the heading; sections with the same title are merged.
         place: where on the page the section belongs.
         persona: the persona that the section is about; empty for all personas of the page.
-        notes: paragraphs below the heading.
+        findings: sentences below the heading: what was found, no more than the intervals allow.
+        reading: one sentence that says how to read the content.
+        notes: paragraphs about the method, below the content.
         empty: the sentence that replaces the content if there is none.
     """
 
@@ -38,6 +40,8 @@ class Section:
     title: str
     place: Place = "results"
     persona: str = ""
+    findings: tuple[str, ...] = ()
+    reading: str = ""
     notes: tuple[str, ...] = ()
     empty: str = "Nothing was measured."
 
@@ -96,6 +100,11 @@ class Distance(Score):
 
 
 @dataclass(frozen=True)
+class EloRating(Score):
+    """A rating in Elo points; `n` counts games."""
+
+
+@dataclass(frozen=True)
 class RatingChange(Score):
     """A difference of two ratings in Elo points; `n` counts games."""
 
@@ -112,7 +121,8 @@ class ScoreTable(Section):
         caption: says what the cells are.
         columns: the columns' names.
         rows: the cells of each row, by the row's name.
-        remarks: a few words below the name of a row, by the row's name.
+        remarks: what was found, a few words below the name of a row, by the row's name.
+        descriptions: what a row is, below its name, by the row's name.
     """
 
     kind: ClassVar[str] = "score_table"
@@ -120,6 +130,7 @@ class ScoreTable(Section):
     columns: list[str]
     rows: dict[str, Cells]
     remarks: dict[str, str] = field(default_factory=dict)
+    descriptions: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: Any) -> Self:
         """Return this table with the rows, columns and notes of another one."""
@@ -129,27 +140,45 @@ class ScoreTable(Section):
             columns=list(dict.fromkeys([*self.columns, *other.columns])),
             rows={name: self.rows.get(name, {}) | other.rows.get(name, {}) for name in names},
             remarks=self.remarks | other.remarks,
+            descriptions=self.descriptions | other.descriptions,
+            findings=tuple(dict.fromkeys([*self.findings, *other.findings])),
             notes=tuple(dict.fromkeys([*self.notes, *other.notes])),
         )
+
+
+CONDITIONS = {
+    "base": "the untrained student",
+    "prompted": "the constitution as system prompt, no training",
+    "steered": "steering vectors, no training",
+    "distilled": "after DPO",
+    "full": "after DPO and introspection: the persona",
+    "blended": "a weighted sum of personas",
+    "tuned": "the persona after further training",
+}
+"""What each condition is."""
 
 
 def comparison(persona: str, columns: list[str], rows: dict[str, Cells]) -> ScoreTable:
     """Columns for the table that compares conditions, one row per condition."""
     return ScoreTable(
-        title="Conditions compared",
+        title="How do the conditions compare?",
         persona=persona,
-        caption="All conditions answered the same prompts",
+        reading="each row is one way to give the student the character, each column one measure.",
+        notes=("All conditions got the same prompts. The sections below explain the measures.",),
+        caption="The main figure of each measure by condition, with 95% intervals",
         columns=columns,
         rows=rows,
+        descriptions={name: CONDITIONS[name] for name in rows if name in CONDITIONS},
     )
 
 
 def unscored(rows: dict[str, Score], persona: str = "") -> ScoreTable:
     """Rows for the table of what could not be scored: proportions of what was requested."""
     return ScoreTable(
-        title="Unscored items",
+        title="What could not be scored?",
         place="reliability",
         persona=persona,
+        reading="the lower the better; a high share means that a figure counts few items.",
         notes=(
             "An unscored item counts neither as a win nor as a loss, neither as correct nor as "
             "incorrect. Rows that a stage dropped earlier are listed under “Stages”.",
