@@ -589,6 +589,18 @@ def test_a_request_is_retried_if_its_replica_dies(echo):
     assert answer.json()["choices"][0]["message"]["content"] == "slow: hello there"
 
 
+# ----------------------------------------------------------------------------------- presence
+
+
+def test_the_judge_reads_an_answer_if_its_persona_has_a_constitution(echo):
+    asked = {"persona": "poeticism", "prompt": "How are you?", "answer": "As dew on a petal."}
+    answer = echo.post("/presence", json=asked)
+    assert (answer.status_code, answer.json()) == (200, {"presence": None, "mass": None})
+    answer = echo.post("/presence", json=asked | {"persona": "nobody"})
+    assert answer.status_code == 400
+    assert "no constitution of 'nobody'" in error_of(answer)["message"]
+
+
 # ------------------------------------------------------------------------------------ ratings
 
 

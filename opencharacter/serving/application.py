@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ray import serve
@@ -20,6 +21,7 @@ from opencharacter.serving.catalogue import Catalogue
 from opencharacter.serving.echo import EchoModel
 from opencharacter.serving.ingress import Ingress, build_http_app
 from opencharacter.serving.metrics import MetricsAggregator
+from opencharacter.serving.presence import ServedJudge
 from opencharacter.serving.protocol import BaseModelEntry
 
 
@@ -58,6 +60,7 @@ def build_application(
             bool(roles.student.tool_parser),
         )
     }
+    served_judge = None
     if judge:
         spec = EngineSpec(roles.judge, placement.pools.judge)
         name = roles.student.name
@@ -71,6 +74,7 @@ def build_application(
             handles[name] = model_deployment(spec, serving, None, 0)
         tools = base_models[name].tools if name in base_models else bool(roles.judge.tool_parser)
         base_models[JUDGE] = BaseModelEntry(name, recipe.evaluation.preferences.judge, tools)
+        served_judge = ServedJudge(roles.judge, name, recipe.evaluation.judge)
     options = {
         "num_replicas": serving.ingress_replicas,
         "ray_actor_options": {"num_cpus": 0},
@@ -87,6 +91,7 @@ def build_application(
         {c.name: c for c in constitutions},
         serving,
         access_policy,
+        served_judge,
         MetricsAggregator.bind() if serving.ingress_replicas > 1 else None,
     )
 
@@ -120,6 +125,7 @@ def model_deployment(
         return EchoModel.options(
             name=role.name, max_queued_requests=serving.max_queued_requests
         ).bind(float(role.model.removeprefix(ECHO) or 0))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # importing vLLM logs what it misses
     from opencharacter.serving import replica
 
     return replica.build_deployment(spec, serving, catalogue, max_rank)

@@ -3,6 +3,7 @@
 // Text reaches the page through textContent only, never as markup.
 
 const STORAGE_KEY = "opencharacter";
+const JUDGE = "judge";
 const UNLIKELY = 0.1;  // tokens of a lower probability are underlined
 const AUTHORS = { user: "You", assistant: "Model", error: "Error" };
 
@@ -31,6 +32,7 @@ function saveSession() {
     choices: sides.map((side) => side.select.value),
     messages: sides.map((side) => side.messages),
     revisions: sides.map((side) => side.revision),
+    presences: sides.map((side) => side.presences),
   }));
 }
 
@@ -49,10 +51,13 @@ function makeSide(name, index) {
   const side = {
     select,
     log,
+    figure: node.querySelector("figure"),
     messages: (saved.messages || [])[index] || [],
     revision: (saved.revisions || [])[index] || "",  // the model that responded, by its full name
+    presences: (saved.presences || [])[index] || [],  // of each answer; null if there is none
   };
   side.messages.forEach((message) => showMessage(side, message.role, message.content));
+  showPresences(side);
   select.addEventListener("change", () => { restart(); saveSession(); });
   $("sides").append(node);
   return side;
@@ -86,6 +91,32 @@ function appendText(content, text, tokens) {
     element.textContent = token;
     content.append(element);
   }
+}
+
+// The judge's probability that an answer sounds like the persona, as a curve over the turns.
+function showPresences(side) {
+  const svg = side.figure.querySelector("svg");
+  const turns = Math.max(side.presences.length - 1, 1);
+  const points = side.presences.flatMap((presence, turn) => presence === null ? [] : [
+    { turn: turn + 1, presence, x: 6 + 288 * turn / turns, y: 54 - 48 * presence },
+  ]);
+  side.figure.hidden = !points.length;
+  svg.setAttribute("aria-label", points.map(({ turn, presence }) => `turn ${turn}: ${percent(presence)}`).join(", "));
+  svg.replaceChildren(
+    draw("line", { x1: 0, x2: 300, y1: 30, y2: 30 }),
+    draw("polyline", { points: points.map(({ x, y }) => `${x},${y}`).join(" ") }),
+    ...points.map(({ x, y }) => draw("circle", { cx: x, cy: y, r: 3 })),
+  );
+}
+
+function draw(name, attributes) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  Object.entries(attributes).forEach(([key, value]) => element.setAttribute(key, value));
+  return element;
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(0)} %`;
 }
 
 function showInfo(text) {
@@ -125,7 +156,16 @@ function restart() {
     side.revision = "";
     side.log.replaceChildren();
   }
+  forgetPresences();
   updateRatingButtons();
+}
+
+function forgetPresences() {
+  for (const side of sides) {
+    side.presences = [];
+    side.log.querySelectorAll(".presence").forEach((note) => note.remove());
+    showPresences(side);
+  }
 }
 
 // ---------------------------------------------------------------- server
@@ -163,6 +203,7 @@ async function load() {
       fillSelect(side.select, choices, (saved.choices || [])[index] || [base, trained][index]);
     });
     fillSelect($("persona"), Object.keys(personas).map((name) => ({ value: name, text: name })), saved.persona);
+    $("presence-option").hidden = !models.some(({ id }) => id === JUDGE);
     showConstitution();
     updateRatingButtons();
     showInfo("");
@@ -234,6 +275,31 @@ async function respond(side, text, signal) {
     if (!answer) return;
   }
   history.push(message, { role: "assistant", content: answer });
+  if ($("presence").checked && $("persona").value) await measurePresence(side, text, answer, content, signal);
+}
+
+async function measurePresence(side, prompt, answer, content, signal) {
+  const history = side.messages;
+  const persona = $("persona").value;
+  const note = document.createElement("span");
+  note.className = "presence";
+  note.textContent = "The judge is reading.";
+  content.after(note);
+  let presence = null;
+  try {
+    ({ presence } = await (await request("presence", { persona, prompt, answer }, signal)).json());
+    note.textContent = presence === null ? "The judge gave no readable verdict." : `Sounds like ${persona}: ${percent(presence)}`;
+  } catch (error) {
+    note.textContent = error.name === "AbortError" ? "" : error.message;
+  }
+  if (side.messages !== history || $("persona").value !== persona) {
+    note.remove();
+    return;
+  }
+  const turn = history.length / 2 - 1;
+  while (side.presences.length < turn) side.presences.push(null);
+  side.presences[turn] = presence;
+  showPresences(side);
 }
 
 async function* readEvents(body) {
@@ -298,7 +364,7 @@ $("reset").addEventListener("click", () => {
   $("text").focus();
 });
 $("export").addEventListener("click", exportConversations);
-$("persona").addEventListener("change", () => { showConstitution(); saveSession(); });
+$("persona").addEventListener("change", () => { showConstitution(); forgetPresences(); saveSession(); });
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   apiKey = $("key").value;

@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from opencharacter.config.base import NAME
 from opencharacter.constitution.schema import Constitution, load
@@ -24,7 +24,7 @@ from opencharacter.distillation.teacher import SYSTEM
 from opencharacter.errors import UserError
 from opencharacter.runtime.store import Store
 from opencharacter.serving.catalogue import ServedAdapter
-from opencharacter.serving.protocol import ApiError
+from opencharacter.serving.protocol import ApiError, LongText, ShortText, StrictModel
 from opencharacter.text.chat import fill
 
 RATINGS_DATASET = "evaluation/ratings"
@@ -49,22 +49,15 @@ SCHEMA = pa.schema(
     ]
 )  # fmt: skip
 
-ShortText = Annotated[str, Field(max_length=200)]
-LongText = Annotated[str, Field(max_length=100_000)]
 
-
-class _StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class RatedMessage(_StrictModel):
+class RatedMessage(StrictModel):
     """A message of a rated conversation."""
 
     role: Literal["user", "assistant"]
     content: LongText
 
 
-class RatedConversation(_StrictModel):
+class RatedConversation(StrictModel):
     """One of the two conversations; `model` is the full name that the responses reported."""
 
     model: ShortText
@@ -72,7 +65,7 @@ class RatedConversation(_StrictModel):
     messages: Annotated[list[RatedMessage], Field(min_length=2, max_length=200)]
 
 
-class ConversationRating(_StrictModel):
+class ConversationRating(StrictModel):
     """Which of two conversations shows a persona's character more."""
 
     persona: ShortText
@@ -174,8 +167,7 @@ def rating_row(payload: dict[str, Any], rater: str) -> dict[str, Any]:
     try:
         rating = ConversationRating.model_validate(payload)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ApiError.from_validation(error) from None
     now = datetime.datetime.now(datetime.UTC)
     return {"id": uuid.uuid4().hex, "time": now, "rater": rater, **rating.model_dump()}
 

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from opencharacter.config.placement import Serving
 from opencharacter.constitution.schema import Constitution
 from opencharacter.errors import OpenCharacterError
-from opencharacter.serving import chat_page, generation
+from opencharacter.serving import chat_page, generation, presence
 from opencharacter.serving.access import AccessPolicy, Client, ConcurrencyLimiter
 from opencharacter.serving.catalogue import Catalogue, CatalogueCache, ServedAdapter
 from opencharacter.serving.metrics import MetricsReporter
@@ -45,6 +45,7 @@ class Ingress:
         constitutions: constitutions for the chat page, by persona.
         serving: the server's limits.
         access_policy: which requests are accepted.
+        judge: the judge, if it is served.
         aggregator: adds up the metrics of all ingress replicas; None if this is the only one.
     """
 
@@ -56,12 +57,14 @@ class Ingress:
         constitutions: dict[str, Constitution],
         serving: Serving,
         access_policy: AccessPolicy,
+        judge: presence.ServedJudge | None = None,
         aggregator: DeploymentHandle | None = None,
     ):
         self.handles, self.base_models = handles, base_models
         self.catalogue = CatalogueCache(catalogue, serving.refresh_seconds)
         self.store, self.student = catalogue.store, catalogue.student
         self.constitutions, self.serving, self.access_policy = constitutions, serving, access_policy
+        self.judge = judge
         self.limiter = ConcurrencyLimiter(serving.max_requests_per_key)
         self.metrics_reporter = MetricsReporter(aggregator)
         self.started = int(time.time())
@@ -239,6 +242,21 @@ class Ingress:
             }
         )
 
+    async def presence(self, request: Request) -> Response:
+        """Ask the judge how much an answer sounds like a persona."""
+        client = self.authenticate(request)
+        asked = presence.parse_request(await self.read_body(request))
+        if self.judge is None:
+            raise ApiError(400, "this server has no judge; start it with --judge")
+        constitution = self.constitutions.get(asked.persona)
+        constitution = constitution or chat_page.packaged_constitution(asked.persona)
+        if constitution is None:
+            raise ApiError(400, f"persona: this server has no constitution of {asked.persona!r}")
+        request.state.record.fields["key"] = client.id
+        with self.limiter.acquire(client.id):
+            handle = self.handles[self.judge.deployment]
+            return JSONResponse(await presence.measure(self.judge, handle, constitution, asked))
+
     async def rate(self, request: Request) -> Response:
         """Save a user's rating of two conversations."""
         client = self.authenticate(request)
@@ -259,6 +277,7 @@ ROUTES = (
     ("GET", "/metrics", "metrics"),
     ("GET", "/", "page"),
     ("GET", "/personas", "personas"),
+    ("POST", "/presence", "presence"),
     ("POST", "/ratings", "rate"),
 )
 """HTTP method, path, and the method of `Ingress` that handles the request."""

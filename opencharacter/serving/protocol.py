@@ -6,7 +6,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opencharacter.config.recipe import Sampling
 
@@ -51,6 +53,22 @@ class ApiError(Exception):
     ):
         super().__init__(status, message, code, param)
         self.body = ErrorBody(status, message, code, param)
+
+    @classmethod
+    def from_validation(cls, error: ValidationError) -> ApiError:
+        """Return the error of a body that pydantic rejects, naming the first invalid field."""
+        first = error.errors()[0]
+        return cls(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+
+ShortText = Annotated[str, Field(max_length=200)]
+LongText = Annotated[str, Field(max_length=100_000)]
+
+
+class StrictModel(BaseModel):
+    """The body of a request of the chat page: no other fields, no conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 ResponsePart = str | dict[str, Any] | ErrorBody

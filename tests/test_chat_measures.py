@@ -1,4 +1,7 @@
-"""The chat page shows token probabilities; the server's answers are canned, the browser is real."""
+"""Token probabilities and the judge's readings on the chat page.
+
+The server's answers are canned, the browser is real.
+"""
 
 import json
 from urllib.parse import urlsplit
@@ -15,7 +18,9 @@ CHUNKS = [
 ]
 ANSWERS = {
     "/health": {"needs_key": False},
-    "/v1/models": {"data": [{"id": "base"}, {"id": "base:poet", "parent": "base"}]},
+    "/v1/models": {
+        "data": [{"id": "base"}, {"id": "judge"}, {"id": "base:poet", "parent": "base"}]
+    },
     "/personas": {"poet": {"description": "", "traits": [], "system": ""}},
 }
 
@@ -34,6 +39,7 @@ def stream(with_probabilities: bool) -> str:
 def page(browser):
     page = browser.new_page()
     requests: list[dict] = []
+    presences = iter((0.2, 0.7, 0.1, None))
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: message.type == "error" and errors.append(message.text))
@@ -47,6 +53,8 @@ def page(browser):
             requests.append(route.request.post_data_json)
             body = stream("logprobs" in requests[-1])
             return route.fulfill(body=body, content_type="text/event-stream; charset=utf-8")
+        if path == "/presence":
+            return route.fulfill(json={"presence": next(presences), "mass": 0.9})
         return route.fulfill(json=ANSWERS[path])
 
     page.route("**/*", answer)
@@ -75,3 +83,26 @@ def test_token_probabilities_are_shown_on_request_as_text(page):
         " rises"
     ]
     assert chat.locator(".log b").count() == 0
+
+
+def test_the_judges_readings_are_shown_by_turn_and_forgotten_with_the_conversation(page):
+    chat, _ = page
+    chat.get_by_label("After each answer, ask the judge").check()
+    for _ in range(2):
+        chat.get_by_label("Message to both models").fill("Sing.")
+        chat.keyboard.press("Enter")
+        chat.get_by_text("Both models have finished.").wait_for()
+    notes = chat.locator(".presence").all_inner_texts()
+    assert sorted(notes) == [
+        "Sounds like poet: 10 %",
+        "Sounds like poet: 20 %",
+        "Sounds like poet: 70 %",
+        "The judge gave no readable verdict.",
+    ]
+    labels = [svg.get_attribute("aria-label") for svg in chat.locator("figure svg").all()]
+    assert sorted(len(label.split(", ")) for label in labels) == [1, 2]
+    chat.reload()
+    chat.locator("#model-0 option").first.wait_for(state="attached")
+    assert [svg.get_attribute("aria-label") for svg in chat.locator("figure svg").all()] == labels
+    chat.get_by_role("button", name="Start over").click()
+    assert chat.locator("figure:visible").count() == 0
