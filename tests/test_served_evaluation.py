@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -52,7 +53,8 @@ EVALUATION = {
 }
 MEASURED = {f"evaluation/{name}" for name in EVALUATION}
 SHORT = Sampling(max_tokens=12)
-TWO_NODES_S = 600
+TWO_NODES_S, DRIVE_S = 600, 240
+"""Seconds for the test with two nodes, and after which a process in it prints where it is."""
 
 
 def recipe(**student):
@@ -372,6 +374,7 @@ def drive(storage, placement):
     """The client that `test_rows_are_complete...` kills: a process of its own."""
     from opencharacter.evaluation import preferences
 
+    faulthandler.dump_traceback_later(DRIVE_S)
     preferences.check_scored = lambda *_: None
     slow = {name: STUDENT | {"model": "echo:1"} for name in ("student", "teacher")}
     roles = slow | {"prompt_generator": STUDENT, "judge": JUDGE | {"model": "echo:1.5"}}
@@ -403,7 +406,6 @@ def kill_on_two_nodes(folder):
     """The body of `test_rows_are_complete...`: a process of its own, since it joins a cluster."""
     from ray.cluster_utils import Cluster
 
-    faulthandler.dump_traceback_later(TWO_NODES_S - 30, exit=True)
     nodes = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000}
     )
@@ -424,10 +426,12 @@ def kill_on_two_nodes(folder):
         client.kill()
         client.wait()
         assert any(name.startswith("opencharacter-") for name in serve.status().applications)
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, timeout=DRIVE_S + 10)
         assert not serve.status().applications
         serve.shutdown()
-        subprocess.run(own_process("drive", f"{folder}/batch", "{}"), check=True)
+        subprocess.run(
+            own_process("drive", f"{folder}/batch", "{}"), check=True, timeout=DRIVE_S + 10
+        )
     finally:
         client.kill()
         ray.shutdown()
@@ -442,13 +446,19 @@ def own_process(function, *arguments):
 
 @pytest.mark.slow
 def test_rows_are_complete_when_replicas_and_the_client_are_killed_on_two_nodes(tmp_path):
-    process = subprocess.run(
+    process = subprocess.Popen(
         own_process("kill_on_two_nodes", str(tmp_path)),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=TWO_NODES_S,
     )
-    assert process.returncode == 0, process.stdout + process.stderr
+    try:
+        output, _ = process.communicate(timeout=TWO_NODES_S)
+    finally:
+        if process.poll() is None:  # its Ray processes would outlive it
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+    assert process.returncode == 0, output
     served_way, batch_way = (
         rows_of(trained_jobs(tmp_path / way, Placement())) for way in ("served", "batch")
     )
