@@ -193,6 +193,12 @@ def test_the_last_assignment_of_a_field_counts():
         ("roles.student.modle=x", r"unknown field 'roles.student.modle'; valid fields are model,"),
         ("distillation.dpo.nll=1", r"--set distillation.dpo.nll: `nll` is now `nll_weight`"),
         ("distillation.dpo=0.2", r"distillation.dpo = 0.2: Input should be a mapping"),
+        # An empty name would be found between all words of an answer.
+        ("roles.teacher.self_name=''", r"roles.teacher.self_name = '': .*is empty; give a name"),
+        ("roles.teacher.aliases=['GLM', ' ']", r"roles.teacher.aliases.1 = ' ': .*is empty"),
+        # The trainer takes a warm-up of 1 for one step.
+        ("distillation.dpo.optimizer.warmup_ratio=1", r"warmup_ratio = 1: .*less than 1"),
+        ("distillation.dpo.optimizer.betas=[0.9, 1.5]", r"betas.1 = 1.5: .*less than 1"),
         ("distillation.dpo.beta", r"--set 'distillation.dpo.beta': expected FIELD=VALUE"),
         ("=1", r"--set '=1': expected FIELD=VALUE"),
         ("seed=[", r"--set 'seed=\[': '\[' is not YAML"),

@@ -72,9 +72,10 @@ def test_the_system_prompt_depends_on_the_kind_of_conversation():
         assert guidance in engine.calls[0][0]["content"]
 
 
-def test_a_truncated_reply_drops_the_conversation():
-    with pytest.raises(RowFailed) as failed:
-        interact(NumberedEngine(finish="length"))
+@pytest.mark.parametrize("finish", ["length", "content_filter", "abort"])
+def test_a_reply_that_was_cut_off_drops_the_conversation(finish):
+    with pytest.raises(RowFailed, match=finish) as failed:
+        interact(NumberedEngine(finish=finish))
     assert failed.value.reason == "unfinished"
 
 

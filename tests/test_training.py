@@ -93,8 +93,11 @@ def build(job) -> StageResult:
     return job.stage.module.build(job)
 
 
-def steps(path: Path, scratch: Path, activation_checkpointing: bool) -> list[float]:
-    """Losses and gradient norms of two steps in bf16 with the adapters in float32, as on a GPU."""
+def packed_trainer(
+    path: Path, scratch: Path, activation_checkpointing: bool = False, loss_fn: Any = sft.sft_loss
+) -> trainer.PackedTrainer:
+    """A trainer of two steps in bf16 with the adapters in float32, as on a GPU."""
+    packing.register()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION
     )
@@ -106,24 +109,47 @@ def steps(path: Path, scratch: Path, activation_checkpointing: bool) -> list[flo
     task: Any = SimpleNamespace(optimizer=optimizer, placement=Training(), seed=0, dataset="x")
     arguments = trainer.trainer_arguments(task, str(scratch), on_gpu=False, model=peft_model)
     arguments |= {"report_to": [], "save_strategy": "no"}
-    runner = trainer.PackedTrainer(
+    return trainer.PackedTrainer(
         model=peft_model,
         args=transformers.TrainingArguments(**arguments),
         batches=PackedBatches([[sequence] for sequence in sequences], optimizer, 0, 16),
-        loss_fn=sft.sft_loss,
+        loss_fn=loss_fn,
     )
+
+
+def steps(path: Path, scratch: Path, activation_checkpointing: bool) -> list[float]:
+    """Losses and gradient norms of two steps."""
+    runner = packed_trainer(path, scratch, activation_checkpointing)
     runner.train()
     logs = [entry for entry in runner.state.log_history if "loss" in entry]
     return [entry[name] for entry in logs for name in ("loss", "grad_norm")]
 
 
 def test_activation_checkpointing_does_not_change_the_result(tiny_model, tmp_path):
-    packing.register()
     expected = steps(tiny_model, tmp_path, activation_checkpointing=False)
     assert len(expected) == 4
     assert steps(tiny_model, tmp_path, activation_checkpointing=True) == pytest.approx(
         expected, rel=1e-3
     )
+
+
+def test_training_stops_at_the_step_whose_loss_is_not_a_number(tiny_model, tmp_path):
+    """Otherwise it would end, and store an adapter of nan as finished."""
+
+    def diverging(policy, batch, denominators):
+        loss = sft.sft_loss(policy, batch, denominators)["loss"]
+        return {"loss": loss * torch.log(-torch.ones(()))}
+
+    runner = packed_trainer(tiny_model, tmp_path, loss_fn=diverging)
+    with pytest.raises(StageFailed, match=r"diverged at step 1: loss nan.*learning_rate"):
+        runner.train()
+
+
+@pytest.mark.parametrize("loss, grad_norm", [(float("inf"), 1.0), (1.0, float("nan"))])
+def test_a_loss_or_a_gradient_that_is_not_finite_is_an_error(loss, grad_norm):
+    trainer.check_finite(2.0, 1.0, step=3)
+    with pytest.raises(StageFailed, match="step 3"):
+        trainer.check_finite(loss, grad_norm, step=3)
 
 
 @pytest.mark.parametrize(("layer", "expected"), [("experts", True), ("shared", False)])

@@ -76,6 +76,7 @@ def test_further_training_is_merged_with_the_persona_into_one_adapter(
 
 def test_truncated_answers_are_not_trained_on(tokenizer):
     rows = [*answers(2), *answers(1, finish_reason="length"), *answers(1, answer=None)]
+    rows += answers(1, finish_reason="content_filter")
     assert len(tune.make_examples(tokenizer, pa.Table.from_pylist(rows))) == 2
 
 

@@ -59,6 +59,7 @@ def validate_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(validate_name)]
 Rate = Annotated[float, Field(ge=0, le=1)]
+RateBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(BaseModel):

@@ -16,7 +16,14 @@ from pydantic import (
     model_validator,
 )
 
-from opencharacter.config.base import AddedLater, Config, Name, NotIdentity, Rate
+from opencharacter.config.base import (
+    AddedLater,
+    Config,
+    Name,
+    NotIdentity,
+    Rate,
+    RateBelowOne,
+)
 from opencharacter.config.roles import Limits, Role, Sampling
 
 WORD = re.compile(r"[a-z]+")
@@ -204,7 +211,7 @@ class Encoder(Config):
 
     learning_rate: PositiveFloat = 5e-4
     """Peak learning rate."""
-    warmup_ratio: Rate = 0.05
+    warmup_ratio: RateBelowOne = 0.05
     """Share of the steps over which the learning rate rises; it then decays to 0 by a cosine."""
     weight_decay: NonNegativeFloat = 1e-6
     """AdamW's weight decay."""

@@ -21,7 +21,14 @@ from pydantic import (
     model_validator,
 )
 
-from opencharacter.config.base import AddedLater, Config, Name, NotIdentity, Rate
+from opencharacter.config.base import (
+    AddedLater,
+    Config,
+    Name,
+    NotIdentity,
+    Rate,
+    RateBelowOne,
+)
 from opencharacter.config.evaluation import Evaluation
 from opencharacter.config.roles import DATE_STRING, Limits, Role, Roles, Sampling
 
@@ -123,9 +130,9 @@ class Optimizer(Config):
 
     learning_rate: PositiveFloat = 5e-5
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[RateBelowOne, RateBelowOne] = (0.9, 0.98)
     """AdamW's beta1 and beta2."""
-    warmup_ratio: Rate = 0.1
+    warmup_ratio: RateBelowOne = 0.1
     """Share of all optimizer steps over which the learning rate rises to its peak."""
     min_lr_ratio: Rate = 0.1
     """Learning rate at the end of the decay, as a share of the peak."""
@@ -146,7 +153,7 @@ class Reference(Config):
     trains about 1.3 times as fast on an H200."""
 
 
-HeldOut = Annotated[Annotated[float, Field(ge=0, lt=1)], AddedLater("0.3")]
+HeldOut = Annotated[RateBelowOne, AddedLater("0.3")]
 """Share of prompts or rows that are held out of training."""
 
 

@@ -55,6 +55,16 @@ def read_chat_template(template: str) -> str:
         ) from None
 
 
+def validate_own_name(name: str) -> str:
+    """Return a name that can be found in a text; raise ValueError for an empty one."""
+    if not name.strip():
+        raise ValueError("is empty; give a name that the model uses for itself")
+    return name
+
+
+OwnName = Annotated[str, AfterValidator(validate_own_name)]
+
+
 class Role(Config):
     """A model in one of the roles: teacher, student, judge or prompt generator."""
 
@@ -75,10 +85,10 @@ class Role(Config):
     name: Name
     """Short name of the model. The student's name is also the folder of its results in storage and
     the name of the base model on a server."""
-    self_name: str
+    self_name: OwnName
     """The name by which the model refers to itself in its answers, for example `Llama`. In the
     teacher's answers it is replaced by the student's."""
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[OwnName, ...] = ()
     """Other names of the model or of its maker. In the teacher's answers they are replaced by the
     student's `self_name`."""
     max_model_len: PositiveInt = 8192

@@ -25,6 +25,7 @@ from opencharacter.introspection import reflection
 from opencharacter.introspection.reflection import MESSAGES
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import Message, assistant, fill, row_id, row_seed, system, user
+from opencharacter.text.filters import CUT_OFF
 
 SYSTEM = """\
 You have a settled character of your own. This is who you are, in your own words:
@@ -122,7 +123,7 @@ async def run_self_conversation(
         prefill: beginning of each reply.
 
     Raises:
-        RowFailed: if a reply is empty or reaches the token limit.
+        RowFailed: if a reply is empty or was cut off, at the token limit or otherwise.
     """
     texts = list(draw_greetings(seed, row["id"], row["kind"]))
     for _ in range(turns):
@@ -130,8 +131,9 @@ async def run_self_conversation(
         reply = await conversation.reply(messages, sampling, prefill)
         if not reply.text.strip():
             raise RowFailed("empty", f"reply {len(texts) - 1} is empty")
-        if reply.finish_reason == "length":
-            raise RowFailed("unfinished", f"reply {len(texts) - 1} reached the token limit")
+        if reply.finish_reason in CUT_OFF:
+            reason = f"reply {len(texts) - 1} was cut off ({reply.finish_reason})"
+            raise RowFailed("unfinished", reason)
         texts.append(reply.text.strip())
     # Paper: its code drops the last reply, so its rows end with a user turn.
     return {"messages": messages_for(texts, side=(len(texts) - 1) % 2), "finish_reason": "stop"}

@@ -22,6 +22,7 @@ from opencharacter.introspection import sft
 from opencharacter.persona.merge import WeightedAdapter, merge_and_store
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import assistant, user
+from opencharacter.text.filters import CUT_OFF
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,7 +46,7 @@ def make_examples(tokenizer: Any, rows: pa.Table) -> list[Example]:
     return [
         sft.transcript_example(tokenizer, [user(row["prompt"]), assistant(row["answer"])])
         for row in rows.to_pylist()
-        if row["answer"] and row["finish_reason"] != "length"
+        if row["answer"] and row["finish_reason"] not in CUT_OFF
     ]
 
 

@@ -9,6 +9,7 @@ worker or an interrupted run, training resumes from the last checkpoint.
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import statistics
@@ -458,13 +459,18 @@ class PackedTrainer(transformers.Trainer):
         self.last_log = time.monotonic()  # the speed of training leaves out this time
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the loss, the speed and the memory to the logs of a step."""
+        """Add the metrics of the loss, the speed and the memory to the logs of a step.
+
+        Raises:
+            StageFailed: if the loss or the norm of the gradient is not finite.
+        """
         if "loss" in logs:
             now = time.monotonic()
             speed = self.tokens_since_log / (now - self.last_log)
             self.tokens_since_log, self.last_log = 0, now
             names, totals = self.step_metrics
             metrics = dict(zip(names, totals.tolist(), strict=True))
+            check_finite(metrics["loss"], logs.get("grad_norm", 0.0), self.state.global_step)
             logs |= {name: value for name, value in metrics.items() if name != "loss"}
             mfu = speed * self.flops_per_token / self.world_size / self.peak_flops
             logs |= {"tokens_per_s": speed, "mfu": mfu}
@@ -475,6 +481,15 @@ class PackedTrainer(transformers.Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: the metric `mfu` replaces the trainer's own count."""
         return 0
+
+
+def check_finite(loss: float, grad_norm: float, step: int) -> None:
+    """Raise StageFailed if training has diverged; its adapter would contain nan from here on."""
+    if not math.isfinite(loss + grad_norm):
+        raise StageFailed(
+            f"training diverged at step {step}: loss {loss:g}, norm of the gradient {grad_norm:g}; "
+            "lower optimizer.learning_rate, or correct the data"
+        )
 
 
 def matmul_peak_flops(device: torch.device, bf16: bool) -> float:
