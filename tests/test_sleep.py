@@ -55,7 +55,7 @@ def start_fake(monkeypatch):
     monkeypatch.setattr(allocation, "create_actors", lambda spec, count: [])
 
     def start(replicas: FakeReplicas) -> FakeReplicas:
-        lease = allocation._Lease(SPEC, 0.0)
+        lease = allocation.Lease(SPEC, 0.0)
         lease.replicas.set_result(replicas)
         allocation._leases[SPEC.key()] = lease
         return replicas

@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import ray.exceptions
 
 from opencharacter.config.placement import Resources, fits
+from opencharacter.engines.leases import Allocation, Lease, charge, session, usage
 from opencharacter.engines.replicas import PLACEMENT_TIMEOUT_S, EngineReplicas, create_actors
 from opencharacter.engines.served import RunningApp, ServedSpec, start_app
 from opencharacter.engines.spec import EngineSpec
@@ -28,64 +28,7 @@ from opencharacter.runtime.progress import console
 from opencharacter.runtime.schedule import swap_sources
 from opencharacter.runtime.stage import ResourceRequest, TrainingWorkers
 
-
-@dataclass(eq=False)
-class Allocation:
-    """The engines and training workers that a job holds during one phase, and their usage.
-
-    Args:
-        resource_requests: requests by key. Engines without weights hold nothing and are left out.
-        leases: the resources that fulfil the requests, by the same keys.
-        held_seconds: seconds for which they were held, summed over all of them; see `_charge`.
-        gpu_seconds: the same, with each resource weighted by its number of GPUs.
-        work_seconds: wall-clock seconds in which work was under way, set by the caller.
-        engine_share: fraction of its engines' time that the job had; below 1 if other jobs used
-            them at the same time.
-        starting_seconds: wall-clock seconds until all engines had started.
-        engines_started: labels of the engines that were started for this allocation.
-        swap_seconds: wall-clock seconds in which weights were replaced.
-        engines_swapped: labels of the engines that got their weights by a replacement.
-    """
-
-    resource_requests: dict[str, ResourceRequest]
-    leases: dict[str, _Lease] = field(default_factory=dict)
-    held_seconds: float = 0
-    gpu_seconds: float = 0
-    work_seconds: float = 0
-    engine_share: float = 1
-    starting_seconds: float = 0
-    engines_started: list[str] = field(default_factory=list)
-    swap_seconds: float = 0
-    engines_swapped: list[str] = field(default_factory=list)
-
-    def replicas(self, spec: EngineSpec) -> EngineReplicas | RunningApp | None:
-        """Return the running replicas of an engine, or None for an engine without weights."""
-        return self.leases[spec.key()].replicas.result() if spec.has_weights else None
-
-
-@dataclass
-class _Lease:
-    """A running engine or a set of training workers, and the allocations that use it.
-
-    Args:
-        request: what was requested.
-        charged_until: monotonic time up to which users have been charged.
-        users: allocations that use it now; empty for an idle engine.
-        replicas: resolves when the engine has started; unused for training workers.
-        swapped_from: the lease of an idle engine whose weights are to be replaced; None to start
-            an engine.
-        asleep: whether the engine sleeps, because an adapter was trained since its last use.
-    """
-
-    request: ResourceRequest
-    charged_until: float
-    users: list[Allocation] = field(default_factory=list)
-    replicas: Future[EngineReplicas | RunningApp] = field(default_factory=Future)
-    swapped_from: _Lease | None = None
-    asleep: bool = False
-
-
-_leases: dict[str, _Lease] = {}
+_leases: dict[str, Lease] = {}
 """Leases by key, the least recently requested first."""
 _leases_changed = threading.Condition()
 """Guards `_leases`; notified when an allocation is released."""
@@ -143,6 +86,15 @@ def acquire(
 
 
 @contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """Lock the leases, without those of an earlier connection to Ray, whose actors are gone."""
+    with _leases_changed:
+        for key in [key for key, lease in _leases.items() if lease.session != session()]:
+            del _leases[key]
+        yield
+
+
+@contextlib.contextmanager
 def _measuring_share(allocation: Allocation) -> Iterator[None]:
     """Measure the fraction of its engines' time that a job has while the block runs."""
     start_time, start_held = _charge_now(allocation)
@@ -159,7 +111,7 @@ def _charge_now(allocation: Allocation) -> tuple[float, float]:
     with _leases_changed:
         now = time.monotonic()
         for lease in allocation.leases.values():
-            _charge(lease, now, lease.users)
+            charge(lease, now, lease.users)
         return now, allocation.held_seconds
 
 
@@ -171,7 +123,7 @@ def _reserve(allocation: Allocation, available: Resources) -> list[EngineSpec]:
     """
     to_start: list[EngineSpec] = []
     requests = allocation.resource_requests
-    with _leases_changed:
+    with _locked():
         while _must_wait_for_sleep(requests.values()) or not _make_room(
             requests, sources := _swap_sources(requests.values()), available
         ):
@@ -181,18 +133,18 @@ def _reserve(allocation: Allocation, available: Resources) -> list[EngineSpec]:
             if key not in _leases and isinstance(request, EngineSpec):
                 to_start.append(request)
             lease = _leases.pop(key, None) or _new_lease(request, now, sources.get(key))
-            _charge(lease, now, lease.users or [allocation])
+            charge(lease, now, lease.users or [allocation])
             lease.users.append(allocation)
             _leases[key] = allocation.leases[key] = lease
     return to_start
 
 
-def _new_lease(request: ResourceRequest, now: float, source: str | None) -> _Lease:
+def _new_lease(request: ResourceRequest, now: float, source: str | None) -> Lease:
     """Return a lease without users, which replaces that of a swap's source if there is one."""
     if source is None:
-        return _Lease(request, now)
+        return Lease(request, now)
     old = _leases.pop(source)
-    return _Lease(request, old.charged_until, swapped_from=old)
+    return Lease(request, old.charged_until, swapped_from=old)
 
 
 def _swap_sources(requests: Iterable[ResourceRequest]) -> dict[str, str]:
@@ -236,36 +188,25 @@ def _make_room(
     return True
 
 
-def _charge(lease: _Lease, now: float, users: list[Allocation]) -> None:
-    """Charge the time since the last charge to the users in equal parts.
-
-    The idle time of an engine is charged to the next job that uses it.
-    """
-    elapsed, lease.charged_until = now - lease.charged_until, now
-    for user in users:
-        user.held_seconds += elapsed / len(users)
-        user.gpu_seconds += elapsed * lease.request.resources.gpus / len(users)
-
-
 def _release(allocation: Allocation) -> None:
     with _leases_changed:
         for key, lease in allocation.leases.items():
-            _charge(lease, time.monotonic(), lease.users)
+            charge(lease, time.monotonic(), lease.users)
             lease.users.remove(allocation)
             if isinstance(lease.request, TrainingWorkers):
-                del _leases[key]
+                _leases.pop(key, None)
             elif _leases.get(key) is lease and any(other.users for other in _leases.values()):
                 _stop_pending_replicas(lease)  # another job may be waiting for their resources
         _leases_changed.notify_all()
 
 
-def _stop_pending_replicas(lease: _Lease) -> None:
+def _stop_pending_replicas(lease: Lease) -> None:
     """Stop the replicas that an idle engine has beyond its pool's fixed number."""
     if not lease.users and isinstance(lease.request, EngineSpec):
         lease.replicas.result().stop_pending()
 
 
-def _await_engine(lease: _Lease, spec: EngineSpec) -> None:
+def _await_engine(lease: Lease, spec: EngineSpec) -> None:
     """Wait until an engine has started, and request the replicas that may join it later."""
     lease.replicas.result()
     if lease.asleep:
@@ -319,7 +260,7 @@ def _put_engines_to_sleep() -> None:
                     _stop_engine(key)
 
 
-def _wake_engine(lease: _Lease, spec: EngineSpec) -> None:
+def _wake_engine(lease: Lease, spec: EngineSpec) -> None:
     """Wake a sleeping engine, or start it again if that fails."""
     with _waking:
         replicas = lease.replicas.result()
@@ -362,7 +303,7 @@ def _prepare_engine(
     allocation.engines_started.append(spec.label)
 
 
-def _swap_engine(lease: _Lease, old: _Lease, spec: EngineSpec) -> bool:
+def _swap_engine(lease: Lease, old: Lease, spec: EngineSpec) -> bool:
     """Replace the weights of an engine and verify them.
 
     If that fails, the engine is stopped, so that it never generates with other weights.
@@ -392,7 +333,7 @@ def _swap_engine(lease: _Lease, old: _Lease, spec: EngineSpec) -> bool:
     return True
 
 
-def _start_engine(lease: _Lease, spec: EngineSpec) -> None:
+def _start_engine(lease: Lease, spec: EngineSpec) -> None:
     """Start an engine's replicas; a failure is raised to everyone who waits for the engine."""
     actors: list[Any] = []
     try:
@@ -408,7 +349,7 @@ def _start_engine(lease: _Lease, spec: EngineSpec) -> None:
             ray.kill(actor)
         cause = getattr(error, "cause", None) or error
         with _leases_changed:
-            del _leases[spec.key()]
+            _leases.pop(spec.key(), None)
         failure = StageFailed(f"engine for {spec.role.model} did not start: {cause}")
         lease.replicas.set_exception(cause if isinstance(cause, UserError) else failure)
 
@@ -429,53 +370,8 @@ def _await_placement(actors: list[Any]) -> None:
 
 
 def resource_usage(job: str) -> dict[str, Any]:
-    """Return a job's resource usage for its manifest, and forget it.
-
-    An engine, a training worker and their GPUs are *held* from the request (for an engine that is
-    already running: from the end of the previous job) until the release. They are *busy* from the
-    first request to the last reply, or from the first training step to the last. Jobs that use an
-    engine at the same time split both. These sums count every engine, so two engines side by side
-    count twice.
-
-    Returns:
-        `held_seconds`, `busy_seconds`, `gpu_seconds`, `gpu_busy_seconds`: sums as above.
-        `starting_seconds`: wall-clock seconds in which engines started.
-        `work_seconds`: wall-clock seconds with work under way.
-        `engine_share`: mean fraction of its engines' time that the job had during that work.
-        `phases`: number of allocations.
-        `engines_started`: labels of the engines that were started for the job.
-        `swap_seconds`: wall-clock seconds in which weights of running engines were replaced.
-        `engines_swapped`: labels of the engines that got their weights by a replacement.
-    """
-    allocations = _released.pop(job, [])
-    work = sum(a.work_seconds for a in allocations)
-    shared_work = sum(a.work_seconds * a.engine_share for a in allocations)
-    seconds = {
-        "held_seconds": sum(a.held_seconds for a in allocations),
-        "busy_seconds": sum(_busy_seconds(a) for a in allocations),
-        "gpu_seconds": sum(a.gpu_seconds for a in allocations),
-        "gpu_busy_seconds": sum(_gpu_busy_seconds(a) for a in allocations),
-        "starting_seconds": sum(a.starting_seconds for a in allocations),
-        "swap_seconds": sum(a.swap_seconds for a in allocations),
-        "work_seconds": work,
-    }
-    return {
-        **{name: round(value, 2) for name, value in seconds.items()},
-        "engine_share": round(shared_work / work, 4) if work else 1,
-        "phases": len(allocations),
-        "engines_started": [label for a in allocations for label in a.engines_started],
-        "engines_swapped": [label for a in allocations for label in a.engines_swapped],
-    }
-
-
-def _busy_seconds(allocation: Allocation) -> float:
-    busy = allocation.work_seconds * allocation.engine_share * len(allocation.resource_requests)
-    return min(busy, allocation.held_seconds)
-
-
-def _gpu_busy_seconds(allocation: Allocation) -> float:
-    gpus = sum(request.resources.gpus for request in allocation.resource_requests.values())
-    return min(allocation.work_seconds * allocation.engine_share * gpus, allocation.gpu_seconds)
+    """Return a job's resource usage for its manifest, as `leases.usage`, and forget it."""
+    return usage(_released.pop(job, []))
 
 
 def capacity(growth: Resources) -> Resources:
@@ -491,14 +387,14 @@ def capacity(growth: Resources) -> Resources:
 
 def running_engines() -> dict[str, EngineSpec]:
     """Return the specs of all running engines, idle ones included, by key."""
-    with _leases_changed:
+    with _locked():
         leases = list(_leases.items())
     return {key: lease.request for key, lease in leases if isinstance(lease.request, EngineSpec)}
 
 
 def effort(spec: EngineSpec) -> int:
     """Rank what it takes until an engine is ready: 0 if it runs, 1 for a swap, 2 for a start."""
-    with _leases_changed:
+    with _locked():
         if spec.key() in _leases:
             return 0
         return 1 if _swap_sources([spec]) else 2
@@ -506,7 +402,7 @@ def effort(spec: EngineSpec) -> int:
 
 def delete_applications() -> None:
     """Delete the Serve applications that this process deployed; they would outlive it."""
-    with _leases_changed:
+    with _locked():
         for key, lease in list(_leases.items()):
             if isinstance(lease.request, ServedSpec):
                 del _leases[key]
@@ -518,7 +414,7 @@ def stop_unused_engines(requests: Iterable[ResourceRequest] = ()) -> None:
     requested = list(requests)
     keys = {request.key() for request in requested}
     groups = {request.swap_group for request in requested} - {"", *_failed_swaps}
-    with _leases_changed:
+    with _locked():
         idle = [key for key, lease in _leases.items() if not lease.users]
         for key in idle:
             if key not in keys and _leases[key].request.swap_group not in groups:

@@ -60,7 +60,7 @@ class PlannedJob:
         swaps: number of engines whose weights are replaced for it.
         after: the job whose end allowed this one to start, if any.
         ended: seconds from the start of the run.
-        gpu_seconds: GPU-seconds that it holds, counted as in `allocation.resource_usage`.
+        gpu_seconds: GPU-seconds that it holds, counted as in `leases.usage`.
         gpu_busy_seconds: those of them with work under way.
     """
 

@@ -43,7 +43,7 @@ def finish(job: Job, result: StageResult, seconds: float, usage: dict[str, Any])
         job: whose dataset is complete.
         result: what its `build` returned.
         seconds: wall-clock time of the build.
-        usage: resources that it used; see `engines.allocation.resource_usage`.
+        usage: resources that it used; see `engines.leases.usage`.
 
     Returns:
         The manifest.

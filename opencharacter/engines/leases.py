@@ -1,0 +1,140 @@
+"""What jobs hold of the cluster, and how long: the records that `allocation` keeps."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from opencharacter.engines.replicas import EngineReplicas
+from opencharacter.engines.served import RunningApp
+from opencharacter.engines.spec import EngineSpec
+from opencharacter.runtime.stage import ResourceRequest
+
+
+@dataclass(eq=False)
+class Allocation:
+    """The engines and training workers that a job holds during one phase, and their usage.
+
+    Args:
+        resource_requests: requests by key. Engines without weights hold nothing and are left out.
+        leases: the resources that fulfil the requests, by the same keys.
+        held_seconds: seconds for which they were held, summed over all of them; see `charge`.
+        gpu_seconds: the same, with each resource weighted by its number of GPUs.
+        work_seconds: wall-clock seconds in which work was under way, set by the caller.
+        engine_share: fraction of its engines' time that the job had; below 1 if other jobs used
+            them at the same time.
+        starting_seconds: wall-clock seconds until all engines had started.
+        engines_started: labels of the engines that were started for this allocation.
+        swap_seconds: wall-clock seconds in which weights were replaced.
+        engines_swapped: labels of the engines that got their weights by a replacement.
+    """
+
+    resource_requests: dict[str, ResourceRequest]
+    leases: dict[str, Lease] = field(default_factory=dict)
+    held_seconds: float = 0
+    gpu_seconds: float = 0
+    work_seconds: float = 0
+    engine_share: float = 1
+    starting_seconds: float = 0
+    engines_started: list[str] = field(default_factory=list)
+    swap_seconds: float = 0
+    engines_swapped: list[str] = field(default_factory=list)
+
+    def replicas(self, spec: EngineSpec) -> EngineReplicas | RunningApp | None:
+        """Return the running replicas of an engine, or None for an engine without weights."""
+        return self.leases[spec.key()].replicas.result() if spec.has_weights else None
+
+
+@dataclass
+class Lease:
+    """A running engine or a set of training workers, and the allocations that use it.
+
+    Args:
+        request: what was requested.
+        charged_until: monotonic time up to which users have been charged.
+        users: allocations that use it now; empty for an idle engine.
+        replicas: resolves when the engine has started; unused for training workers.
+        swapped_from: the lease of an idle engine whose weights are to be replaced; None to start
+            an engine.
+        asleep: whether the engine sleeps, because an adapter was trained since its last use.
+        session: the connection to Ray for which it was made.
+    """
+
+    request: ResourceRequest
+    charged_until: float
+    users: list[Allocation] = field(default_factory=list)
+    replicas: Future[EngineReplicas | RunningApp] = field(default_factory=Future)
+    swapped_from: Lease | None = None
+    asleep: bool = False
+    session: tuple[str, str] | None = field(default_factory=lambda: session())
+
+
+def session() -> tuple[str, str] | None:
+    """Return the node and the job of this process's connection to Ray; None if it has none."""
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()
+
+
+def charge(lease: Lease, now: float, users: list[Allocation]) -> None:
+    """Charge the time since the last charge to the users in equal parts.
+
+    The idle time of an engine is charged to the next job that uses it.
+    """
+    elapsed, lease.charged_until = now - lease.charged_until, now
+    for user in users:
+        user.held_seconds += elapsed / len(users)
+        user.gpu_seconds += elapsed * lease.request.resources.gpus / len(users)
+
+
+def usage(allocations: list[Allocation]) -> dict[str, Any]:
+    """Return the resource usage of a job, from its released allocations.
+
+    An engine, a training worker and their GPUs are *held* from the request (for an engine that is
+    already running: from the end of the previous job) until the release. They are *busy* from the
+    first request to the last reply, or from the first training step to the last. Jobs that use an
+    engine at the same time split both. These sums count every engine, so two engines side by side
+    count twice.
+
+    Returns:
+        `held_seconds`, `busy_seconds`, `gpu_seconds`, `gpu_busy_seconds`: sums as above.
+        `starting_seconds`: wall-clock seconds in which engines started.
+        `work_seconds`: wall-clock seconds with work under way.
+        `engine_share`: mean fraction of its engines' time that the job had during that work.
+        `phases`: number of allocations.
+        `engines_started`: labels of the engines that were started for the job.
+        `swap_seconds`: wall-clock seconds in which weights of running engines were replaced.
+        `engines_swapped`: labels of the engines that got their weights by a replacement.
+    """
+    work = sum(a.work_seconds for a in allocations)
+    shared_work = sum(a.work_seconds * a.engine_share for a in allocations)
+    seconds = {
+        "held_seconds": sum(a.held_seconds for a in allocations),
+        "busy_seconds": sum(_busy_seconds(a) for a in allocations),
+        "gpu_seconds": sum(a.gpu_seconds for a in allocations),
+        "gpu_busy_seconds": sum(_gpu_busy_seconds(a) for a in allocations),
+        "starting_seconds": sum(a.starting_seconds for a in allocations),
+        "swap_seconds": sum(a.swap_seconds for a in allocations),
+        "work_seconds": work,
+    }
+    return {
+        **{name: round(value, 2) for name, value in seconds.items()},
+        "engine_share": round(shared_work / work, 4) if work else 1,
+        "phases": len(allocations),
+        "engines_started": [label for a in allocations for label in a.engines_started],
+        "engines_swapped": [label for a in allocations for label in a.engines_swapped],
+    }
+
+
+def _busy_seconds(allocation: Allocation) -> float:
+    busy = allocation.work_seconds * allocation.engine_share * len(allocation.resource_requests)
+    return min(busy, allocation.held_seconds)
+
+
+def _gpu_busy_seconds(allocation: Allocation) -> float:
+    gpus = sum(request.resources.gpus for request in allocation.resource_requests.values())
+    return min(allocation.work_seconds * allocation.engine_share * gpus, allocation.gpu_seconds)
