@@ -199,7 +199,8 @@ def check(selected: list[Job], rebuild: str | None) -> None:
 
     Raises:
         StaleError: if a dataset is stale; says what has changed since it was made.
-        UserError: if a stage is unknown, or a parent is neither done nor selected.
+        UserError: if a stage is unknown, if a parent is neither done nor selected, or if a rebuild
+            would leave datasets that were made from what it replaces.
     """
     check_stage_name(rebuild)
     datasets = {job.dataset for job in selected}
@@ -216,6 +217,34 @@ def check(selected: list[Job], rebuild: str | None) -> None:
                     f"{job.dataset} needs {parent.dataset}, which is {parent.state()[0]}; run it "
                     f"first, with --until {parent.stage.name}"
                 )
+    if rebuild:
+        check_rebuild(selected, rebuild)
+
+
+def check_rebuild(selected: list[Job], rebuild: str) -> None:
+    """Refuse a rebuild of selected stages that leaves datasets made from what it replaces.
+
+    They would still count as done: a fingerprint hashes what a dataset is made from by its settings
+    and not by its content.
+
+    Raises:
+        UserError: naming the first such dataset.
+    """
+    replaced = {job.dataset for job in selected if is_rebuilt(job, rebuild)}
+    run_jobs = selected and jobs(
+        selected[0].recipe,
+        list(selected[0].constitutions),
+        selected[0].placement,
+        selected[0].store,
+    )
+    for job in run_jobs if replaced else ():
+        if not is_rebuilt(job, rebuild) or job.dataset in replaced or not job.is_enabled:
+            continue
+        if job.state()[0] in ("done", "partial"):
+            raise UserError(
+                f"--rebuild {rebuild} would leave {job.dataset}, which was made from what it "
+                "replaces; leave out --only and --until, so that it is made again"
+            )
 
 
 def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, dict[str, Any]]]:

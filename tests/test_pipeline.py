@@ -324,6 +324,23 @@ def test_a_rebuilt_stage_needs_its_parents_even_if_it_is_done(make_jobs, echo_re
     assert built.names == []
 
 
+@pytest.mark.parametrize("choice", [{"only": "distillation/dpo"}, {"until": "introspection/sft"}])
+def test_a_rebuild_of_some_stages_is_refused_if_others_were_made_from_them(
+    make_jobs, echo_recipe, built, choice
+):
+    """Otherwise the old persona would count as made from the new adapter."""
+    jobs = make_jobs(echo_recipe)
+    finish_all(jobs)
+    with pytest.raises(UserError, match=r"would leave echo/poeticism/.*leave out --only"):
+        list(pipeline.run(pipeline.select(jobs, **choice), rebuild="distillation/dpo"))
+    assert set(states(jobs).values()) == {"done"}
+    for job in jobs:
+        if job.stage.name in AFTER_DPO - {"distillation/dpo"}:
+            job.store.delete(job.dataset)
+    list(pipeline.run(pipeline.select(jobs, **choice), rebuild="distillation/dpo"))
+    assert "distillation/dpo" in built.names
+
+
 def test_each_failure_is_printed_when_it_happens(make_jobs, echo_recipe, built, capsys):
     reasons = {
         "poeticism/distillation/prompts": StageFailed("dropped [all] rows"),
