@@ -142,6 +142,29 @@ class Run:
         for _ in pipeline.run(derived, rebuild=REPORT):
             pass
 
+    def is_evaluated(self) -> bool:
+        """Return whether all data of the report is in storage, or is stale, which is an error."""
+        needed = [job for job in self.jobs if not job.stage.disposable and not is_unused(job)]
+        return not any(job.state()[0] in ("missing", "partial") for job in needed)
+
+    def write_provisional_report(self, refresh_seconds: int = 0) -> str:
+        """Write the page of an unfinished run and return its path or URL.
+
+        Args:
+            refresh_seconds: seconds after which a browser loads the page again; 0 for never.
+
+        Raises:
+            UserError: if storage is empty.
+        """
+        from opencharacter.evaluation.report.stage import write_provisional
+
+        if not self.store.exists():
+            raise UserError(
+                f"{self.store.address()} is empty, so there is nothing to report; run: "
+                f"{self.command('run')}"
+            )
+        return write_provisional(self.job(REPORT), refresh_seconds)
+
     def report_address(self) -> str | None:
         """Return where the report is, or None if it is not done."""
         job = self.job(REPORT)
@@ -346,6 +369,9 @@ def report(
 ) -> str:
     """Render the HTML report from the data in storage.
 
+    The report of an unfinished run is a page of its own with what is finished, and with results so
+    far, which are marked as provisional.
+
     Args:
         recipe: the recipe, or its name or path.
         personas: constitutions, or their names or paths.
@@ -355,6 +381,8 @@ def report(
         Path or URL of the report.
     """
     opened = Run(recipe, personas, storage=storage)
+    if not opened.is_evaluated():
+        return opened.write_provisional_report()
     opened.rebuild_report()
     address = opened.report_address()
     assert address is not None

@@ -85,8 +85,8 @@ def test_a_persona_can_be_given_only_once(recipe, poet):
         oc.plan(recipe, ["poeticism", poet])
 
 
-def test_a_report_needs_finished_stages(recipe, tmp_path):
-    with pytest.raises(UserError, match="evaluation/robustness needs "):
+def test_a_report_needs_data_in_storage(recipe, tmp_path):
+    with pytest.raises(UserError, match="is empty, so there is nothing to report"):
         oc.report(recipe, ["poeticism"], storage=str(tmp_path / "runs"))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +27,8 @@ from opencharacter.runtime.progress import console, duration
 from opencharacter.runtime.stage import Job
 
 SUMMARY_FIGURES = ("loss", "dpo/margin", "dpo/accuracy", "eval_loss", "eval_dpo/margin")
+SECONDS_BETWEEN_PAGES = 10
+"""Seconds after which `report --watch` writes the page of an unfinished run again."""
 
 
 def run(
@@ -120,8 +124,32 @@ def report(
     storage: StorageOption = None,
     set_: SetOption = None,
     smoke: SmokeOption = False,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Write the page of a running run again until it is done."),
+    ] = False,
 ) -> None:
-    """Render the HTML report again from the data in storage."""
+    """Render the HTML report from the data in storage, also that of an unfinished run."""
     requested = open_run(recipe, constitution, None, storage, smoke, set_)
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            watch_report(requested)
+        return
+    if not requested.is_evaluated():
+        address = requested.write_provisional_report()
+        console.print(f"the run is not finished; report so far: {address}", soft_wrap=True)
+        return
     requested.rebuild_report()
     print_report_address(requested)
+
+
+def watch_report(run: Run) -> None:
+    """Write the page of a run every few seconds until the run has written its report."""
+    shown = ""
+    while run.report_address() is None:
+        address = run.write_provisional_report(SECONDS_BETWEEN_PAGES)
+        if address != shown:
+            console.print(f"report so far, which reloads itself: {address}", soft_wrap=True)
+            shown = address
+        time.sleep(SECONDS_BETWEEN_PAGES)
+    print_report_address(run)

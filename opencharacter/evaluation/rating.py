@@ -475,6 +475,13 @@ def interval_score(row: dict[str, Any], column: str) -> Score:
     return Score(row[column], row[low], row[high], row["games"], row["unscored"])
 
 
+def provisional(job: Job) -> list[Section]:
+    """The ratings of the games that are stored so far, while games are still played."""
+    from opencharacter.evaluation import live_ratings  # which rates with this module
+
+    return live_ratings.provisional(job)
+
+
 def report(job: Job) -> list[Section]:
     """The traits whose rating changed most, of the largest group of traits."""
     framings = by_framing(job)

@@ -19,6 +19,7 @@ begins with `Stage <group>/<name>:`.
     live(job) -> list[str]          lines about the results so far, while the stage runs.
     scores(job) -> list[dict]       rows of `SCORES` that evaluation/report collects.
     report(job) -> list[Section]    sections that evaluation/report shows; both read stored data.
+    provisional(job) -> list        sections about what is stored so far, while the job is not done.
     identity(job) -> dict           inputs that decide the result and are not listed below.
     TEMPLATES: tuple[str, ...]      prompt templates that decide the result.
     RULES: tuple[module, ...]       modules whose rules decide the result; each has a `VERSION`.

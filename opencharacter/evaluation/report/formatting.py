@@ -48,7 +48,7 @@ def signed(value: float, decimals: int) -> str:
 def bare_text(score: Score, value: float) -> str:
     """A value of a score without the name of its unit; per cent keep their sign."""
     if isinstance(score, EloRating):
-        return f"{value:,.0f}"
+        return f"{value:,.0f}".replace("-", "\N{MINUS SIGN}")
     if isinstance(score, RatingChange):
         return signed(value, 0)
     if isinstance(score, Distance):

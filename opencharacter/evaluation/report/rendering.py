@@ -26,6 +26,9 @@ DOCS = {
     "Stages": "reference/stages",
     "Settings": "reference/recipe",
     "Which traits does the model prefer after training?": "evaluation#preferences-and-ratings",
+    "Which traits does the model prefer so far? (provisional)": (
+        "evaluation#preferences-and-ratings"
+    ),
     "Do the preferences depend on how the model is asked?": "evaluation#preferences-and-ratings",
     "Can a classifier distinguish the persona from the base model?": "evaluation#robustness",
     "Do attacks hide the character from a classifier? (macro-F1)": "evaluation#robustness",

@@ -403,6 +403,9 @@ class ReportData:
         personas: the personas.
         versions: versions of the packages that the stages ran with.
         docs_url: address of the documentation; empty if it is not published.
+        finished: number of finished datasets, if there are unfinished ones.
+        unfinished: the datasets that are not finished, in the order of the pipeline.
+        refresh_seconds: seconds after which a browser loads the page again; 0 for never.
     """
 
     student: str
@@ -411,6 +414,9 @@ class ReportData:
     personas: list[PersonaReport]
     versions: dict[str, str] = field(default_factory=dict)
     docs_url: str = ""
+    finished: int = 0
+    unfinished: list[str] = field(default_factory=list)
+    refresh_seconds: int = 0
 
     @property
     def provenance(self) -> str:

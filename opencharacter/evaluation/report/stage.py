@@ -11,6 +11,9 @@ Run: opencharacter report RECIPE --constitution NAME
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -36,6 +39,9 @@ from opencharacter.runtime.stage import Estimate, Job, StageResult
 from opencharacter.text import statistics
 from opencharacter.training import trackers
 
+PAGE, PROVISIONAL_PAGE = "report.html", "report-so-far.html"
+"""The page, and that of an unfinished run, which is deleted when the run is finished."""
+
 
 def lineage(job: Job, persona: Constitution) -> list[Job]:
     """All jobs that a persona's part of the page depends on, parents first, each once."""
@@ -58,17 +64,19 @@ def collect(jobs: list[Job], function: str) -> list[Any]:
     return [item for call, job in functions if call for item in call(job)]
 
 
-def persona_report(job: Job, persona: Constitution, jobs: list[Job]) -> PersonaReport:
+def persona_report(
+    job: Job, persona: Constitution, jobs: list[Job], unfinished: Sequence[Job] = ()
+) -> PersonaReport:
     """Collect the sections about one persona.
 
     Args:
         job: the report's job.
         persona: the persona's constitution.
-        jobs: the persona's lineage.
+        jobs: the finished jobs of the persona's lineage.
+        unfinished: the others, which show what they have so far.
     """
-    sections: list[Section] = [
-        section for section in collect(jobs, "report") if section.persona in ("", persona.name)
-    ]
+    collected = [*collect(jobs, "report"), *collect(list(unfinished), "provisional")]
+    sections: list[Section] = [s for s in collected if s.persona in ("", persona.name)]
     sections += [
         DataQuality(datasets=data_quality(jobs), descriptions=statistics.DESCRIPTIONS),
         Stages(stages=list(map(stage_summary, jobs))),
@@ -151,14 +159,34 @@ def estimate(job: Job) -> Estimate:
 
 
 def build(job: Job) -> StageResult:
-    personas, rows, versions = [], [], {}
+    personas, rows = [], []
+    lineages = {persona.name: lineage(job, persona) for persona in job.constitutions}
     for persona in job.constitutions:
-        jobs = lineage(job, persona)
+        jobs = lineages[persona.name]
         personas.append(persona_report(job, persona, jobs))
         rows += collect(jobs, "scores") + statistic_scores(persona.name, jobs)
-        for ancestor in jobs:
-            versions |= manifest_of(ancestor)["versions"]
-    report = ReportData(
+    report = report_data(job, personas, list(chain.from_iterable(lineages.values())))
+    job.store.write_bytes(f"{job.dataset}/{PAGE}", render(report).encode())
+    job.store.delete(f"{job.dataset}/{PROVISIONAL_PAGE}")
+    unique = {tuple(row.values()): row for row in rows}
+    table = pa.Table.from_pylist(list(unique.values()), schema=SCORES)
+    job.store.write_table(job.dataset, table, "scores")
+    trackers.log_scores(job, table.to_pylist())
+    return StageResult(rows=len(table), figures=headlines(personas))
+
+
+def report_data(job: Job, personas: list[PersonaReport], jobs: list[Job]) -> ReportData:
+    """The page of some personas.
+
+    Args:
+        job: the report's job.
+        personas: their sections.
+        jobs: the finished jobs that the sections are about.
+    """
+    versions: dict[str, str] = {}
+    for ancestor in jobs:
+        versions |= manifest_of(ancestor)["versions"]
+    return ReportData(
         student=job.recipe.roles.student.name,
         recipe=job.recipe.name,
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -166,12 +194,37 @@ def build(job: Job) -> StageResult:
         versions=versions,
         docs_url=job.config.docs_url or "",
     )
-    job.store.write_bytes(f"{job.dataset}/report.html", render(report).encode())
-    unique = {tuple(row.values()): row for row in rows}
-    table = pa.Table.from_pylist(list(unique.values()), schema=SCORES)
-    job.store.write_table(job.dataset, table, "scores")
-    trackers.log_scores(job, table.to_pylist())
-    return StageResult(rows=len(table), figures=headlines(personas))
+
+
+def write_provisional(job: Job, refresh_seconds: int = 0) -> str:
+    """Write the page of an unfinished run: what is finished, and results so far.
+
+    Args:
+        job: the report's job.
+        refresh_seconds: seconds after which a browser loads the page again; 0 for never.
+
+    Returns:
+        The page's path or URL.
+    """
+    personas: list[PersonaReport] = []
+    jobs: dict[str, Job] = {}
+    states: dict[str, bool] = {}
+    for persona in job.constitutions:
+        ancestors = {ancestor.dataset: ancestor for ancestor in lineage(job, persona)}
+        for name, ancestor in ancestors.items():
+            states.setdefault(name, ancestor.state()[0] == "done")
+        done = [ancestor for name, ancestor in ancestors.items() if states[name]]
+        unfinished = [ancestor for name, ancestor in ancestors.items() if not states[name]]
+        personas.append(persona_report(job, persona, done, unfinished))
+        jobs |= ancestors
+    report = replace(
+        report_data(job, personas, [jobs[name] for name, done in states.items() if done]),
+        finished=sum(states[name] for name in jobs if jobs[name].is_enabled),
+        unfinished=[name for name in jobs if jobs[name].is_enabled and not states[name]],
+        refresh_seconds=refresh_seconds,
+    )
+    job.store.write_bytes(f"{job.dataset}/{PROVISIONAL_PAGE}", render(report).encode())
+    return job.store.address(job.dataset, PROVISIONAL_PAGE)
 
 
 def headlines(personas: list[PersonaReport]) -> dict[str, Any]:
