@@ -100,10 +100,10 @@ PLACEMENT_TIMEOUT_S = 60
 """Seconds that new replicas wait for Ray to place them before an idle engine is stopped."""
 SWAP_TIMEOUT_S = 600
 """Seconds after which a replacement of weights has failed; merging an adapter is part of it."""
-
-
 SLEEP_TIMEOUT_S = 120
 """Seconds after which an engine has failed to fall asleep or to wake."""
+CLOSE_TIMEOUT_S = 30
+"""Seconds that replicas have to end their processes before they are killed."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ class EngineReplicas:
         starts = [actor.start.remote(self.spec) for actor in self.pending]
         started, _ = ray.wait(starts, num_returns=len(starts), timeout=1) if starts else ([], [])
         joined = [actor for actor, ref in zip(self.pending, starts, strict=True) if ref in started]
-        for actor in self.ready + joined:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(actor.close.remote(), timeout=30)
+        closed = [actor.close.remote() for actor in self.ready + joined]
+        if closed:  # side by side, because a lost replica does not answer
+            ray.wait(closed, num_returns=len(closed), timeout=CLOSE_TIMEOUT_S)
         for actor in self.ready + self.pending:
             ray.kill(actor)
 
