@@ -21,6 +21,8 @@ from opencharacter.text.templates import load_tokenizer, prompt_ids
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two threads were a third slower than one on two cores
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Without it, vLLM starts a process for the model beside that of the engine, to bind threads.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 ENGINE_ERROR = "engine_error"
 """Drop reason of rows that the engine failed to answer; a rerun requests them again."""
@@ -57,9 +59,6 @@ class VllmEngine:
         if spec.pool.tensor_parallel > 1:  # within this actor, whose GPUs are all on one node
             arguments.setdefault("distributed_executor_backend", "mp")
         elif spec.pool.gpus == 0:
-            # On a CPU, vLLM starts a process for the model beside that of the engine, in order to
-            # bind its threads, which `CPU_ENVIRONMENT` turns off. With this variable it does not.
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             arguments.setdefault("distributed_executor_backend", "uni")
         if spec.sleeps and current_platform.is_sleep_mode_available():
             arguments["enable_sleep_mode"] = True
@@ -216,6 +215,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             # generator offset that CPU generators do not have.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(role.max_model_len, 4096),
+            "worker_cls": "opencharacter.engines.cpu_lora.LoraWorker",
         }
     else:
         arguments |= {
