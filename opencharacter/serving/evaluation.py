@@ -6,9 +6,11 @@ import contextlib
 import logging
 import os
 import socket
+from typing import Any
 
 import ray
 from ray import serve
+from ray.serve import context
 
 from opencharacter.config.placement import Serving, fits
 from opencharacter.engines import allocation
@@ -56,9 +58,9 @@ def deploy(app: ServedApp) -> None:
             f"served, the cluster has {have}; choose another --placement, or evaluate without "
             "--served"
         )
-    port = free_port(app.placement.evaluation.port)
     # Chats are for this machine, and several nodes of one host could not share the port.
-    serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": port})
+    address = {"host": HOST, "port": free_port(app.placement.evaluation.port)}
+    serve.start(proxy_location="HeadOnly", http_options=address)
     before = serve.status().applications
     if app.name in before:
         if before[app.name].status.value == RUNNING:
@@ -72,7 +74,7 @@ def deploy(app: ServedApp) -> None:
         raise StageFailed(f"the models were not served: {error}; {LOG_LOCATION}") from None
     if not taken:
         console.print(
-            f"evaluating through Serve application {app.name}; chat at http://{HOST}:{port}",
+            f"evaluating through Serve application {app.name}; chat at http://{HOST}:{http_port()}",
             soft_wrap=True,
             highlight=False,
         )
@@ -110,6 +112,12 @@ def status(name: str) -> str:
     """Return an application's status in Ray's terms, or `NOT_RUNNING`."""
     application = serve.status().applications.get(name)
     return application.status.value if application else "NOT_RUNNING"
+
+
+def http_port() -> int:
+    """Return the port of Serve's proxy; an instance that was running already keeps its port."""
+    client: Any = context._get_global_client()
+    return client.http_config.port
 
 
 def free_port(preferred: int) -> int:
