@@ -101,7 +101,8 @@ def test_status_and_plan_describe_the_finished_run(finished):
     plan = cli("plan", recipe, "-c", "poeticism", cwd=folder).stdout
     assert "total" in plan
     assert "missing on this machine" not in plan
-    assert "engine student: embedded:smollm2-135m, 1 x 0 GPU" in plan
+    roles = "teacher, student, judge, prompt_generator"
+    assert f"engine {roles}: embedded:smollm2-135m, 1 x 0 GPU" in plan
     assert "weights 0.25 GiB" in plan
 
 

@@ -24,6 +24,11 @@ def test_plan_and_status_say_in_words_why_a_dataset_is_stale():
     assert status.status_cells(job)[0] == stale
 
 
+def test_roles_with_the_same_engine_or_the_same_missing_weights_share_a_line():
+    texts = {"teacher": "weights of A", "student": "weights of B", "judge": "weights of A"}
+    assert plan.roles_by_text(texts) == ["teacher, judge: weights of A", "student: weights of B"]
+
+
 def test_plan_says_which_date_an_endpoint_states():
     role = Role.model_validate(ECHO_ROLE | {"model": "m", "endpoint": "http://127.0.0.1:1/v1"})
     assert "states its own date" in plan.endpoint_date(role)

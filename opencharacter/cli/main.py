@@ -14,6 +14,7 @@ from opencharacter import cache
 from opencharacter.api import MERGE
 from opencharacter.cli import constitution
 from opencharacter.cli.chat import chat
+from opencharacter.cli.compare import compare
 from opencharacter.cli.evaluate import evaluate
 from opencharacter.cli.options import (
     RecipeArgument,
@@ -37,6 +38,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -59,25 +61,6 @@ def options(
     ] = False,
 ) -> None:
     """Character training for chat models: from a constitution to a served LoRA persona."""
-
-
-def compare(
-    ratings: Annotated[
-        list[str],
-        typer.Argument(metavar="DIR DIR...", help="Folders STUDENT/PERSONA/evaluation/rating."),
-    ],
-    condition: Annotated[str, typer.Option(help="A condition of the recipes.")] = "full",
-) -> None:
-    """Compare the trait ratings of several personas by their rank correlation."""
-    from opencharacter.evaluation import rating
-
-    for first, second, score in rating.compare_folders(ratings, condition):
-        result = "too few traits"
-        if score.value is not None:
-            result = f"{score.value:.3f}, 95 % interval {score.low:.3f} to {score.high:.3f}"
-        console.print(
-            f"{first} {second}: {result}, {score.n} traits", soft_wrap=True, highlight=False
-        )
 
 
 def export(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -75,8 +75,9 @@ def plan(
     for name, group in groups.items():
         for note in stage_notes(group):
             console.print(f"{name}: {note}", soft_wrap=True)
-    for role in type(run.recipe.roles).model_fields:
-        console.print(engine_line(run, role), soft_wrap=True)
+    engines = {role: describe_engine(run, role) for role in type(run.recipe.roles).model_fields}
+    for line in roles_by_text(engines):
+        console.print(f"engine {line}", soft_wrap=True)
     for line in unchecked_sources(run):
         console.print(line, soft_wrap=True)
     for line in missing_here(run):
@@ -120,21 +121,29 @@ def sleep_note(placement: Placement, spec: EngineSpec) -> str:
     return ", stopped for training, because both do not fit into the cluster side by side"
 
 
-def engine_line(run: Run, role_name: str) -> str:
+def roles_by_text(texts: Mapping[str, str]) -> list[str]:
+    """Return a line for each distinct text, with the roles that it is about before it."""
+    roles: dict[str, list[str]] = {}
+    for role, text in texts.items():
+        roles.setdefault(text, []).append(role)
+    return [f"{', '.join(names)}: {text}" for text, names in roles.items()]
+
+
+def describe_engine(run: Run, role_name: str) -> str:
     """Describe the engines of a role: number, size, and the memory that they need."""
     from opencharacter.engines.backends import engine_arguments
     from opencharacter.engines.spec import EngineSpec, no_swap_reason
 
     if role_name == "teacher" and not asks_teacher(run.recipe):
-        return "engine teacher: none, its answers exist already"
+        return "none, its answers exist already"
     role, pool = getattr(run.recipe.roles, role_name), getattr(run.placement.pools, role_name)
     spec = EngineSpec(role, pool)
     if not spec.has_weights:
-        return f"engine {role_name}: {role.endpoint or role.model}{endpoint_date(role)}"
+        return f"{role.endpoint or role.model}{endpoint_date(role)}"
     batched_tokens = engine_arguments(spec)["max_num_batched_tokens"]
     reason = no_swap_reason(pool) if role_name == "student" else ""
     line = (
-        f"engine {role_name}: {role.model}, {pool.replicas} x {pool.gpus:g} GPU, each up to "
+        f"{role.model}, {pool.replicas} x {pool.gpus:g} GPU, each up to "
         f"{pool.max_num_seqs} sequences of {role.max_model_len:,} tokens, "
         f"{batched_tokens:,} tokens a step"
         + (f", restarted for each adapter because of {reason}" if reason else "")
@@ -254,9 +263,7 @@ def missing_here(run: Run) -> list[str]:
     if not asks_teacher(run.recipe):
         del roles["teacher"]
     requirements = {name: models.missing_requirement(role) for name, role in roles.items()}
-    missing = [
-        f"{name}: {requirement}" for name, requirement in requirements.items() if requirement
-    ]
+    missing = roles_by_text({name: text for name, text in requirements.items() if text})
     if importlib.util.find_spec("vllm") is None:
         missing.append("vLLM: pip install '.[vllm,capabilities]' in the checkout, or make demo")
     requests = [EngineSpec(role, getattr(pools, name)).resources for name, role in roles.items()]
