@@ -37,6 +37,26 @@ def test_a_folder_with_an_adapter_is_an_adapter(tmp_path):
     assert given.model is None
 
 
+@pytest.mark.parametrize(
+    "named, student, expected",
+    [
+        ("org/Model-7B", "org/Model-7B", None),
+        ("/home/me/model-7b/", "org/Model-7B", None),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "embedded:smollm2-135m", None),
+        (None, "org/Model-7B", None),
+        ("org/Model-7B", "org/Model-Coder-7B", "org/Model-7B"),
+    ],
+)
+def test_an_adapter_that_names_another_base_than_the_student_is_noticed(
+    tmp_path, named, student, expected
+):
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": named}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    role = STUDENT.model_copy(update={"model": student, "chat_template": None})
+    assert subjects.other_base(Subject(adapter=str(tmp_path)), role) == expected
+    assert subjects.other_base(Subject(model=role), role) is None
+
+
 def test_a_folder_with_weights_is_a_model_with_the_limits_of_the_student(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     given = subjects.parse_subject(str(tmp_path), STUDENT)

@@ -15,6 +15,7 @@ from opencharacter.cli.options import (
     SmokeOption,
 )
 from opencharacter.cli.run import run_jobs
+from opencharacter.cli.start import print_plain
 from opencharacter.config import files
 from opencharacter.evaluation import subject as subjects
 
@@ -52,8 +53,13 @@ def evaluate(
     given = subjects.parse_subject(subject, loaded.roles.student, model)
     subjects.require_available(given)
     storage = storage or f"runs/evaluate/{given.name}"
-    requested = Run(
-        subjects.evaluation_recipe(loaded, given, base), constitution, placement, storage
-    )
+    measured = subjects.evaluation_recipe(loaded, given, base)
+    requested = Run(measured, constitution, placement, storage)
+    student = measured.roles.student
+    if trained_on := subjects.other_base(given, student):
+        print_plain(
+            f"note: the adapter names {trained_on} as its base and is measured on {student.model}; "
+            "if these are different weights, choose its base with --base"
+        )
     subjects.leave_out_training(requested.jobs)
     run_jobs(requested, requested.select())

@@ -27,7 +27,7 @@ class ServeGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert `start` if no subcommand is named."""
-        has_command = args and (args[0] in self.commands or args[0] == "--help")
+        has_command = args and (args[0] in self.commands or args[0] in ("-h", "--help"))
         return super().parse_args(ctx, args if has_command else ["start", *args])
 
 

@@ -20,6 +20,7 @@ from opencharacter.config.evaluation import Condition, Subject
 from opencharacter.config.recipe import Recipe
 from opencharacter.config.roles import Role
 from opencharacter.errors import UserError
+from opencharacter.persona.export import published
 from opencharacter.runtime import manifests
 from opencharacter.runtime.stage import Job, StageResult
 
@@ -113,6 +114,25 @@ def parse_subject(subject: str, student: Role, model: str | None = None) -> Subj
     local = folder.exists() and not subject.startswith((EMBEDDED, ECHO))
     path = str(folder.resolve()) if local else subject
     return Subject(model=model_like(student, {"model": path, "name": short_name(subject)}))
+
+
+def other_base(subject: Subject, student: Role) -> str | None:
+    """The model that an adapter says it was trained on, if that is not the student.
+
+    Only the last parts of the names are compared, since one model may be named in several ways.
+    """
+    if subject.adapter is None:
+        return None
+    config = lora.read_config(Path(subject.adapter))
+    own = config.get("base_model_name_or_path")
+    names = [student.model, published(student)[0]]
+    same = not own or any(name and last_part(name) == last_part(own) for name in names)
+    return None if same else own
+
+
+def last_part(name: str) -> str:
+    """The last part of a path or a Hugging Face id, in lower case."""
+    return name.rstrip("/").rpartition("/")[2].removeprefix(EMBEDDED).lower()
 
 
 def require_available(subject: Subject) -> None:
