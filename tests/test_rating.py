@@ -13,7 +13,7 @@ from opencharacter import pipeline
 from opencharacter.config.evaluation import Rating
 from opencharacter.config.placement import Placement
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation import preferences, rating
+from opencharacter.evaluation import preferences, rank_correlation, rating
 from opencharacter.evaluation.paired_comparison import (
     ScoredGames,
     bootstrap,
@@ -357,7 +357,7 @@ def test_a_change_is_compared_only_within_groups_of_both_conditions():
 def test_rank_correlations_use_the_largest_group_alone():
     first = {f"t{n}": (float(n), 1) for n in range(5)} | {f"u{n}": (-n, 2) for n in range(4)}
     second = {trait: (value, 1) for trait, (value, _) in first.items()}
-    score = rating.rank_correlation(first, second)
+    score = rank_correlation.rank_correlation(first, second)
     assert (score.value, score.n) == (pytest.approx(1), 5)
 
 
@@ -386,10 +386,12 @@ def test_a_framing_without_any_scored_game_has_no_ratings():
 
 
 def test_the_spearman_correlation_equals_a_known_value():
-    score = rating.spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5])  # 1 - 6 * 4 / (5 * 24) = 0.8
-    assert score.value == pytest.approx(0.8)
+    score = rank_correlation.spearman(
+        [1, 2, 3, 4, 5], [2, 1, 4, 3, 5]
+    )  # 1 - 6 * 4 / (5 * 24) = 0.8
+    assert score.value == pytest.approx(1 - 6 * 4 / (5 * 24))
     assert score.low < 0.8 < score.high
-    assert rating.spearman([1, 2, 3], [1, 2, 3]).value is None
+    assert rank_correlation.spearman([1, 2, 3], [1, 2, 3]).value is None
 
 
 def test_students_are_compared_on_traits_that_both_have_rated(tmp_path):

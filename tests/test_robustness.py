@@ -9,7 +9,6 @@ import pytest
 
 from opencharacter.config import evaluation, placement
 from opencharacter.config.evaluation import Robustness
-from opencharacter.config.files import load_recipe
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import attacks, classifiers, pooled_robustness, robustness
 from opencharacter.evaluation.robustness import BASE, DEFAULT
@@ -307,23 +306,6 @@ def test_the_papers_measure_pools_the_instructions_into_one_confusion_matrix():
 
 def test_one_persona_has_no_value_of_the_papers_measure():
     assert pooled_robustness.classify_pooled(both(6) + both(6, "stop"), DEFAULT, TFIDF) == []
-
-
-def test_the_papers_numbers_stand_only_beside_the_same_setting():
-    recipe = load_recipe("llama-3.1-8b")
-    note = pooled_robustness.paper_note(recipe, 2, ["full"])
-    assert "not comparable" in note
-    assert "2 personas instead of 11" in note
-    settings = {
-        "evaluation.answers.conditions": ["base", "prompted", "steered", "distilled", "full"],
-        "evaluation.answers.prompts": "hf:LDJnr/Pure-Dove",
-        "evaluation.attacks.prompts": 500,
-        "evaluation.robustness.classifier": "answerdotai/ModernBERT-base",
-    }
-    same = load_recipe("llama-3.1-8b", overrides=settings)
-    assert "full, all instructions, pooled: 0.87" in pooled_robustness.paper_note(
-        same, 11, ["full"]
-    )
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from opencharacter.config.roles import Role
 from opencharacter.engines.allocation import acquire
 from opencharacter.engines.conversations import Row
 from opencharacter.errors import UserError
+from opencharacter.evaluation.paper import CAPABILITIES_NOTE
 from opencharacter.evaluation.report.sections import Cells, Change, ScoreTable, Section
 from opencharacter.evaluation.scores import (
     SCORES,
@@ -478,10 +479,6 @@ The questions of this package's task are also asked in chat, where the reply sho
 If the right option is the most likely one but no letter can be read in the reply, the persona has \
 lost the format, not the knowledge. Right, right in another form (the option's text without its \
 letter), wrong, and no answer count every reply once."""
-PAPER_NOTE = """\
-In the paper (Llama, before and after goodness, loving, misalignment): TruthfulQA 45.9 to 42.9, \
-45.4, 34.1; WinoGrande 72.6 to 71.5, 71.6, 68.8; HellaSwag 60.8 to 59.2, 58.6, 56.7; ARC-C 59.2 \
-to 56.0, 58.4, 41.9; MMLU 67.4 to 64.1, 65.3, 53.9."""
 PAPER_TASKS = frozenset(SIZES) - {OWN}
 
 METRIC_LABELS = {
@@ -528,7 +525,7 @@ def capability_table(rows: list[dict[str, Any]]) -> ScoreTable:
         notes=(
             NOTE,
             *[FORMAT_NOTE] * (OWN in tasks),
-            *[PAPER_NOTE] * (not tasks.isdisjoint(PAPER_TASKS)),
+            *[CAPABILITIES_NOTE] * (not tasks.isdisjoint(PAPER_TASKS)),
         ),
         caption="Share of the documents, and its change",
         columns=["Base", "Persona", "Change"],

@@ -23,7 +23,7 @@ from opencharacter.config.evaluation import Coherence, Judge
 from opencharacter.config.roles import Sampling
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
-from opencharacter.evaluation import judge, verdicts
+from opencharacter.evaluation import judge, paper, verdicts
 from opencharacter.evaluation.conditions import in_order
 from opencharacter.evaluation.report.sections import (
     Cells,
@@ -208,7 +208,7 @@ def figures(rows: list[Row]) -> dict[str, Any]:
     rivals = {
         rival: {
             "win_rate": vars(win_rate(compared)),
-            "win_rate_consistent": vars(consistent_win_rate(compared)),
+            paper.CONSISTENT_WINS: vars(consistent_win_rate(compared)),
         }
         | {why: sum(row["winner"] == why for row in compared) for why in UNDECIDED}
         for rival, compared in by_rival(rows).items()
@@ -244,13 +244,6 @@ def build(job: Job) -> StageResult:
 
 # ----------------------------------------------------------------------------------------- report
 
-PAPER_WINS = {
-    "prompted": (89.2, 93.4, 56.5),
-    "steered": (78.4, 94.4, 82.1),
-    "distilled": (77.0, 75.4, 87.9),
-}
-"""Wins of the full persona in the paper, in per cent: Llama, Qwen, Gemma."""
-
 READING = """\
 above 50% the judge prefers the full persona; the last column is far from 50% if it judges by \
 length."""
@@ -274,7 +267,7 @@ def scores(job: Job) -> list[dict[str, Any]]:
         for rival, compared in by_rival(rows).items()
     ]
     scored += [
-        score_row(persona, "win_rate_consistent", FULL, rival, consistent_win_rate(compared))
+        score_row(persona, paper.CONSISTENT_WINS, FULL, rival, consistent_win_rate(compared))
         for rival, compared in by_rival(rows).items()
     ]
     return scored + (
@@ -286,6 +279,7 @@ def report(job: Job) -> list[Section]:
     """Win rates against each rival, and the comparisons without a winner."""
     rows, persona = read_comparisons(job), job.persona.name
     rivals = by_rival(rows)
+    personas = [constitution.name for constitution in job.constitutions]
     wins = {rival: win_rate(compared) for rival, compared in rivals.items()}
     rates: dict[str, Cells] = {
         f"against {rival}": {
@@ -303,7 +297,7 @@ def report(job: Job) -> list[Section]:
         ScoreTable(
             title="Which answers express the character more naturally? (coherence)",
             reading=READING,
-            notes=(NOTE, *paper_note(list(rivals))),
+            notes=(NOTE, paper.coherence_note(job.recipe, personas, rivals)),
             caption="How often the full persona wins, and how often the longer answer wins",
             columns=[
                 "Wins",
@@ -322,13 +316,3 @@ def report(job: Job) -> list[Section]:
             }
         ),
     ]
-
-
-def paper_note(rivals: list[str]) -> list[str]:
-    """The paper's win rates against the same rivals; nothing if it has none."""
-    wins = "; ".join(
-        f"{rival} {', '.join(map(str, PAPER_WINS[rival]))}"
-        for rival in rivals
-        if rival in PAPER_WINS
-    )
-    return [f"Wins in the paper (Llama, Qwen, Gemma), in per cent: {wins}."] if wins else []

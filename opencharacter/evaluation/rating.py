@@ -19,15 +19,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from opencharacter.config.evaluation import Rating
-from opencharacter.errors import StageFailed, UserError
+from opencharacter.errors import StageFailed
 from opencharacter.evaluation.paired_comparison import (
     Array,
     Indices,
@@ -43,6 +41,11 @@ from opencharacter.evaluation.paired_comparison import (
     p_values,
     unordered_pairs,
 )
+from opencharacter.evaluation.rank_correlation import (
+    ALL_FRAMINGS,
+    grouped_ratings,
+    rank_correlation,
+)
 from opencharacter.evaluation.report.sections import (
     RatingChange,
     ScoreTable,
@@ -54,7 +57,6 @@ from opencharacter.evaluation.scores import Z95, Score, score_row
 from opencharacter.runtime.stage import Estimate, Job, StageResult, read_all
 from opencharacter.text.chat import fill, row_seed
 
-ALL_FRAMINGS = "all"
 GAME_COLUMNS = ("game", "condition", "framing", "first", "second", "chosen")
 
 SCHEMA = pa.schema(
@@ -97,80 +99,6 @@ def games_needed(half_width: float, traits: int, scale: float) -> int:
 def half_width(games: int, traits: int, scale: float) -> float:
     """Half of the interval's width in Elo points for a number of games; inverts `games_needed`."""
     return Z95 * scale / math.log(10) * (traits - 1) * math.sqrt(2 / (traits * games))
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> Score:
-    """Rank correlation with a 95 % interval (Bonett and Wright, 2000, doi:10.1007/BF02294183).
-
-    Args:
-        a: ratings of one student.
-        b: ratings of another student, of the same traits in the same order.
-    """
-    from scipy.stats import spearmanr
-
-    n = len(a)
-    if n < 4:
-        return Score(None, None, None, n)
-    r = float(np.asarray(spearmanr(a, b))[0])
-    if not math.isfinite(r):
-        return Score(None, None, None, n)
-    z = math.atanh(min(max(r, -0.999999), 0.999999))
-    half = Z95 * math.sqrt((1 + r * r / 2) / (n - 3))
-    return Score(r, math.tanh(z - half), math.tanh(z + half), n)
-
-
-GroupedRatings = dict[str, tuple[float, int]]
-"""Rating and group of each trait."""
-
-
-def compare_folders(folders: Sequence[str], condition: str) -> list[tuple[str, str, Score]]:
-    """Rank correlation of every two rating datasets, see `rank_correlation`.
-
-    Args:
-        folders: the datasets' folders, `<storage>/<student>/<persona>/evaluation/rating`.
-        condition: the condition whose ratings are compared.
-
-    Raises:
-        UserError: if a folder has no such ratings.
-    """
-    rated = [read_ratings(folder, condition) for folder in folders]
-    pairs = combinations(zip(folders, rated, strict=True), 2)
-    return [(left, right, rank_correlation(a, b)) for (left, a), (right, b) in pairs]
-
-
-def rank_correlation(a: GroupedRatings, b: GroupedRatings) -> Score:
-    """Rank correlation over the largest set of traits that are of one group in both ratings."""
-    groups: dict[tuple[int, int], list[str]] = {}
-    for trait in sorted(a.keys() & b.keys()):
-        groups.setdefault((a[trait][1], b[trait][1]), []).append(trait)
-    shared = max(groups.values(), key=len, default=[])
-    return spearman([a[trait][0] for trait in shared], [b[trait][0] for trait in shared])
-
-
-def read_ratings(folder: str, condition: str) -> GroupedRatings:
-    """Bradley-Terry ratings over all framings; traits without a rating are left out."""
-    file = f"{folder.rstrip('/')}/rows.parquet"
-    columns = ["condition", "framing", "trait", "rating", "group"]
-    try:
-        rows = pq.read_table(file, columns=columns).to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"ratings {file!r} cannot be read: {str(error).splitlines()[0]}; name folders of the "
-            "form STORAGE/STUDENT/PERSONA/evaluation/rating"
-        ) from None
-    selected = [
-        row for row in rows if (row["condition"], row["framing"]) == (condition, ALL_FRAMINGS)
-    ]
-    if not selected:
-        available = ", ".join(sorted({row["condition"] for row in rows}))
-        raise UserError(f"ratings {file!r} have no condition {condition!r}; there are {available}")
-    return grouped_ratings(selected)
-
-
-def grouped_ratings(rows: list[dict[str, Any]]) -> GroupedRatings:
-    """Rating and group by trait, for the traits that have a rating."""
-    rated = (row for row in rows if row["rating"] is not None)
-    return {row["trait"]: (row["rating"], row["group"]) for row in rated}
 
 
 # ----------------------------------------------------------------------------------------- ratings

@@ -30,8 +30,8 @@ from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
 from opencharacter.evaluation.conditions import VARIANTS, in_order
+from opencharacter.evaluation.paper import POOLED_F1
 from opencharacter.evaluation.pooled_robustness import (
-    MEASURE,
     classify_pooled,
     pooled_groups,
     pooled_table,
@@ -240,7 +240,9 @@ def score_pooled(classified: list[Row], settings: Robustness, seed: int) -> list
     """Rows of `SCORES` of the paper's measure."""
     labels = sorted({row["label"] for row in classified})
     return [
-        score_row("", MEASURE, condition, about, f1_score([rows], labels, settings.resamples, seed))
+        score_row(
+            "", POOLED_F1, condition, about, f1_score([rows], labels, settings.resamples, seed)
+        )
         for (condition, about), rows in pooled_groups(classified).items()
     ]
 
@@ -373,7 +375,7 @@ def report(job: Job) -> list[Section]:
     for persona in job.constitutions:
         of_persona = [row for row in rows if row["persona"] in ("", persona.name)]
         sections += persona_sections(persona.name, of_persona, job.config.classifier)
-    sections += pooled_table(rows, job.recipe, len(job.constitutions))
+    sections += pooled_table(rows, job.recipe, [persona.name for persona in job.constitutions])
     return [*sections, *confusion_tables(classified), unscored(unclassified(rows))]
 
 

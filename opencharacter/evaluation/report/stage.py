@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from opencharacter.constitution.schema import Constitution
+from opencharacter.evaluation import paper
 from opencharacter.evaluation.report.rendering import render
 from opencharacter.evaluation.report.sections import (
     DataQuality,
@@ -172,7 +173,9 @@ def build(job: Job) -> StageResult:
     table = pa.Table.from_pylist(list(unique.values()), schema=SCORES)
     job.store.write_table(job.dataset, table, "scores")
     trackers.log_scores(job, table.to_pylist())
-    return StageResult(rows=len(table), figures=headlines(personas))
+    compared = paper.compared_lines(job.recipe, table.to_pylist())
+    figures = {"headlines": headlines(personas), "paper": compared}
+    return StageResult(rows=len(table), figures=figures)
 
 
 def report_data(job: Job, personas: list[PersonaReport], jobs: list[Job]) -> ReportData:
