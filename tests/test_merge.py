@@ -80,6 +80,17 @@ def test_reducing_the_rank_gives_the_best_low_rank_approximation(tmp_path):
     assert composition["rank"] == 3
 
 
+def test_a_module_with_fewer_outputs_than_the_reduced_rank_is_merged_exactly(tmp_path):
+    """Such as the keys of a small model in a blend of several personas."""
+    shapes = {"model.layers.0.q_proj": (3, 20), "model.layers.0.k_proj": (16, 12)}
+    adapters = [
+        WeightedAdapter(write_adapter(tmp_path / str(n), 4, n, shapes), 1.0) for n in range(2)
+    ]
+    _, exact = merged(tmp_path / "exact", adapters)
+    _, result = merged(tmp_path / "small", adapters, rank=6)
+    assert torch.allclose(result, exact, atol=1e-4)
+
+
 def test_keeping_the_full_rank_is_exact(tmp_path):
     adapters = [WeightedAdapter(write_adapter(tmp_path / str(n), 4, n), 1.0) for n in range(2)]
     assert merged(tmp_path / "exact", adapters)[0]["relative_error"] == 0

@@ -213,13 +213,15 @@ def add_factors(updates: list[ScaledUpdate]) -> tuple[torch.Tensor, torch.Tensor
 def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the best approximation of an update with a smaller rank (Eckart and Young, 1936).
 
+    It has fewer factors if the module itself has fewer inputs or outputs than the rank.
+
     With the decompositions B = Qb Rb and A' = Qa Ra, only the small matrix Rb Ra' needs an SVD.
     """
     import torch
 
     left, inner_left = torch.linalg.qr(b)
     right, inner_right = torch.linalg.qr(a.T)
-    u, values, v = torch.linalg.svd(inner_left @ inner_right.T)
+    u, values, v = torch.linalg.svd(inner_left @ inner_right.T, full_matrices=False)
     root = values[:rank].sqrt()
     return (root[:, None] * v[:rank]) @ right.T, left @ (u[:, :rank] * root)
 
