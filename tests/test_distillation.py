@@ -169,6 +169,12 @@ def test_lines_of_a_prompt_file_end_only_at_a_line_feed(tmp_path):
     assert sources.read_source(prompt_file(tmp_path, *lines), "").prompts == texts
 
 
+def test_a_file_of_prompts_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prompt_file(tmp_path, '{"prompt": "one"}')
+    assert sources.read_source("~/p.jsonl", "").prompts == ["one"]
+
+
 def test_rows_without_a_prompt_are_skipped_and_counted(tmp_path, make_jobs):
     file = prompt_file(tmp_path, '{"prompt": "one"}', '{"text": "x"}', "3", "", '{"prompt": " "}')
     source = sources.read_source(file, "")

@@ -81,7 +81,7 @@ def read_source(source: str, file: str) -> PromptSource:
     if source.startswith(HUB):
         rows = enumerate(load_hub_rows(source.removeprefix(HUB)), 1)
         return collect_prompts(source, "row", rows, source_digest(source, file))
-    path = resource("prompts", file) if source == "embedded" else Path(source)
+    path = resource("prompts", file) if source == "embedded" else Path(source).expanduser()
     if path is None or not path.is_file():
         raise UserError(
             f"prompts {source!r}: file not found; use 'embedded', a .jsonl or .parquet file, or "
