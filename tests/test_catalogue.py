@@ -96,6 +96,26 @@ def test_a_broken_manifest_does_not_affect_other_personas(store, tmp_path, caplo
     assert len(caplog.records) == 2  # not one per refresh
 
 
+def test_an_adapter_of_other_weights_with_the_same_name_is_not_served(store, tmp_path, caplog):
+    (tmp_path / "adapter").mkdir()
+    job = canary.job(recipe_of(ECHO_ROLE), store, "poeticism")
+    canary.publish(job, tmp_path / "adapter")
+    manifest = store.manifest(job.dataset)
+    files = {"model.safetensors": "9 bytes, sha256 aa"}
+    manifest["payload"]["roles"]["student"] |= {"weights": files}
+    store.write_manifest(job.dataset, manifest)
+
+    def served(identity):
+        return set(Catalogue(store, "echo", "echo:", (), identity).adapters())
+
+    assert served({"weights": files}) == {PERSONA}
+    assert served({}) == {PERSONA}  # the files are not on the machine that deploys
+    assert caplog.text == ""
+    assert served({"weights": {"model.safetensors": "9 bytes, sha256 bb"}}) == set()
+    assert served({"weights": files, "revision": "v2"}) == set()
+    assert f"{job.dataset} was trained on other weights of echo:" in caplog.text
+
+
 # ---------------------------------------------------------------------------- through the ingress
 
 

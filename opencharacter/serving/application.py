@@ -7,7 +7,7 @@ from typing import Any
 
 from ray import serve
 
-from opencharacter import lora
+from opencharacter import lora, models
 from opencharacter.config.base import ECHO
 from opencharacter.config.placement import Placement, Serving
 from opencharacter.config.recipe import Recipe
@@ -49,7 +49,13 @@ def build_application(
     roles, serving = recipe.roles, placement.serving
     student = EngineSpec(roles.student, placement.pools.student)
     personas = tuple(c.name for c in constitutions)
-    catalogue = Catalogue(store, roles.student.name, roles.student.model, personas)
+    catalogue = Catalogue(
+        store,
+        roles.student.name,
+        roles.student.model,
+        personas,
+        models.identity(roles.student),
+    )
     handles = {
         roles.student.name: model_deployment(student, serving, catalogue, max_lora_rank(recipe))
     }

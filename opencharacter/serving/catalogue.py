@@ -63,12 +63,15 @@ class Catalogue:
         student: name of the student's role.
         base: the student's model; adapters of other models are not served.
         personas: the personas to serve; every persona in storage if empty.
+        identity: `models.identity` of the student. Adapters that were trained on another revision
+            or on other files are not served; None to compare the model's name alone.
     """
 
     store: Store
     student: str
     base: str
     personas: tuple[str, ...] = ()
+    identity: dict[str, Any] | None = None
 
     def adapters(
         self, previous: Mapping[str, ServedAdapter] | None = None
@@ -105,7 +108,11 @@ class Catalogue:
             return None
         if manifest is None or not self._is_inside_storage(f"{dataset}/adapter"):
             return None
-        if manifest["payload"]["roles"]["student"]["model"] != self.base:
+        trained_on = manifest["payload"]["roles"]["student"]
+        if trained_on["model"] != self.base:
+            return None
+        if self.identity is not None and not weights_agree(self.identity, trained_on):
+            warn_once(f"{dataset} was trained on other weights of {self.base} and is not served")
             return None
         model, revision = f"{self.student}:{persona}{suffix}", adapter_revision(manifest)
         return ServedAdapter(model, persona, revision, dataset, manifest)
@@ -136,6 +143,14 @@ class Catalogue:
         if self.adapters().get(adapter.model) != adapter:  # replaced while it was copied
             raise LookupError(f"model {id!r} has just been replaced by a new revision; retry")
         return copy
+
+
+def weights_agree(served: dict[str, Any], trained_on: dict[str, Any]) -> bool:
+    """Return whether two identities of a model mean the same weights, as far as both are known."""
+    if served.get("revision") != trained_on.get("revision"):
+        return False
+    files = [identity["weights"] for identity in (served, trained_on) if "weights" in identity]
+    return len(files) < 2 or files[0] == files[1]
 
 
 class CatalogueCache:
