@@ -35,7 +35,7 @@ PLAIN_DTYPES = ("BF16", "F16", "F32")
 values of smaller types are multiples of scales that are stored elsewhere."""
 SECOND_COPY = ("consolidated", "params.json")
 """Beginnings of the names of files with a second copy of the weights, in the format of Mistral's
-own library, and of its configuration. VLLM prefers them to the other files of a folder."""
+own library, and of its configuration. vLLM prefers them to the other files of a folder."""
 CONTENT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
