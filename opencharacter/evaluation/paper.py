@@ -7,10 +7,10 @@ If nothing differs, the paper's number stands beside ours; otherwise the differe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
+from opencharacter.config.evaluation import Attack
 from opencharacter.config.recipe import Recipe
-from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL
 from opencharacter.evaluation.conditions import in_order
 from opencharacter.evaluation.scores import Score, find_score
 
@@ -42,10 +42,14 @@ STUDENTS = {
 }
 """The paper's students, and their positions in the numbers below."""
 
+PREFILL = "prefill"
 POOLED = "all instructions, pooled"
 """The answers to the eight instructions together."""
 POOLED_F1 = "macro_f1_pooled"
 CONSISTENT_WINS = "win_rate_consistent"
+
+ATTACKS = set(get_args(Attack)) - {"email", "tool"}
+"""The paper's attacks: eight instructions and the prefill attack."""
 
 ROBUSTNESS = {
     ("prompted", POOLED): (0.374, 0.195, 0.629),
@@ -112,7 +116,7 @@ def robustness_differences(recipe: Recipe, personas: Sequence[str]) -> list[str]
             f"{evaluation.attacks.prompts} attacked prompts instead of {PROMPTS}": (
                 evaluation.attacks.prompts == PROMPTS
             ),
-            "other attacks": {*INSTRUCTIONS, PREFILL} <= set(evaluation.attacks.kinds),
+            "fewer attacks": set(evaluation.attacks.kinds) >= ATTACKS,
         }
     )
 
