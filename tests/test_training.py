@@ -152,6 +152,31 @@ def test_a_loss_or_a_gradient_that_is_not_finite_is_an_error(loss, grad_norm):
         trainer.check_finite(loss, grad_norm, step=3)
 
 
+def test_workers_with_different_free_memory_lay_out_the_same_packs(monkeypatch):
+    """With plans of their own, they would count some examples twice and leave others out."""
+    sizes = (60, 50, 40, 30, 20, 10)
+    examples = [[Tokens([size] * size, [1])] for size in sizes]
+    plans = [adapters.MemoryPlan(110, False), adapters.MemoryPlan(70, True)]
+
+    def processed(plans):
+        batches = [
+            PackedBatches(examples, Optimizer(), 0, plan.max_tokens, rank, len(plans))
+            for rank, plan in enumerate(plans)
+        ]
+        tokens = [t for batch in batches for pack in batch[0][0] for t in pack.input_ids[0]]
+        return sorted({int(t) for t in tokens} - {0}), sum(int(t) > 0 for t in tokens)
+
+    assert processed(plans) != (sorted(sizes), sum(sizes))
+    workers = torch.tensor([[110, 1], [70, 0]])
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda own, op: own.copy_(workers.amin(dim=0))
+    )
+    agreed = [adapters.smallest_plan(plan, "cpu") for plan in plans]
+    assert agreed == [adapters.MemoryPlan(70, True)] * 2
+    assert processed(agreed) == (sorted(sizes), sum(sizes))
+
+
 @pytest.mark.parametrize(("layer", "expected"), [("experts", True), ("shared", False)])
 def test_ddp_looks_for_unused_parameters_only_with_expert_layers(layer, expected):
     block = torch.nn.ModuleDict({layer: torch.nn.ModuleList([torch.nn.Linear(2, 2)])})

@@ -184,6 +184,26 @@ def plan_memory(model: Any, placement: Training, longest: int) -> MemoryPlan:
     return MemoryPlan(max_tokens, activation_checkpointing)
 
 
+def smallest_plan(memory: MemoryPlan, device: str) -> MemoryPlan:
+    """Return the plan for the worker with the least free memory, which all workers follow.
+
+    With plans of their own, workers would lay out the batch as different packs, so that some
+    examples would count twice and others not at all.
+
+    Args:
+        memory: the plan of this worker.
+        device: `cuda` or `cpu`, for the exchange between the workers.
+    """
+    distributed = torch.distributed
+    if not distributed.is_initialized():
+        return memory
+    own = [memory.max_tokens, int(not memory.activation_checkpointing)]
+    least = torch.tensor(own, device=device)
+    distributed.all_reduce(least, op=distributed.ReduceOp.MIN)
+    max_tokens, keeps_activations = least.tolist()
+    return MemoryPlan(max_tokens, not keeps_activations)
+
+
 def activation_bytes(config: Any) -> int:
     """Return an upper bound of the bytes of activations per token.
 

@@ -57,6 +57,7 @@ from opencharacter.training.adapters import (
     load,
     plan_memory,
     select_kernels,
+    smallest_plan,
 )
 from opencharacter.training.architectures import report_packing
 from opencharacter.training.batches import PackedBatches, held_out_batch, split_held_out
@@ -259,7 +260,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     model = load(path, task.role, on_gpu)
     models.weight_names(path, adapted_layers(model))  # fail now if a later merge would fail
     model.config._name_or_path = task.role.model
-    memory = plan_memory(model, placement, max(map(packing.num_tokens, [*examples, *unseen])))
+    longest = max(map(packing.num_tokens, [*examples, *unseen]))
+    memory = smallest_plan(plan_memory(model, placement, longest), "cuda" if on_gpu else "cpu")
     packed = verify_packing(model, placement)
     transformers.set_seed(task.seed)  # all workers initialize the same adapter
     model = add_lora(model, task.lora, memory.activation_checkpointing, select_kernels(placement))
