@@ -2,6 +2,7 @@
 
 import time
 import urllib.request
+from unittest.mock import Mock
 
 import ray
 
@@ -51,3 +52,17 @@ def test_lost_counters_restart_from_zero(cpu_ray):
     ray.get(counters.add.remote({"finished": 2}, []))
     assert ray.get(counters.read.remote()) == {"finished": 2}
     assert progress.active_seconds(counters) == 0
+
+
+def test_training_whose_counts_were_lost_shows_its_step(monkeypatch):
+    """Counters that restart from 0 are no reason to fail a training that has ended well."""
+    sums: dict[str, float] = {"kept": 2, "step": 6, "steps": 9, "seconds": 8}
+    monkeypatch.setattr(progress.ray, "get", lambda _: sums)
+    attempts = Mock()
+    line = progress.TrainingProgress(Mock(), attempts)
+    assert line() == "step 6/9, 6s left"
+    attempts.note.assert_called_once_with(6, 2, done=6, total=9)
+    sums = {"step": 7, "seconds": 10}
+    assert line() == "step 7"
+    sums = {}
+    assert line() == "starting the trainer"

@@ -352,9 +352,9 @@ class TrainingProgress:
     def __call__(self) -> str:
         """Return the line's text."""
         sums: Any = ray.get(self.counters.read.remote())
-        if "step" not in sums:
+        if "steps" not in sums:  # training has not begun, or the counts of its beginning were lost
             self.attempts.touch()
-            return "starting the trainer"
+            return f"step {int(sums['step'])}" if "step" in sums else "starting the trainer"
         step, kept = int(sums["step"]), int(sums["kept"])
         self.attempts.note(step, kept, done=step, total=int(sums["steps"]))
         seconds = (sums["steps"] - step) * sums["seconds"] / max(1, step - kept)
