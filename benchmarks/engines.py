@@ -6,6 +6,7 @@ they are equal.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import random
@@ -19,13 +20,16 @@ import pyarrow as pa
 from harness import (
     LLAMA_8B,
     RESERVED,
+    SMOLLM_135M,
     SUBJECT,
     TINY_LLAMA,
+    CpuTime,
     Figures,
     Machine,
     Run,
     Series,
     Settings,
+    cpu_ms_per_token,
     figure,
     model_folder,
     speeds,
@@ -66,9 +70,18 @@ TINY: Settings = {
         "engine_kwargs": {"load_format": "dummy", "distributed_executor_backend": "uni"},
     },
     "placement": {"object_store_gib": 0.25, "ray_cpus": 2},
-    # Together with "uni" this starts fewer processes, each of which would import torch for seconds.
-    "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    # Together with "uni" the first starts fewer processes, each of which would import torch for
+    # seconds. The second is that of the package's engines; `LLM` runs in a process that has torch.
+    "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"},
 }
+
+CPU: Settings = TINY | {
+    "repeats": 3,
+    "shape": SMOLLM_135M,
+    "sampling": {"temperature": 0.6, "top_p": 1.0, "repetition_penalty": 1.1},
+    "pool": TINY["pool"] | {"max_num_seqs": 16},
+}
+"""A model of the embedded model's shape on a CPU, sampled as in the demo."""
 
 SPREAD = 0.6
 """Standard deviation of the logarithm of the answers' lengths."""
@@ -210,13 +223,15 @@ def run_package(
 ) -> tuple[Run, pa.Table]:
     """Time one whole call of `generate`; return the run and the generated rows."""
     began = time.time()
-    rows = generate(job, requests, row_fn, "student", [*MEASUREMENT_FIELDS, *fields])
-    ended = time.time()
+    with CpuTime() as cpu:
+        rows = generate(job, requests, row_fn, "student", [*MEASUREMENT_FIELDS, *fields])
+        ended = time.time()
     table = rows.table()
     sums = {name: sum(table[name].to_pylist()) for name in ("tokens_out", "tokens_in", "context")}
     return {
         "series": series,
         "seconds": ended - began,
+        "cpu_seconds": cpu.by_process,
         "rows": len(table),
         "tokens": sums["tokens_out"],
         "tokens_in": sums["tokens_in"],
@@ -250,6 +265,25 @@ def offline_engine(settings: Settings, prefix_caching: bool) -> Any:
     return LLM(model=str(model_folder(settings["shape"])), **arguments)
 
 
+async def async_engine(settings: Settings) -> Any:
+    """Return an `AsyncLLM` with the package's engine arguments."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = engine_arguments(settings)
+    folder = str(model_folder(settings["shape"]))
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=folder, **arguments))
+
+
+def close_engine(engine: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """Stop an `AsyncLLM` and the event loop that it runs in."""
+    engine.shutdown()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
 def sampling_parameters(settings: Settings, lengths: list[int]) -> list[Any]:
     """Return vLLM's sampling parameters for answers of these lengths."""
     from vllm import SamplingParams
@@ -266,6 +300,8 @@ def sampling_parameters(settings: Settings, lengths: list[int]) -> list[Any]:
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     """Return the speed of every series, and a breakdown of the package's own way."""
     result = {f"{name}_tokens_per_s": figure(speeds(runs)) for name, runs in sorted(series.items())}
+    per_token = {name: cpu_ms_per_token(runs) for name, runs in sorted(series.items())}
+    result |= {f"{name}_cpu_ms_per_token": figure(each) for name, each in per_token.items() if each}
     runs = series.get(SUBJECT)
     if not runs:
         return result

@@ -10,6 +10,9 @@ Ways:
   Ray Data, tasks and Parquet. Runs without and with a seed per request alternate, as
   `opencharacter` and `opencharacter_seeded`. The other ways use no seeds.
 - `two_replicas`: the same on two GPUs, with twice the prompts. Runs only if `--ways` names it.
+- `async_llm`: a coroutine for each prompt on one `AsyncLLM` in the same process, with nothing
+  stored. At most `max_num_seqs` run at a time. Its distance to `vllm_generate` is the price of the
+  asynchronous engine.
 - `vllm_generate`: `LLM.generate` on prompts that were rendered beforehand.
 - `ray_data_llm`: `build_processor` with chat template, tokenization and detokenization, and its
   default batch settings. It starts an engine for every dataset; that time is excluded: a repeat
@@ -21,18 +24,21 @@ Ways:
   keeps the engine full. The default is just as many as the engine has, and a batch ends with its
   longest answer. Runs only if `--ways` names it.
 
-Figures: `<way>_tokens_per_s` (generated tokens), `ratio_to_<way>`, `seeded_ratio` (with seeds over
-without), `two_replicas_ratio` (over one), `prefix_hit_rate` (cached over all prompt tokens),
-`roofline_fraction` (of the bound in `engines.roofline`), and the seconds that `generate` takes
-before its first request and after its last reply.
+Figures: `<way>_tokens_per_s` (generated tokens), `<way>_cpu_ms_per_token` (CPU time of all
+processes), `ratio_to_<way>`, `seeded_ratio` (with seeds over without), `two_replicas_ratio` (over
+one), `prefix_hit_rate` (cached over all prompt tokens), `roofline_fraction` (of the bound in
+`engines.roofline`), and the seconds that `generate` takes before its first request and after its
+last reply.
 
 Run: python benchmarks/generation.py --out benchmarks/results
      python benchmarks/generation.py --out benchmarks/results --sweep   (settings of the engine)
-     python benchmarks/generation.py --out /tmp/results --tiny          (on a CPU)
+     python benchmarks/generation.py --out benchmarks/results --cpu     (on a CPU)
+     python benchmarks/generation.py --out /tmp/results --tiny          (a test that it works)
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import tempfile
 import time
@@ -71,6 +77,17 @@ TINY = engines.TINY | {
     "answer_low": 4,
     "answer_high": 24,
     "context": 256,
+}
+
+CPU = engines.CPU | {
+    "prompts": 96,
+    "warmup": 16,
+    "system_tokens": 200,
+    "user_tokens": 24,
+    "answer_mean": 32,
+    "answer_low": 8,
+    "answer_high": 96,
+    "context": 512,
 }
 
 STAGE = "distillation/student"
@@ -160,14 +177,62 @@ def vllm_generate(settings: Settings) -> Iterator[Run]:
         ]
         parameters = engines.sampling_parameters(settings, [row["max_tokens"] for row in rows])
         began = time.time()
-        outputs = llm.generate(prompts, parameters, use_tqdm=False)
-        seconds = time.time() - began
+        with harness.CpuTime() as cpu:
+            outputs = llm.generate(prompts, parameters, use_tqdm=False)
+            seconds = time.time() - began
+        times = {"seconds": seconds, "cpu_seconds": cpu.by_process}
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        return {"series": "vllm_generate", "seconds": seconds, "tokens": tokens}
+        return {"series": "vllm_generate", **times, "tokens": tokens}
 
     once("warm-up", settings["warmup"])
     for repeat in range(settings["repeats"]):
         yield once(f"vllm {repeat}", settings["prompts"])
+
+
+def async_llm(settings: Settings) -> Iterator[Run]:
+    """Bare vLLM, asynchronous."""
+    engines.set_environment(settings)
+    loop = asyncio.new_event_loop()
+    engine = loop.run_until_complete(engines.async_engine(settings))
+
+    def once(repeat: str, count: int) -> Run:
+        rows = workload(settings, repeat, count)
+        began = time.time()
+        with harness.CpuTime() as cpu:
+            tokens = loop.run_until_complete(answer_all(engine, settings, rows))
+            seconds = time.time() - began
+        return {
+            "series": "async_llm",
+            "seconds": seconds,
+            "cpu_seconds": cpu.by_process,
+            "tokens": tokens,
+        }
+
+    try:
+        once("warm-up", settings["warmup"])
+        for repeat in range(settings["repeats"]):
+            yield once(f"async {repeat}", settings["prompts"])
+    finally:
+        engines.close_engine(engine, loop)
+
+
+async def answer_all(engine: Any, settings: Settings, rows: list[Row]) -> int:
+    """Generate all answers; return the number of generated tokens."""
+    tokenizer = harness.make_tokenizer(settings["shape"]["vocab_size"])
+    head = shared_prompt(settings)
+    parameters = engines.sampling_parameters(settings, [row["max_tokens"] for row in rows])
+    slots = asyncio.Semaphore(settings["pool"]["max_num_seqs"])
+
+    async def answer_one(row: Row, each: Any) -> int:
+        async with slots:
+            prompt = tokenizer.apply_chat_template(
+                [head, user(row["prompt"])], tokenize=False, add_generation_prompt=True
+            )
+            async for output in engine.generate(prompt, each, row["id"]):
+                last = output.outputs[0]
+        return len(last.token_ids)
+
+    return sum(await asyncio.gather(*map(answer_one, rows, parameters)))
 
 
 def ray_data_llm(settings: Settings) -> Iterator[Run]:
@@ -255,7 +320,7 @@ def as_result(row: Row) -> Row:
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     """Return all figures that can be computed from the runs."""
-    others = ("vllm_generate", "ray_data_llm", "ray_data_llm_wide")
+    others = ("async_llm", "vllm_generate", "ray_data_llm", "ray_data_llm_wide")
     pairs = {f"ratio_to_{other}": (SUBJECT, other) for other in others}
     pairs["seeded_ratio"] = ("opencharacter_seeded", SUBJECT)
     pairs["two_replicas_ratio"] = ("two_replicas", SUBJECT)
@@ -269,11 +334,19 @@ BENCHMARK = harness.Benchmark(
     tiny=TINY,
     ways={
         way.__name__: way
-        for way in (opencharacter, vllm_generate, ray_data_llm, ray_data_llm_wide, two_replicas)
+        for way in (
+            opencharacter,
+            async_llm,
+            vllm_generate,
+            ray_data_llm,
+            ray_data_llm_wide,
+            two_replicas,
+        )
     },
     figures=figures,
     extra=("ray_data_llm_wide", "two_replicas"),
     variants=engines.variants(),
+    cpu=CPU,
 )
 
 if __name__ == "__main__":

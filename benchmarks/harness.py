@@ -21,12 +21,14 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -68,6 +70,7 @@ class Benchmark:
         settings: settings on a GPU. Every top-level integer is also a command-line option, and
             `environment` holds variables that are set in the ways' processes.
         tiny: changes to the settings for a functional test on a CPU.
+        cpu: changes to the settings for a measurement on a CPU; none if there is no such.
         ways: functions from settings to runs.
         figures: function from runs, settings and machine to figures.
         extra: ways that run only if `--ways` names them.
@@ -82,6 +85,7 @@ class Benchmark:
     figures: Callable[[Series, Settings, Machine], Figures]
     extra: tuple[str, ...] = ()
     variants: dict[str, Settings] = field(default_factory=dict)
+    cpu: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ def parse(benchmark: Benchmark, description: str) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--tiny", action="store_true", help="a small model on a CPU")
+    if benchmark.cpu:
+        parser.add_argument("--cpu", action="store_true", help="measure a CPU: NAME-cpu.json")
+    parser.set_defaults(cpu=False)
     default_ways = [way for way in benchmark.ways if way not in benchmark.extra]
     parser.add_argument("--ways", nargs="+", choices=[*benchmark.ways], default=default_ways)
     parser.add_argument("--sweep", nargs="*", choices=[*benchmark.variants], metavar="VARIANT")
@@ -125,7 +132,8 @@ def parse(benchmark: Benchmark, description: str) -> argparse.Namespace:
 
 def chosen_settings(benchmark: Benchmark, options: argparse.Namespace) -> Settings:
     """Return the settings of a command line, in the types that JSON has."""
-    settings = benchmark.settings | (benchmark.tiny if options.tiny else {})
+    changes = benchmark.tiny if options.tiny else benchmark.cpu if options.cpu else {}
+    settings = benchmark.settings | changes
     given = {k: v for k, v in vars(options).items() if k in settings and v is not None}
     return json.loads(json.dumps(settings | given))
 
@@ -139,7 +147,8 @@ def measure(
     def figures(done: dict[str, list[Run]], machine: Machine) -> Figures:
         return benchmark.figures(by_series(done.values()), settings, machine)
 
-    return run_tasks(benchmark, benchmark.name, tasks, options.ways, options, settings, figures)
+    name = f"{benchmark.name}-cpu" if options.cpu else benchmark.name
+    return run_tasks(benchmark, name, tasks, options.ways, options, settings, figures)
 
 
 def sweep(benchmark: Benchmark, options: argparse.Namespace, settings: Settings) -> dict[str, str]:
@@ -211,15 +220,13 @@ def start_task(benchmark: Benchmark, task: Task, folder: Path, seconds: float) -
     command = [sys.executable, str(benchmark.script), "--task", str(file)]
     began = time.monotonic()
     wait_for_device()
-    run(command, file.with_suffix(".log"), seconds)
+    run(command, file.with_suffix(".log"), seconds, task.settings.get("environment", {}))
     print(f"{task.label}: {time.monotonic() - began:.0f} s in total", flush=True)
 
 
 def do_task(benchmark: Benchmark, file: Path) -> None:
     """Run a task in this process."""
-    task = json.loads(file.read_text())
-    os.environ.update(task["settings"].get("environment", {}))
-    runs = []
+    task, runs = json.loads(file.read_text()), []
     for each in benchmark.ways[task["way"]](task["settings"]):
         runs.append(each)
         file.write_text(json.dumps({**task, "runs": runs}, indent=1))
@@ -299,6 +306,12 @@ def speeds(runs: list[Run]) -> list[float]:
     return [each["tokens"] / each["seconds"] for each in runs]
 
 
+def cpu_ms_per_token(runs: list[Run]) -> list[float]:
+    """Return the CPU time of each repeat per generated token, in milliseconds."""
+    measured = [each for each in runs if "cpu_seconds" in each]
+    return [1000 * sum(each["cpu_seconds"].values()) / each["tokens"] for each in measured]
+
+
 def ratios(series: Series, pairs: dict[str, tuple[str, str]]) -> Figures:
     """Return the ratio of speeds for each pair of series that was measured, by name."""
     return {
@@ -315,7 +328,9 @@ class ProcessFailed(Exception):
     """A process failed or exceeded its time limit; the message ends with its log."""
 
 
-def run(command: list[str], log: Path, seconds: float) -> None:
+def run(
+    command: list[str], log: Path, seconds: float, environment: dict[str, str] | None = None
+) -> None:
     """Run a command in a new session and kill all processes of that session at the end.
 
     Killing the process group would not be enough: Ray gives its processes groups of their own, but
@@ -326,6 +341,7 @@ def run(command: list[str], log: Path, seconds: float) -> None:
         command: the command and its arguments.
         log: file for its output.
         seconds: time limit.
+        environment: more variables for the command.
 
     Raises:
         ProcessFailed: if the command failed or exceeded the time limit.
@@ -339,7 +355,12 @@ def run(command: list[str], log: Path, seconds: float) -> None:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **child_environment(), "RAY_TMPDIR": ray_folder},
+            env={
+                **os.environ,
+                **child_environment(),
+                **(environment or {}),
+                "RAY_TMPDIR": ray_folder,
+            },
         )
         try:
             ended = f"exit code {process.wait(seconds)}"
@@ -353,12 +374,17 @@ def run(command: list[str], log: Path, seconds: float) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """Return variables for all processes, including Ray's workers: import paths, and no network."""
+    """Return variables for all processes, including Ray's workers: import paths, and no network.
+
+    Ray lowers the priority of its workers, so that other processes of the machine precede them. The
+    bare ways have no such workers, so the comparison is fair only without that.
+    """
     paths = [str(FOLDER.parent), str(FOLDER), os.environ.get("PYTHONPATH")]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HF_HUB_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
     }
@@ -393,6 +419,34 @@ def members(session: int) -> list[psutil.Process]:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 processes.append(process)
     return processes
+
+
+class CpuTime:
+    """The CPU time that the processes of this session use while the block runs, by their title.
+
+    Processes that end before the block are not counted.
+    """
+
+    def __enter__(self) -> CpuTime:
+        self.began = {pid: seconds for pid, (_, seconds) in cpu_seconds().items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        used: Counter[str] = Counter()
+        for pid, (title, seconds) in cpu_seconds().items():
+            used[title] += seconds - self.began.get(pid, 0)  # type: ignore
+        self.by_process = {title: round(used[title], 2) for title in sorted(used) if used[title]}
+
+
+def cpu_seconds() -> dict[int, tuple[str, float]]:
+    """Return the title and the used CPU time of each process of this session, by its id."""
+    times: dict[int, tuple[str, float]] = {}
+    for process in members(os.getsid(0)):
+        with suppress(psutil.NoSuchProcess):
+            title = re.match(r"[\w:]+", Path((process.cmdline() or ["?"])[0]).name)
+            each = process.cpu_times()
+            times[process.pid] = (title[0] if title else "?", each.user + each.system)
+    return times
 
 
 def wait_for_device(seconds: float = 60) -> None:
@@ -500,6 +554,19 @@ TINY_LLAMA = LLAMA_8B | {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
+
+SMOLLM_135M = LLAMA_8B | {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100_000.0,
+}
+"""Shape of SmolLM2 135M, the embedded model."""
 
 OPEN, CLOSE, END = "<|open|>", "<|close|>", "<|end|>"
 UNKNOWN = "<|unknown|>"

@@ -18,15 +18,16 @@ Ways:
 
 All ways have the same engine settings, lengths and sampling, and no seeds.
 
-Figures: `<way>_tokens_per_s` (generated tokens), `ratio_to_async_llm`, `ratio_to_barrier_cached`,
-`ratio_to_barrier`,
-`prefix_hit_rate` (cached over all prompt tokens; also for each side, of which the first one
-begins), `roofline_fraction` (of the bound in `engines.roofline`), and the seconds that `generate`
-takes before its first request and after its last reply.
+Figures: `<way>_tokens_per_s` (generated tokens), `<way>_cpu_ms_per_token` (CPU time of all
+processes), `ratio_to_async_llm`, `ratio_to_barrier_cached`, `ratio_to_barrier`, `prefix_hit_rate`
+(cached over all prompt tokens; also for each side, of which the first one begins),
+`roofline_fraction` (of the bound in `engines.roofline`), and the seconds that `generate` takes
+before its first request and after its last reply.
 
 Run: python benchmarks/interaction.py --out benchmarks/results
      python benchmarks/interaction.py --out benchmarks/results --sweep   (settings of the engine)
-     python benchmarks/interaction.py --out /tmp/results --tiny          (on a CPU)
+     python benchmarks/interaction.py --out benchmarks/results --cpu     (on a CPU)
+     python benchmarks/interaction.py --out /tmp/results --tiny          (a test that it works)
 """
 
 from __future__ import annotations
@@ -74,6 +75,18 @@ TINY = engines.TINY | {
     "reply_low": 4,
     "reply_high": 24,
     "context": 512,
+}
+
+CPU = engines.CPU | {
+    "conversations": 24,
+    "barrier_conversations": 24,
+    "warmup": 8,
+    "turns": 6,
+    "system_tokens": 200,
+    "reply_mean": 24,
+    "reply_low": 8,
+    "reply_high": 64,
+    "context": 1024,
 }
 
 STAGE = "introspection/interaction"
@@ -169,32 +182,23 @@ def async_llm(settings: Settings) -> Iterator[Run]:
     """One coroutine per conversation on a bare `AsyncLLM`."""
     engines.set_environment(settings)
     loop = asyncio.new_event_loop()
-    engine = loop.run_until_complete(start_async_engine(settings))
+    engine = loop.run_until_complete(engines.async_engine(settings))
 
     def once(repeat: str, count: int, turns: int) -> Run:
         rows = workload(settings, f"async_llm {repeat}", count, turns)
         began = time.time()
-        tokens = loop.run_until_complete(converse_all(engine, settings, rows))
-        seconds = time.time() - began
-        return {"series": "async_llm", "seconds": seconds, "rows": count, "tokens": tokens}
+        with harness.CpuTime() as cpu:
+            tokens = loop.run_until_complete(converse_all(engine, settings, rows))
+            seconds = time.time() - began
+        times = {"seconds": seconds, "cpu_seconds": cpu.by_process}
+        return {"series": "async_llm", **times, "rows": count, "tokens": tokens}
 
     try:
         once("warm-up", settings["warmup"], 2)
         for repeat in range(settings["repeats"]):
             yield once(str(repeat), settings["conversations"], settings["turns"])
     finally:
-        engine.shutdown()
-        loop.close()
-
-
-async def start_async_engine(settings: Settings) -> Any:
-    """Return an `AsyncLLM` with the package's engine arguments."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments = engines.engine_arguments(settings)
-    folder = str(engines.model_folder(settings["shape"]))
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=folder, **arguments))
+        engines.close_engine(engine, loop)
 
 
 async def converse_all(engine: Any, settings: Settings, rows: list[Row]) -> int:
@@ -241,8 +245,11 @@ def run_barrier(settings: Settings, series: str, prefix_caching: bool, count: in
     def once(repeat: str, count: int, turns: int) -> Run:
         rows = workload(settings, f"{series} {repeat}", count, turns)
         began = time.time()
-        tokens = sum(run_turn(llm, settings, rows, turn) for turn in range(turns))
-        return {"series": series, "seconds": time.time() - began, "rows": count, "tokens": tokens}
+        with harness.CpuTime() as cpu:
+            tokens = sum(run_turn(llm, settings, rows, turn) for turn in range(turns))
+            seconds = time.time() - began
+        times = {"seconds": seconds, "cpu_seconds": cpu.by_process}
+        return {"series": series, **times, "rows": count, "tokens": tokens}
 
     once("warm-up", settings["warmup"], 2)
     for repeat in range(settings["repeats"]):
@@ -297,6 +304,7 @@ BENCHMARK = harness.Benchmark(
     ways={way.__name__: way for way in (opencharacter, async_llm, barrier_cached, barrier)},
     figures=figures,
     variants=engines.variants(),
+    cpu=CPU,
 )
 
 if __name__ == "__main__":

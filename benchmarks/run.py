@@ -10,12 +10,15 @@ and the judge, and the environment variable BENCHMARK_MODEL names it.
 
 Figures: `wall_s`; `idle_share`, the part of the time in which engines and training workers were
 held (of the GPU time, with a GPU) without a request or a training step; the parts of all jobs'
-wall time by cause: `share_working`, `share_starting` (engines), `share_swapping` (weights) and
-`share_other` (tasks that start, the last long conversations, training workers that start, storage
-and the driver); `engine_starts` and `weight_swaps`; and `speedup`, the ratio of the wall times.
+wall time by cause: `share_working`, `share_starting` (engines), `share_swapping` (weights),
+`share_driver` (jobs without engines and workers), `share_training` (what a training takes beside
+its steps: workers that start and end, the model that is loaded) and `share_generating` (the same of
+generating jobs: tasks that start and storage); `engine_starts` and `weight_swaps`; and `speedup`,
+the ratio of the wall times.
 
 Run: python benchmarks/run.py --out benchmarks/results       (on a GPU)
-     python benchmarks/run.py --out /tmp/results --tiny      (on a CPU)
+     python benchmarks/run.py --out benchmarks/results --cpu (on a CPU)
+     python benchmarks/run.py --out /tmp/results --tiny      (a test that it works)
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from opencharacter.config.recipe import Recipe
 from opencharacter.constitution import schema
 from opencharacter.engines import allocation
 from opencharacter.runtime import cluster
-from opencharacter.runtime.stage import Job
+from opencharacter.runtime.schedule import requests_of
+from opencharacter.runtime.stage import Job, TrainingWorkers
 from opencharacter.runtime.store import Store
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
@@ -46,7 +50,9 @@ WALL_PARTS = {
     "share_starting": "starting_seconds",
     "share_swapping": "swap_seconds",
 }
-"""Parts of a job's wall time, by the figure that shows them; the rest is `share_other`."""
+"""Parts of a job's wall time, by the figure that shows them."""
+REST = ("share_driver", "share_training", "share_generating")
+"""Figures of the rest, by the kind of the job."""
 
 SETTINGS: Settings = {
     "repeats": 1,
@@ -66,7 +72,42 @@ SETTINGS: Settings = {
         },
     },
 }
-TINY: Settings = {"recipe": "demo", "placement": "laptop", "model": None, "sizes": {}}
+SHORT = {"max_tokens": 32}
+CPU: Settings = {
+    "recipe": "demo",
+    "placement": "laptop",
+    "model": None,
+    "sizes": {
+        "distillation": {
+            "prompts": {"questions_per_trait": 1, "general": 6},
+            "teacher": {"answers": 1, "sampling": SHORT},
+            "student": {"answers": 1, "sampling": SHORT},
+            "pairs": {"max_drop_rate": 1.0},
+            "dpo": {"optimizer": {"epochs": 1}},
+        },
+        "introspection": {
+            "reflection": {"transcripts_per_prompt": 1, "sampling": SHORT},
+            "interaction": {"free": 2, "leading": 2, "sampling": SHORT},
+            "transcripts": {"max_drop_rate": 1.0},
+        },
+        "evaluation": {
+            "judge": {"gold_items": 8},
+            "answers": {"count": 8, "sampling": SHORT},
+            "attacks": {"prompts": 1, "sampling": SHORT},
+            "coherence": {"prompts": 2},
+            "preferences": {"games": 8, "sampling": SHORT},
+            "direction": {"texts": 4, "prompts": 4},
+            "projection": {"texts": 4},
+            "scenarios": {"occasions": 0, "pressures": 0},
+            "drift": {"conversations": 0},
+            "side_effects": {"items": 0},
+            "capabilities": {"tasks": []},
+        },
+    },
+}
+"""The demo with fewer rows and without its longest evaluations."""
+
+TINY = CPU
 
 
 def make_recipe(settings: Settings) -> Recipe:
@@ -98,12 +139,20 @@ def run_all(settings: Settings, series: str) -> Iterator[Run]:
             jobs = make_jobs(settings, Path(folder))
             began = time.monotonic()
             cluster.connect(jobs[0].placement)
-            manifests = [manifest for _, manifest in pipeline.run(jobs)]
+            manifests = [manifest | {"rest": rest_of(job)} for job, manifest in pipeline.run(jobs)]
             yield summarize(manifests, series, time.monotonic() - began)
 
 
+def rest_of(job: Job) -> str:
+    """Return the figure that shows the time of a job in which it neither works nor waits."""
+    requests = requests_of([job])
+    trains = any(isinstance(request, TrainingWorkers) for request in requests)
+    driver, training, generating = REST
+    return training if trains else generating if requests else driver
+
+
 def summarize(manifests: list[dict[str, Any]], series: str, seconds: float) -> Run:
-    """Return the sums over all manifests of a run."""
+    """Return the sums over all manifests of a run, each with the figure that shows its `rest`."""
     on_gpu = any(manifest["gpu_seconds"] for manifest in manifests)
     held, busy = ("gpu_seconds", "gpu_busy_seconds") if on_gpu else ("held_seconds", "busy_seconds")
     names = (held, busy, "seconds", "tokens_out", *WALL_PARTS.values())
@@ -115,10 +164,16 @@ def summarize(manifests: list[dict[str, Any]], series: str, seconds: float) -> R
         "idle_share": 1 - sums[busy] / sums[held],
         "job_seconds": sums["seconds"],
         **{name: sums[name] for name in WALL_PARTS.values()},
+        **{name: sum(rest_seconds(m) for m in manifests if m["rest"] == name) for name in REST},
         "engine_starts": sum(len(manifest["engines_started"]) for manifest in manifests),
         "weight_swaps": sum(len(manifest["engines_swapped"]) for manifest in manifests),
         "stages": {f"{m['scope']}/{m['stage']}": m["seconds"] for m in manifests},
     }
+
+
+def rest_seconds(manifest: dict[str, Any]) -> float:
+    """Return the seconds of a job in which it does nothing that `WALL_PARTS` names."""
+    return manifest["seconds"] - sum(manifest[name] for name in WALL_PARTS.values())
 
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
@@ -129,12 +184,8 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
         result[f"{prefix}wall_s"] = figure([run["seconds"] for run in runs])
         for count in ("idle_share", "engine_starts", "weight_swaps"):
             result[f"{prefix}{count}"] = figure([run[count] for run in runs])
-        shares = {
-            share: [run[part] / run["job_seconds"] for run in runs]
-            for share, part in WALL_PARTS.items()
-        }
-        shares["share_other"] = [1 - sum(parts) for parts in zip(*shares.values(), strict=True)]
-        result |= {f"{prefix}{share}": figure(values) for share, values in shares.items()}
+        for share, part in {**WALL_PARTS, **{name: name for name in REST}}.items():
+            result[f"{prefix}{share}"] = figure([run[part] / run["job_seconds"] for run in runs])
     if {SUBJECT, "restarts"} <= series.keys():
         ours, theirs = ([run["seconds"] for run in series[n]] for n in (SUBJECT, "restarts"))
         result["speedup"] = harness.ratio(theirs, ours)
@@ -148,6 +199,7 @@ BENCHMARK = harness.Benchmark(
     tiny=TINY,
     ways={name: partial(run_all, series=name) for name in (SUBJECT, "restarts")},
     figures=figures,
+    cpu=CPU,
 )
 
 if __name__ == "__main__":

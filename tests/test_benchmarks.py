@@ -12,6 +12,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 OURS = {
+    "opencharacter_cpu_ms_per_token",
     "opencharacter_tokens_per_s",
     "prefix_hit_rate",
     "roofline_fraction",
@@ -22,7 +23,12 @@ EXPECTED = {
     "generation": {
         *OURS,
         "opencharacter_seeded_tokens_per_s",
+        "opencharacter_seeded_cpu_ms_per_token",
+        "async_llm_tokens_per_s",
+        "async_llm_cpu_ms_per_token",
+        "ratio_to_async_llm",
         "vllm_generate_tokens_per_s",
+        "vllm_generate_cpu_ms_per_token",
         "ray_data_llm_tokens_per_s",
         "ratio_to_vllm_generate",
         "ratio_to_ray_data_llm",
@@ -31,8 +37,11 @@ EXPECTED = {
     "interaction": {
         *OURS,
         "barrier_tokens_per_s",
+        "barrier_cpu_ms_per_token",
         "barrier_cached_tokens_per_s",
+        "barrier_cached_cpu_ms_per_token",
         "async_llm_tokens_per_s",
+        "async_llm_cpu_ms_per_token",
         "ratio_to_async_llm",
         "ratio_to_barrier",
         "ratio_to_barrier_cached",

@@ -19,6 +19,7 @@ MANIFEST = {
     "swap_seconds": 5.0,
     "engines_started": ["student"],
     "engines_swapped": ["student with an adapter"],
+    "rest": "share_generating",
 }
 
 
@@ -31,14 +32,22 @@ def benchmark(monkeypatch):
 
 
 def test_the_shares_of_the_wall_time_add_up_to_one(benchmark):
-    first = benchmark.summarize([MANIFEST, MANIFEST], "opencharacter", 150)
+    parts = dict.fromkeys(("work_seconds", "starting_seconds", "swap_seconds"), 0)
+    driver = {**MANIFEST, **parts, "seconds": 40.0, "rest": "share_driver"}
+    driver |= {"held_seconds": 0.0, "busy_seconds": 0.0, "engines_started": []}
+    driver |= {"engines_swapped": []}
+    first = benchmark.summarize([MANIFEST, MANIFEST, driver], "opencharacter", 150)
     second = benchmark.summarize([{**MANIFEST, "engines_swapped": []}], "restarts", 300)
     figures = benchmark.figures(
         {"opencharacter": [first], "restarts": [second]}, benchmark.SETTINGS, {}
     )
     medians = {name: value["median"] for name, value in figures.items()}
-    shares = [medians[f"share_{part}"] for part in ("working", "starting", "swapping", "other")]
-    assert shares == pytest.approx([0.6, 0.25, 0.05, 0.1])
+    shares = {name: value for name, value in medians.items() if name.startswith("share_")}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
+    assert shares["share_working"] == pytest.approx(0.5)
+    assert shares["share_generating"] == pytest.approx(20 / 240, rel=1e-4)
+    assert shares["share_driver"] == pytest.approx(40 / 240, rel=1e-4)
+    assert shares["share_training"] == 0
     assert medians["idle_share"] == pytest.approx(0.25)
     assert medians["speedup"] == pytest.approx(2)
     assert medians["weight_swaps"] == 2 and medians["restarts_weight_swaps"] == 0
@@ -58,3 +67,11 @@ def test_the_benchmark_runs_every_stage_of_its_recipe_with_one_model(benchmark, 
     assert recipe.introspection.interaction.free == 500
     jobs = benchmark.make_jobs(benchmark.SETTINGS | benchmark.TINY, tmp_path)
     assert {"distillation/dpo", "introspection/sft"} <= {job.stage.name for job in jobs}
+
+
+def test_what_a_job_does_beside_its_work_is_counted_by_its_kind(benchmark, tmp_path):
+    jobs = benchmark.make_jobs(benchmark.SETTINGS | benchmark.TINY, tmp_path)
+    kinds = {job.stage.name: benchmark.rest_of(job) for job in jobs}
+    assert kinds["distillation/dpo"] == "share_training"
+    assert kinds["introspection/reflection"] == "share_generating"
+    assert kinds["persona/merge"] == "share_driver"
