@@ -10,7 +10,13 @@ import pytest
 from opencharacter.config import evaluation, placement
 from opencharacter.config.evaluation import Robustness
 from opencharacter.errors import StageFailed
-from opencharacter.evaluation import attacks, classifiers, pooled_robustness, robustness
+from opencharacter.evaluation import (
+    attacks,
+    classifiers,
+    macro_f1,
+    pooled_robustness,
+    robustness,
+)
 from opencharacter.evaluation.robustness import BASE, DEFAULT
 
 TFIDF = partial(
@@ -158,8 +164,8 @@ def test_the_classifier_separates_two_personas_and_base():
     rows = both(12) + answers(12, "full", ["boo", "ha", "joke", "pun"], persona="joker")
     guessed = robustness.classify(rows, "full", folds=3, predict=TFIDF)
     assert {row["label"] for row in guessed} == {BASE, "poet", "joker"}
-    counts = robustness.confusions(guessed, [BASE, "joker", "poet"]).sum(0)
-    assert robustness.macro_f1(counts) > 0.9
+    counts = macro_f1.confusions(guessed, [BASE, "joker", "poet"]).sum(0)
+    assert macro_f1.macro_f1(counts) > 0.9
 
 
 def test_macro_f1_equals_that_of_scikit_learn():
@@ -171,7 +177,7 @@ def test_macro_f1_equals_that_of_scikit_learn():
         {"prompt": str(n), "label": labels[draw.integers(3)], "guess": labels[draw.integers(3)]}
         for n in range(200)
     ]
-    ours = robustness.macro_f1(robustness.confusions(rows, labels).sum(0))
+    ours = macro_f1.macro_f1(macro_f1.confusions(rows, labels).sum(0))
     theirs = f1_score([r["label"] for r in rows], [r["guess"] for r in rows], average="macro")
     assert ours == pytest.approx(theirs)
 
@@ -188,10 +194,21 @@ def test_the_interval_of_f1_covers_the_value_on_many_prompts():
         ]
 
     hits = [
-        (s := robustness.f1_score([rows(60)], ["a", "b"], 200, seed)).low <= 0.8 <= s.high
+        (s := macro_f1.f1_score([rows(60)], ["a", "b"], 200, seed)).low <= 0.8 <= s.high
         for seed in range(100)
     ]
-    assert np.mean(hits) >= 0.88
+    assert np.mean(hits) >= 0.9
+
+
+def test_f1_without_an_error_has_an_interval_that_narrows_with_the_number_of_prompts():
+    def right(prompts):
+        rows = [{"prompt": str(i), "label": n, "guess": n} for i in range(prompts) for n in "ab"]
+        return macro_f1.f1_score([rows], ["a", "b"], 100, seed=1)
+
+    few, many = right(10), right(200)
+    assert (few.value, few.high, many.high) == (1, 1, 1)
+    assert few.low < 0.9 < 0.99 < many.low < 1
+    assert right(1).low is None
 
 
 def test_every_attack_of_the_recipe_has_a_prompt():
@@ -324,8 +341,8 @@ def test_the_interval_of_the_papers_measure_covers_the_truth():
                     rows.append({"prompt": str(prompt), "label": persona, "guess": guess})
         return rows
 
-    truth = robustness.f1_score([answered(5000)], personas, 100, seed=1).value
-    runs = [robustness.f1_score([answered(60)], personas, 300, seed=n) for n in range(300)]
+    truth = macro_f1.f1_score([answered(5000)], personas, 100, seed=1).value
+    runs = [macro_f1.f1_score([answered(60)], personas, 300, seed=n) for n in range(300)]
     assert truth
     covered = [run.low <= truth <= run.high for run in runs if run.low and run.high]
     assert 0.92 <= sum(covered) / len(runs) <= 0.98

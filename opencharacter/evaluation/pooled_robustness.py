@@ -87,7 +87,7 @@ NOTE = """\
 The paper's measure: one classifier chooses among the personas of this page, without the base \
 model as a class. It was trained on the unattacked answers of all conditions together, and is \
 tested on attacked answers to the same prompts; the answers to all instructions are one confusion \
-matrix. 95% bootstrap intervals over prompts. Since training and test share their prompts, it may \
+matrix. 95% intervals over prompts. Since training and test share their prompts, it may \
 recognize topics; the other tables of this page do not have this fault."""
 
 

@@ -13,14 +13,12 @@ Run: opencharacter run RECIPE --constitution NAME --only evaluation/robustness
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from opencharacter import models
 from opencharacter.config.evaluation import Condition, Robustness
@@ -30,6 +28,7 @@ from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
 from opencharacter.evaluation.conditions import VARIANTS, in_order
+from opencharacter.evaluation.macro_f1 import f1_score
 from opencharacter.evaluation.paper import POOLED_F1
 from opencharacter.evaluation.pooled_robustness import (
     classify_pooled,
@@ -154,52 +153,6 @@ def classify(rows: list[Row], condition: Condition, folds: int, predict: Predict
 
 
 # ---------------------------------------------------------------------------------------- scores
-
-
-def confusions(rows: list[Row], labels: Sequence[str]) -> NDArray[np.float64]:
-    """Confusion counts of shape (prompts, labels, guesses); rows without a guess are left out."""
-    index = {name: i for i, name in enumerate(labels)}
-    prompts = {prompt: i for i, prompt in enumerate(sorted({row["prompt"] for row in rows}))}
-    counts = np.zeros((len(prompts), len(labels), len(labels)))
-    for row in rows:
-        if row["guess"] is not None:
-            counts[prompts[row["prompt"]], index[row["label"]], index[row["guess"]]] += 1
-    return counts
-
-
-def macro_f1(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean F1 over the labels that occur, from counts of shape (..., labels, guesses)."""
-    correct = np.diagonal(counts, axis1=-2, axis2=-1)
-    actual, predicted = counts.sum(-1), counts.sum(-2)
-    total = actual + predicted
-    f1 = np.divide(2 * correct, total, out=np.zeros_like(correct), where=total > 0)
-    occurs = actual > 0
-    return (f1 * occurs).sum(-1) / np.maximum(occurs.sum(-1), 1)
-
-
-def f1_score(by_attack: list[list[Row]], labels: Sequence[str], resamples: int, seed: int) -> Score:
-    """Macro-F1, or its mean over several attacks, with a 95 % percentile bootstrap over prompts.
-
-    Args:
-        by_attack: the classified rows of each attack, on the same prompts.
-        labels: all labels that occur.
-        resamples: number of bootstrap resamples.
-        seed: seed of the bootstrap.
-    """
-    rows = [row for attacked in by_attack for row in attacked]
-    unscored = sum(row["guess"] is None for row in rows)
-    if not len(rows) - unscored:
-        return Score(None, None, None, 0, unscored)
-    counts = [confusions(attacked, labels) for attacked in by_attack]
-    n = len(counts[0])
-    draw = np.random.default_rng(seed)
-    weights = draw.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
-    value = float(np.mean([macro_f1(c.sum(0)) for c in counts]))
-    resampled = np.mean([macro_f1(np.einsum("rp,pij->rij", weights, c)) for c in counts], axis=0)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Score(
-        value, min(float(low), value), max(float(high), value), len(rows) - unscored, unscored
-    )
 
 
 def recognized(rows: list[Row]) -> Score:
@@ -354,7 +307,7 @@ fitted over prompts: it never classifies an answer to a prompt that it was train
 model saw the prompts in training. 50% is chance."""
 F1_NOTE = """\
 Macro-F1 of a classifier that chooses among the personas of this page and the base model, cross-\
-fitted over prompts, with a 95% bootstrap interval over prompts. The classes of the paper's \
+fitted over prompts, with 95% intervals over prompts. The classes of the paper's \
 classifier are eleven personas, none of them the base model, so its numbers do not compare with \
 these."""
 RETENTION_NOTE = """\

@@ -1,0 +1,81 @@
+"""Macro-F1 of classified answers, with an interval over prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opencharacter.evaluation.intervals import student_quantile
+from opencharacter.evaluation.scores import Score
+
+Row = dict[str, Any]
+
+
+def confusions(rows: list[Row], labels: Sequence[str]) -> NDArray[np.float64]:
+    """Confusion counts of shape (prompts, labels, guesses); rows without a guess are left out."""
+    index = {name: i for i, name in enumerate(labels)}
+    prompts = {prompt: i for i, prompt in enumerate(sorted({row["prompt"] for row in rows}))}
+    counts = np.zeros((len(prompts), len(labels), len(labels)))
+    for row in rows:
+        if row["guess"] is not None:
+            counts[prompts[row["prompt"]], index[row["label"]], index[row["guess"]]] += 1
+    return counts
+
+
+def macro_f1(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean F1 over the labels that occur, from counts of shape (..., labels, guesses)."""
+    correct = np.diagonal(counts, axis1=-2, axis2=-1)
+    actual, predicted = counts.sum(-1), counts.sum(-2)
+    total = actual + predicted
+    f1 = np.divide(2 * correct, total, out=np.zeros_like(correct), where=total > 0)
+    occurs = actual > 0
+    return (f1 * occurs).sum(-1) / np.maximum(occurs.sum(-1), 1)
+
+
+def f1_score(by_attack: list[list[Row]], labels: Sequence[str], resamples: int, seed: int) -> Score:
+    """Macro-F1, or its mean over several attacks, with a 95 % interval over prompts.
+
+    The standard error is that of a bootstrap over prompts. The interval is Student's t on the scale
+    of log-odds: percentiles of the resamples cover too little, most of all if F1 is close to 1.
+    As in `intervals`, the variance is increased so that equal prompts give no interval of width 0.
+
+    Args:
+        by_attack: the classified rows of each attack, on the same prompts.
+        labels: all labels that occur.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
+    """
+    rows = [row for attacked in by_attack for row in attacked]
+    unscored = sum(row["guess"] is None for row in rows)
+    scored = len(rows) - unscored
+    if not scored:
+        return Score(None, None, None, 0, unscored)
+    counts = [confusions(attacked, labels) for attacked in by_attack]
+    value, n = float(np.mean([macro_f1(c.sum(0)) for c in counts])), len(counts[0])
+    if n < 2:
+        return Score(value, None, None, scored, unscored)
+    draw = np.random.default_rng(seed)
+    weights = draw.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+    resampled = np.mean([macro_f1(np.einsum("rp,pij->rij", weights, c)) for c in counts], axis=0)
+    variance = float(resampled.var()) * n / (n - 1) + 2 / n / (n * (n - 1))
+    low, high = log_odds_interval(value, math.sqrt(variance), n)
+    return Score(value, low, high, scored, unscored)
+
+
+def log_odds_interval(value: float, error: float, n: int) -> tuple[float, float]:
+    """A 95 % interval of a value in 0 .. 1 that is symmetric in its log-odds.
+
+    Args:
+        value: the estimate; as a centre, it is kept `1 / (4 n)` away from 0 and 1.
+        error: its standard error.
+        n: number of independent prompts.
+    """
+    centre = min(max(value, 1 / (4 * n)), 1 - 1 / (4 * n))
+    half = student_quantile(n - 1) * error / (centre * (1 - centre))
+    odds = math.log(centre / (1 - centre))
+    low, high = (1 / (1 + math.exp(min(-end, 700))) for end in (odds - half, odds + half))
+    return min(low, value), max(high, value)
