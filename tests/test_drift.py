@@ -235,6 +235,13 @@ def test_the_report_shows_curves_of_every_condition_and_measure():
     assert drift_report.sections("p", [], 5) == []
 
 
+def test_a_curve_says_how_many_conversations_its_points_count():
+    points = [(turn, Score(0.5, 0.4, 0.6, n, 8 - n)) for turn, n in ((1, 8), (5, 8), (9, 6))]
+    counts = charts.conversation_counts(points)
+    assert counts == "n = 6 to 8 conversations, at most 2 unscored at a turn"
+    assert charts.conversation_counts(points[:2]).startswith("n = 8 conversations")
+
+
 def test_a_curve_without_scores_is_not_drawn():
     assert charts.turn_chart("Strength", "full", [(1, Score(None, None, None, 0, 3))]) == ""
 

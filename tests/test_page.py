@@ -271,10 +271,10 @@ def test_a_section_says_what_was_found_before_how_it_was_measured():
     assert sorted(order, key=text.index) == order
 
 
-def test_a_change_without_an_interval_is_not_compared_and_says_how_many_items_there_were():
+def test_a_change_without_an_interval_is_left_out_and_says_how_many_items_there_were():
     one = Change(0.5, None, None, 1, unscored=7)
     text = with_section(ScoreTable(title="t", caption="c", columns=["d"], rows={"r": {"d": one}}))
-    assert "not compared<small>n = 1 pairs, 7 unpaired</small>" in text
+    assert "too few to measure<small>n = 1 pairs, 7 unpaired</small>" in text
 
 
 def test_line_breaks_of_answers_are_kept():

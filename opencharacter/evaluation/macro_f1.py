@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opencharacter.evaluation.intervals import student_quantile
-from opencharacter.evaluation.scores import Score
+from opencharacter.evaluation.scores import Score, wilson
 
 Row = dict[str, Any]
 
@@ -41,7 +42,7 @@ def f1_score(by_attack: list[list[Row]], labels: Sequence[str], resamples: int, 
 
     The standard error is that of a bootstrap over prompts. The interval is Student's t on the scale
     of log-odds: percentiles of the resamples cover too little, most of all if F1 is close to 1.
-    As in `intervals`, the variance is increased so that equal prompts give no interval of width 0.
+    Without any error there is no such interval; then it is Wilson's for a proportion of prompts.
 
     Args:
         by_attack: the classified rows of each attack, on the same prompts.
@@ -61,8 +62,10 @@ def f1_score(by_attack: list[list[Row]], labels: Sequence[str], resamples: int, 
     draw = np.random.default_rng(seed)
     weights = draw.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
     resampled = np.mean([macro_f1(np.einsum("rp,pij->rij", weights, c)) for c in counts], axis=0)
-    variance = float(resampled.var()) * n / (n - 1) + 2 / n / (n * (n - 1))
-    low, high = log_odds_interval(value, math.sqrt(variance), n)
+    error = float(resampled.std()) * math.sqrt(n / (n - 1))
+    if error < 1e-9 or not 0 < value < 1:
+        return replace(wilson(value * n, n, unscored), n=scored)
+    low, high = log_odds_interval(value, error, n)
     return Score(value, low, high, scored, unscored)
 
 
@@ -70,12 +73,11 @@ def log_odds_interval(value: float, error: float, n: int) -> tuple[float, float]
     """A 95 % interval of a value in 0 .. 1 that is symmetric in its log-odds.
 
     Args:
-        value: the estimate; as a centre, it is kept `1 / (4 n)` away from 0 and 1.
+        value: the estimate, between 0 and 1.
         error: its standard error.
         n: number of independent prompts.
     """
-    centre = min(max(value, 1 / (4 * n)), 1 - 1 / (4 * n))
-    half = student_quantile(n - 1) * error / (centre * (1 - centre))
-    odds = math.log(centre / (1 - centre))
+    half = student_quantile(n - 1) * error / (value * (1 - value))
+    odds = math.log(value / (1 - value))
     low, high = (1 / (1 + math.exp(min(-end, 700))) for end in (odds - half, odds + half))
-    return min(low, value), max(high, value)
+    return low, high

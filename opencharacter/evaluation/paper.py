@@ -89,7 +89,9 @@ def common_checks(recipe: Recipe, personas: Sequence[str]) -> Checks:
         "leading": introspection.interaction.leading,
     }
     return {
-        f"{len(personas)} personas instead of {len(PERSONAS)}": len(personas) == len(PERSONAS),
+        f"{len(personas)} persona{'s' * (len(personas) != 1)} instead of {len(PERSONAS)}": (
+            len(personas) == len(PERSONAS)
+        ),
         "other personas": len(personas) != len(PERSONAS) or sorted(personas) == sorted(PERSONAS),
         f"the student {recipe.roles.student.model}": recipe.roles.student.model in STUDENTS,
         f"the conditions {', '.join(conditions)} instead of {', '.join(METHODS)}": (
@@ -228,7 +230,8 @@ def compared_lines(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> list[str]:
             number = COHERENCE[rival][STUDENTS[recipe.roles.student.model]]
             mean = describe(mean_of([score for score in won if score]))
             lines.append(f"coherence, full against {rival}, mean: {mean}; paper {number:.3f}")
-    if any(row["measure"] == "capability" for row in rows):
+    tasks = {row["about"].split()[0] for row in rows if row["measure"] == "capability"}
+    if tasks - {"commonplace"}:  # this package's own
         lines.append(f"capabilities: {CAPABILITIES_NOTE}")
     return [
         *lines,

@@ -126,6 +126,14 @@ def scored_points(points: list[tuple[int, Score]]) -> list[tuple[int, Score]]:
     return [point for point in points if point[1].value is not None]
 
 
+def conversation_counts(scored: list[tuple[int, Score]]) -> str:
+    """How many conversations the points of a turn chart count: one number, or the range."""
+    counts = [score.n for _, score in scored]
+    ends = " to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)}))
+    unscored = max(score.unscored for _, score in scored)
+    return f"n = {ends} conversations, at most {unscored:,} unscored at a turn"
+
+
 def turn_chart(heading: str, condition: str, points: list[tuple[int, Score]]) -> Markup:
     """Draw a proportion by turn with a band for its intervals; nothing if nothing was scored.
 
