@@ -11,8 +11,8 @@ Ways:
 
 Figures: `batch_rows_per_s`, `served_rows_per_s` and `ratio_rows_per_s`, starts of engines included;
 `batch_idle_share` and `idle_share` (served), the share of the time in which engines were held
-without work; starts and swaps; `equal_answers`, the share of the sampled answers with an adapter
-that are equal in both ways; `log_prob_mean_difference` and `log_prob_max_difference`, absolute
+without work; starts and swaps; `equal_answers` and `equal_base_answers`, the share of the sampled
+answers with and without an adapter that are equal in both ways; `log_prob_mean_difference` and `log_prob_max_difference`, absolute
 differences of the log-probabilities of tokens in nats, and `equal_likeliest_tokens`.
 
 Run: python benchmarks/served_evaluation.py --out benchmarks/results     (on a CPU)
@@ -45,26 +45,28 @@ from opencharacter.runtime.store import Store
 PERSONAS = ("poeticism", "humor")
 MODEL = "smollm2-135m"
 TRAINED = ("distillation/dpo", "persona/merge")
-MEASURED = ("judge", "answers", "preferences", "attacks", "coherence")
+ANSWERED = ("evaluation/answers", "evaluation/preferences", "evaluation/attacks")
+MEASURED = ("evaluation/judge", *ANSWERED, "evaluation/coherence")
 SHORT = {"sampling": {"temperature": 0.6, "top_p": 1.0, "trim": True, "max_tokens": 24}}
 ONE_WORD = {"max_tokens": 4, "temperature": 0.1, "repetition_penalty": 1.0}
 CONDITIONS = ["base", "distilled", "full"]
 SETTINGS: Settings = {
     "personas": 2,
+    "repeats": 3,
     "rank": 8,
     "texts": 24,
     "evaluation": {
-        "judge": {"gold_items": 8, "min_agreement": None, "sampling": ONE_WORD},
-        "answers": {"conditions": CONDITIONS, "count": 12, **SHORT},
+        "judge": {"gold_items": 4, "min_agreement": None, "sampling": ONE_WORD},
+        "answers": {"conditions": CONDITIONS, "count": 8, **SHORT},
         "preferences": {
             "conditions": CONDITIONS,
-            "games": 12,
+            "games": 8,
             "traits": ["poetic", "technical", "casual", "formal"],
             "judge": ONE_WORD,
             **SHORT,
         },
-        "attacks": {"conditions": CONDITIONS, "prompts": 4, "kinds": ["plain", "stop"], **SHORT},
-        "coherence": {"prompts": 4, "sampling": ONE_WORD, "max_drop_rate": 1.0},
+        "attacks": {"conditions": CONDITIONS, "prompts": 2, "kinds": ["plain", "stop"], **SHORT},
+        "coherence": {"prompts": 2, "sampling": ONE_WORD, "max_drop_rate": 1.0},
     },
     "placement": {
         "name": "served-evaluation",
@@ -73,7 +75,7 @@ SETTINGS: Settings = {
         "max_concurrent_jobs": 4,
     },
 }
-TINY: Settings = {"personas": 1, "texts": 4}
+TINY: Settings = {"personas": 1, "repeats": 1, "texts": 4}
 
 
 def write_adapter(folder: Path, rank: int, seed: int) -> None:
@@ -130,33 +132,38 @@ def make_jobs(settings: Settings, storage: Path, served: bool) -> list[Job]:
 
 
 def evaluate(settings: Settings, served: bool) -> Iterator[Run]:
-    """Run the evaluation once and summarize its manifests."""
-    with tempfile.TemporaryDirectory() as folder:
-        jobs = make_jobs(settings, Path(folder), served)
-        measured = [job for job in jobs if job.stage.name.partition("/")[2] in MEASURED]
-        measured = [job for job in measured if job.stage.name.startswith("evaluation/")]
-        cluster.connect(jobs[0].placement)
-        began = time.monotonic()
-        manifests = [manifest for _, manifest in pipeline.run(measured)]
-        seconds = time.monotonic() - began
-        answers = {
-            row["id"]: row["answer"]
-            for job in measured
-            if job.stage.name != "evaluation/judge" and job.stage.name != "evaluation/coherence"
-            for row in job.store.read_table(job.dataset).to_pylist()
-            if row["condition"] in ("distilled", "full")
-        }
-        yield {
-            "series": "served" if served else "batch",
-            "seconds": seconds,
-            "tokens": sum(manifest["tokens_out"] for manifest in manifests),
-            "rows": sum(manifest["rows"] for manifest in manifests),
-            "starts": sum(len(manifest["engines_started"]) for manifest in manifests),
-            "swaps": sum(len(manifest["engines_swapped"]) for manifest in manifests),
-            "held": sum(manifest["held_seconds"] for manifest in manifests),
-            "busy": sum(manifest["busy_seconds"] for manifest in manifests),
-            "answers": answers,
-        }
+    """Run the evaluation several times, each in an empty storage, and summarize its manifests."""
+    for _ in range(settings["repeats"]):
+        with tempfile.TemporaryDirectory() as folder:
+            yield evaluate_once(make_jobs(settings, Path(folder), served), served)
+
+
+def evaluate_once(jobs: list[Job], served: bool) -> Run:
+    """Run the evaluation of jobs whose personas are trained."""
+    measured = [job for job in jobs if job.stage.name in MEASURED]
+    cluster.connect(jobs[0].placement)
+    began = time.monotonic()
+    manifests = [manifest for _, manifest in pipeline.run(measured)]
+    seconds = time.monotonic() - began
+    rows = [
+        row
+        for job in measured
+        if job.stage.name in ANSWERED
+        for row in job.store.read_table(job.dataset).to_pylist()
+    ]
+    return {
+        "series": "served" if served else "batch",
+        "seconds": seconds,
+        "tokens": sum(manifest["tokens_out"] for manifest in manifests),
+        "rows": sum(manifest["rows"] for manifest in manifests),
+        "starts": sum(len(manifest["engines_started"]) for manifest in manifests),
+        "swaps": sum(len(manifest["engines_swapped"]) for manifest in manifests),
+        "held": sum(manifest["held_seconds"] for manifest in manifests),
+        "busy": sum(manifest["busy_seconds"] for manifest in manifests),
+        "prompts": {row["id"]: row["prompt"] for row in rows},
+        "answers": {row["id"]: row["answer"] for row in rows if row["condition"] != "base"},
+        "base_answers": {row["id"]: row["answer"] for row in rows if row["condition"] == "base"},
+    }
 
 
 def rounding(settings: Settings) -> Iterator[Run]:
@@ -221,9 +228,13 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
             }
     if len(rates) == 2:
         result["ratio_rows_per_s"] = harness.ratio(rates["served"], rates["batch"])
-        batch, served = (series[way][0]["answers"] for way in ("batch", "served"))
-        equal = sum(served[row] == text for row, text in batch.items()) / len(batch)
-        result |= {"equal_answers": figure([equal]), "compared_answers": figure([len(batch)])}
+        batch, served = (series[way][0] for way in ("batch", "served"))
+        if batch["prompts"] != served["prompts"]:
+            raise ValueError("the two ways have different ids or prompts")
+        for name in ("answers", "base_answers"):
+            equal = [served[name][row] == text for row, text in batch[name].items()]
+            result[f"equal_{name}"] = figure([sum(equal) / len(equal)])
+            result[f"compared_{name}"] = figure([len(equal)])
     if "rounding" in series:
         runs = series["rounding"]
         result |= {
