@@ -196,6 +196,8 @@ def test_the_last_assignment_of_a_field_counts():
         # An empty name would be found between all words of an answer.
         ("roles.teacher.self_name=''", r"roles.teacher.self_name = '': .*is empty; give a name"),
         ("roles.teacher.aliases=['GLM', ' ']", r"roles.teacher.aliases.1 = ' ': .*is empty"),
+        # Without a layer in between, the steered student is the untrained one.
+        ("evaluation.steering.first_layer=0.9", r"0.9 is not below last_layer 0.875"),
         # The trainer takes a warm-up of 1 for one step.
         ("distillation.dpo.optimizer.warmup_ratio=1", r"warmup_ratio = 1: .*less than 1"),
         ("distillation.dpo.optimizer.betas=[0.9, 1.5]", r"betas.1 = 1.5: .*less than 1"),

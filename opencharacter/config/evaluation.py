@@ -131,6 +131,15 @@ class Steering(Config):
     """Strengths to try: the total length of the vectors of all steered layers, as a multiple of the
     norm of the residual stream."""
 
+    @model_validator(mode="after")
+    def _steers_a_layer(self) -> Steering:
+        if self.first_layer >= self.last_layer:
+            raise ValueError(
+                f"first_layer {self.first_layer:g} is not below last_layer {self.last_layer:g}, so "
+                "no layer would be steered; raise last_layer or lower first_layer"
+            )
+        return self
+
 
 class Answers(Config):
     """Settings of the stage evaluation/answers: answers to held-out prompts."""
