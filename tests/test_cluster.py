@@ -1,7 +1,7 @@
 import pytest
 from samples import ECHO_ROLE, recipe_of
 
-from opencharacter.config.placement import Placement
+from opencharacter.config.placement import Placement, Resources, fits
 from opencharacter.errors import UserError
 from opencharacter.runtime import cluster
 from opencharacter.runtime.cluster import GIB, check_fits, connect
@@ -99,6 +99,17 @@ def test_max_gpus_per_node_counts_nodes_that_have_the_accelerator_or_may_be_adde
 def test_a_tensor_parallel_size_over_the_gpus_is_refused():
     with pytest.raises(ValueError, match="tensor_parallel 8 needs as many GPUs"):
         placed(gpus=4, tensor_parallel=8)
+
+
+@pytest.mark.parametrize(("cores", "ray_cpus", "cpus"), [(1, None, 3), (8, None, 8), (8, 2, 2)])
+def test_a_ray_on_two_cores_has_room_for_an_idle_engine_beside_a_training(
+    monkeypatch, cores, ray_cpus, cpus
+):
+    monkeypatch.setattr(cluster.os, "cpu_count", lambda: cores)
+    placement = Placement(ray_cpus=ray_cpus)
+    assert cluster.local_options(placement)["num_cpus"] == cpus
+    beside = [placement.training.resources, placement.pools.student.resources]
+    assert fits(beside, Resources(cpus=cpus, memory_gib=8)) == (cpus > 2)
 
 
 def test_nodes_that_may_be_added_count_only_on_a_cluster(cpu_ray, monkeypatch):

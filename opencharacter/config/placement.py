@@ -287,7 +287,8 @@ class Placement(Config):
     """Nodes that the cluster may add. A run that needs them waits for them instead of being
     refused."""
     ray_cpus: PositiveInt | None = None
-    """CPUs of a Ray instance that the command starts itself; all of the machine's if null."""
+    """CPUs of a Ray instance that the command starts itself; if null, all of the machine's, but at
+    least 3, so that an idle engine may stay beside a training on two cores."""
     object_store_gib: PositiveFloat = 0.5
     """Size in GiB of the object store of a Ray instance that the command starts itself."""
     max_concurrent_jobs: PositiveInt | None = None

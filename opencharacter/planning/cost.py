@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from opencharacter.config.placement import Placement, Resources
 from opencharacter.planning.speeds import Speeds
+from opencharacter.runtime.cluster import local_cpus
 from opencharacter.runtime.schedule import peak, phases, smallest_cluster
 from opencharacter.runtime.stage import Estimate, Job, TrainingWorkers
 
@@ -76,5 +77,4 @@ def planning_resources(placement: Placement) -> Resources:
     if declared or required.gpus:
         return declared or required
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cpus = placement.ray_cpus or os.cpu_count() or 1
-    return required | Resources(cpus=cpus, memory_gib=RAY_MEMORY_SHARE * memory)
+    return required | Resources(cpus=local_cpus(placement), memory_gib=RAY_MEMORY_SHARE * memory)

@@ -22,6 +22,11 @@ PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 as soon as another process uses the cores, such as an engine beside training."""
 
 
+LEAST_LOCAL_CPUS = 3
+"""CPUs of a Ray that a command starts on a machine of fewer cores. An idle engine reserves a CPU
+and uses none, so it need not be stopped for a training on two cores."""
+
+
 def connect(placement: Placement, recipe: Recipe | None = None) -> None:
     """Join the Ray cluster at `RAY_ADDRESS` (set inside a submitted job), or start Ray here.
 
@@ -61,10 +66,15 @@ def max_gpus_per_node(placement: Placement) -> float:
 def local_options(placement: Placement) -> dict[str, Any]:
     """Return the arguments of `ray.init` that start a Ray for one command, without a dashboard."""
     return {
-        "num_cpus": placement.ray_cpus or os.cpu_count(),
+        "num_cpus": local_cpus(placement),
         "object_store_memory": int(placement.object_store_gib * GIB),
         "include_dashboard": False,
     }
+
+
+def local_cpus(placement: Placement) -> int:
+    """Return the CPUs of a Ray that is started for one command."""
+    return placement.ray_cpus or max(os.cpu_count() or 1, LEAST_LOCAL_CPUS)
 
 
 class BundleRequest(NamedTuple):
