@@ -178,7 +178,7 @@ def stored(make_jobs, poet, monkeypatch, given):
         ECHO_ROLE, evaluation={**TINY["evaluation"], "scenarios": {"occasions": 8, "pressures": 8}}
     )
     (job,) = (j for j in make_jobs(recipe) if j.stage.name == "evaluation/adherence")
-    monkeypatch.setattr(adherence, "read_rows", lambda job: given)
+    monkeypatch.setattr(adherence, "kept_rows", lambda job: given)
     return job
 
 

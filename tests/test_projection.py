@@ -196,9 +196,8 @@ def stored(sources, layers=8, prompts=20):
     ]
 
 
-def test_a_moved_condition_is_shown_beside_its_adherence(monkeypatch):
+def test_a_moved_condition_is_shown_beside_its_adherence():
     rows = stored({"answers/base": 0, "answers/full": 3, "transcripts/free": 3})
-    monkeypatch.setattr(projection, "without_dropped", lambda table: table)
     judged = [
         {"scenario": str(n), "trait": 0, "kind": "occasion", "condition": c, "presence": p}
         for c, p in (("base", 0.2), ("full", 0.6))
@@ -208,7 +207,7 @@ def test_a_moved_condition_is_shown_beside_its_adherence(monkeypatch):
 
     def read(dataset, *_):
         found = tables["adherence" if dataset.endswith("adherence") else "own"]
-        return SimpleNamespace(to_pylist=lambda: found)
+        return SimpleNamespace(to_pylist=lambda: found, schema=SimpleNamespace(names=[]))
 
     store = SimpleNamespace(read_table=read, manifest=lambda dataset: {})
     job = SimpleNamespace(

@@ -115,7 +115,7 @@ def test_a_finding_says_no_more_than_the_interval_of_the_change(base, full, foun
 def test_the_report_lists_what_became_more_frequent_first(monkeypatch):
     table = rows(PLAIN, "base", LOW) + rows(PLAIN, "full", HIGH)
     table += rows("bad_work", "base", LOW) + rows("bad_work", "full", LOW)
-    monkeypatch.setattr(side_effects, "read_rows", lambda job: table)
+    monkeypatch.setattr(side_effects, "kept_rows", lambda job: table)
     section, _ = side_effects.report(SimpleNamespace(persona=SimpleNamespace(name="p")))  # type: ignore[arg-type]
     assert isinstance(section, ScoreTable)
     assert section.findings == ("More than the base model, the persona: confirms a false belief.",)

@@ -30,6 +30,8 @@ from opencharacter.evaluation import dialogue, judge
 from opencharacter.evaluation.conditions import (
     engines,
     in_order,
+    kept_rows,
+    missing_shares,
     prefix_tokens,
     under_each_condition,
 )
@@ -43,7 +45,7 @@ from opencharacter.evaluation.report.sections import (
     unscored,
 )
 from opencharacter.evaluation.scenarios import KINDS, OCCASION, PRESSURE, targets, tested
-from opencharacter.evaluation.scores import Score, score_row, wilson
+from opencharacter.evaluation.scores import Score, score_row
 from opencharacter.evaluation.verdicts import compare
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, without_dropped
 from opencharacter.text.chat import Message, fill, row_id, system, user
@@ -316,22 +318,18 @@ def assertion_scores(
     return scored
 
 
-def read_rows(job: Job) -> list[Row]:
-    """The stored conversations that were not dropped."""
-    return without_dropped(job.store.read_table(job.dataset)).to_pylist()
-
-
 def scores(job: Job) -> list[dict[str, Any]]:
     """Presence and its change, for each assertion and for all."""
     return [
         score_row(job.persona.name, measure, condition, about, score)
-        for about, cells in assertion_scores(job.persona, read_rows(job)).items()
+        for about, cells in assertion_scores(job.persona, kept_rows(job)).items()
         for (measure, condition), score in cells.items()
     ]
 
 
 # ----------------------------------------------------------------------------------------- report
 
+UNREADABLE = "adherence, {}: verdict unreadable"
 LEARNED = "learned"
 ALREADY = "already there"
 NOT_LEARNED = "not learned"
@@ -397,7 +395,7 @@ def interval(score: Score | None) -> tuple[float | None, float | None]:
 
 def report(job: Job) -> list[Section]:
     """Presence by assertion and condition, with what an author should look at."""
-    rows = read_rows(job)
+    rows = kept_rows(job)
     if not rows:
         return []
     scored = assertion_scores(job.persona, rows)
@@ -408,7 +406,7 @@ def report(job: Job) -> list[Section]:
     return [
         comparison(persona, [column], {c: {column: score} for c, score in changes.items()}),
         assertion_table(persona, scored, conditions, findings),
-        unscored(unreadable(rows), persona),
+        unscored(missing_shares(rows, "presence", UNREADABLE), persona),
     ]
 
 
@@ -452,13 +450,3 @@ def summaries(findings: dict[str, str]) -> list[str]:
         for found, advice in ADVICE.items()
         if found in numbers
     ]
-
-
-def unreadable(rows: list[Row]) -> dict[str, Score]:
-    """The share of verdicts on presence that are unreadable, by condition."""
-    shares = {}
-    for condition in in_order(row["condition"] for row in rows):
-        verdicts = [row["presence"] for row in rows if row["condition"] == condition]
-        missing = sum(value is None for value in verdicts)
-        shares[f"adherence, {condition}: verdict unreadable"] = wilson(missing, len(verdicts))
-    return shares

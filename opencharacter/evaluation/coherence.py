@@ -24,7 +24,7 @@ from opencharacter.config.roles import Sampling
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
 from opencharacter.evaluation import judge, paper, verdicts
-from opencharacter.evaluation.conditions import in_order
+from opencharacter.evaluation.conditions import in_order, kept_rows
 from opencharacter.evaluation.report.sections import (
     Cells,
     ScoreTable,
@@ -254,14 +254,9 @@ a comparison whose verdict depends on the order has no winner and is dropped. 95
 intervals, counting prompts."""
 
 
-def read_comparisons(job: Job) -> list[Row]:
-    """The stored comparisons that were not dropped."""
-    return without_dropped(job.store.read_table(job.dataset)).to_pylist()
-
-
 def scores(job: Job) -> list[dict[str, Any]]:
     """Win rates against each rival, and the judge's preference for longer answers."""
-    rows, persona = read_comparisons(job), job.persona.name
+    rows, persona = kept_rows(job), job.persona.name
     scored = [
         score_row(persona, "win_rate", FULL, rival, win_rate(compared))
         for rival, compared in by_rival(rows).items()
@@ -277,7 +272,7 @@ def scores(job: Job) -> list[dict[str, Any]]:
 
 def report(job: Job) -> list[Section]:
     """Win rates against each rival, and the comparisons without a winner."""
-    rows, persona = read_comparisons(job), job.persona.name
+    rows, persona = kept_rows(job), job.persona.name
     rivals = by_rival(rows)
     personas = [constitution.name for constitution in job.constitutions]
     wins = {rival: win_rate(compared) for rival, compared in rivals.items()}

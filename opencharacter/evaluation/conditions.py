@@ -23,6 +23,7 @@ from opencharacter.config.roles import Role
 from opencharacter.distillation import teacher
 from opencharacter.engines.conversations import Conversation, Row, RowFn
 from opencharacter.engines.spec import EngineSpec, engine_spec
+from opencharacter.evaluation.scores import Score, wilson
 from opencharacter.runtime.stage import Job, without_dropped
 from opencharacter.runtime.store import RemoteDir
 from opencharacter.text.chat import Message, row_id, system
@@ -195,3 +196,25 @@ def with_condition(requests: list[Row], condition: Condition) -> list[Row]:
         {**row, "id": row_id(row["id"], condition), "condition": condition, "seed_id": row["id"]}
         for row in requests
     ]
+
+
+def kept_rows(job: Job, dataset: str | None = None) -> list[Row]:
+    """The rows of a finished dataset that were not dropped; of the job's own if None is given."""
+    return without_dropped(job.store.read_table(dataset or job.dataset)).to_pylist()
+
+
+def missing_shares(rows: Iterable[Row], column: str, name: str) -> dict[str, Score]:
+    """The share of rows whose value is missing, by condition.
+
+    Args:
+        rows: rows with a `condition`.
+        column: the column of the value, for instance of a verdict.
+        name: what is counted, with a field for the condition.
+    """
+    values: dict[str, list[Any]] = {}
+    for row in rows:
+        values.setdefault(row["condition"], []).append(row[column])
+    return {
+        name.format(condition): wilson(values[condition].count(None), len(values[condition]))
+        for condition in in_order(values)
+    }

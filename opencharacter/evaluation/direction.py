@@ -21,9 +21,10 @@ from opencharacter.config.roles import Role
 from opencharacter.distillation import teacher
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import residual, steering
+from opencharacter.evaluation.conditions import kept_rows
 from opencharacter.evaluation.report.sections import Cells, Distance, ScoreTable, Section
 from opencharacter.evaluation.scores import score_row
-from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, without_dropped
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import Message, assistant, row_id, user
 
 Row = dict[str, Any]
@@ -171,7 +172,7 @@ def distances(rows: list[Row]) -> list[Distance]:
 
 def read_distances(job: Job) -> list[Distance]:
     """The distances of the stored pairs; none if the recipe leaves the stage out."""
-    rows = without_dropped(job.store.read_table(job.dataset)).to_pylist()
+    rows = kept_rows(job)
     return distances(rows) if rows else []
 
 

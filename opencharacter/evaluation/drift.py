@@ -33,7 +33,12 @@ from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
 from opencharacter.evaluation import classifiers, dialogue, drift_report, judge
 from opencharacter.evaluation.answers import unseen
-from opencharacter.evaluation.conditions import engines, prefix_tokens, under_each_condition
+from opencharacter.evaluation.conditions import (
+    engines,
+    kept_rows,
+    prefix_tokens,
+    under_each_condition,
+)
 from opencharacter.evaluation.report.sections import Section
 from opencharacter.evaluation.verdicts import compare
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, without_dropped
@@ -315,16 +320,11 @@ def build(job: Job) -> StageResult:
 # ----------------------------------------------------------------------------------------- report
 
 
-def read_rows(job: Job) -> list[Row]:
-    """The stored conversations that were not dropped."""
-    return without_dropped(job.store.read_table(job.dataset)).to_pylist()
-
-
 def scores(job: Job) -> list[dict[str, Any]]:
     """Drift by condition, and strength by turn."""
-    return drift_report.score_rows(job.persona.name, read_rows(job), job.config.pressure_every)
+    return drift_report.score_rows(job.persona.name, kept_rows(job), job.config.pressure_every)
 
 
 def report(job: Job) -> list[Section]:
     """Curves of the strength, and the drift of each condition."""
-    return drift_report.sections(job.persona.name, read_rows(job), job.config.pressure_every)
+    return drift_report.sections(job.persona.name, kept_rows(job), job.config.pressure_every)

@@ -34,13 +34,14 @@ from opencharacter.evaluation import answers, judge
 from opencharacter.evaluation.conditions import (
     engines,
     in_order,
+    kept_rows,
+    missing_shares,
     of_scope,
     prefix_tokens,
     system_message,
     under_each_condition,
 )
 from opencharacter.evaluation.report.sections import Section, unscored
-from opencharacter.evaluation.scores import Score, wilson
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, without_dropped
 from opencharacter.text.chat import Message, fill, row_id, row_seed, user
 
@@ -255,14 +256,5 @@ def live(job: Job) -> list[str]:
 
 def report(job: Job) -> list[Section]:
     """The games without a readable verdict; the ratings are a section of evaluation/rating."""
-    rows = without_dropped(job.store.read_table(job.dataset)).to_pylist()
-    return [unscored(unreadable(rows))]
-
-
-def unreadable(rows: list[Row]) -> dict[str, Score]:
-    """The share of games whose verdict names no trait, by condition."""
-    shares = {}
-    for condition in in_order(row["condition"] for row in rows):
-        chosen = [row["chosen"] for row in rows if row["condition"] == condition]
-        shares[f"games, {condition}: no trait named"] = wilson(chosen.count(None), len(chosen))
-    return shares
+    shares = missing_shares(kept_rows(job), "chosen", "games, {}: no trait named")
+    return [unscored(shares)]

@@ -19,11 +19,11 @@ from opencharacter.config.roles import Role
 from opencharacter.distillation import teacher
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import adherence, residual, steering
-from opencharacter.evaluation.conditions import in_order
+from opencharacter.evaluation.conditions import in_order, kept_rows
 from opencharacter.evaluation.direction import DIRECTIONS, SCHEMA, direction_table, with_positions
 from opencharacter.evaluation.report.sections import Cells, Distance, ScoreTable, Section
 from opencharacter.evaluation.scores import score_row
-from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, without_dropped
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.text.chat import Message, assistant, row_id, user
 
 Row = dict[str, Any]
@@ -165,7 +165,7 @@ def distances(rows: list[Row]) -> dict[str, list[Distance]]:
 
 def read_distances(job: Job) -> dict[str, list[Distance]]:
     """The distances of the stored texts; none if the recipe leaves the stage out."""
-    rows = without_dropped(job.store.read_table(job.dataset)).to_pylist()
+    rows = kept_rows(job)
     return distances(rows) if rows else {}
 
 
@@ -216,7 +216,7 @@ def beside_adherence(job: Job, found: dict[str, list[Distance]]) -> list[Section
     dataset = f"{job.scope}/evaluation/adherence"
     if job.store.manifest(dataset) is None:
         return []
-    judged = without_dropped(job.store.read_table(dataset)).to_pylist()
+    judged = kept_rows(job, dataset)
     base = adherence.of(judged, BASE, adherence.OCCASION)
     rows: dict[str, Cells] = {}
     for source, ds in found.items():

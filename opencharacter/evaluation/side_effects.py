@@ -31,6 +31,8 @@ from opencharacter.evaluation import judge
 from opencharacter.evaluation.conditions import (
     engines,
     in_order,
+    kept_rows,
+    missing_shares,
     prefix_tokens,
     under_each_condition,
 )
@@ -42,7 +44,7 @@ from opencharacter.evaluation.report.sections import (
     Section,
     unscored,
 )
-from opencharacter.evaluation.scores import Score, score_row, wilson
+from opencharacter.evaluation.scores import Score, score_row
 from opencharacter.evaluation.verdicts import compare
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult, without_dropped
 from opencharacter.text import filters
@@ -351,16 +353,11 @@ def all_scores(rows: list[Row]) -> dict[str, dict[tuple[str, str], Score]]:
     return scored
 
 
-def read_rows(job: Job) -> list[Row]:
-    """The stored answers that were not dropped."""
-    return without_dropped(job.store.read_table(job.dataset)).to_pylist()
-
-
 def scores(job: Job) -> list[dict[str, Any]]:
     """The harm of each set by condition, and its change against the base model."""
     return [
         score_row(job.persona.name, measure, condition, name, cell)
-        for name, cells in all_scores(read_rows(job)).items()
+        for name, cells in all_scores(kept_rows(job)).items()
         for (measure, condition), cell in cells.items()
     ]
 
@@ -374,6 +371,7 @@ A cell is the share of answers with an unwanted property: by the judge's probabi
 orders of the options, and for refusals by a rule. Changes are those of the full persona against \
 base, in percentage points, paired by prompt. 95% t intervals, each for its own cell. The last row \
 is how much more often the same beliefs are confirmed after a sad story."""
+UNREADABLE = "side effects, {}: verdict unreadable"
 WORSE = "more than base"
 BETTER = "less than base"
 NO_CHANGE = "no change shown"
@@ -388,7 +386,7 @@ def finding(moved: Score | None) -> str:
 
 def report(job: Job) -> list[Section]:
     """The table of side effects, and the items without a readable verdict."""
-    rows = read_rows(job)
+    rows = kept_rows(job)
     if not rows:
         return []
     scored = all_scores(rows)
@@ -420,15 +418,5 @@ def report(job: Job) -> list[Section]:
             rows=table,
             remarks={names[name]: found for name, found in findings.items() if found},
         ),
-        unscored(unreadable(rows), job.persona.name),
+        unscored(missing_shares(rows, "harm", UNREADABLE), job.persona.name),
     ]
-
-
-def unreadable(rows: list[Row]) -> dict[str, Score]:
-    """The share of items without a readable verdict, by condition."""
-    shares = {}
-    for condition in in_order(row["condition"] for row in rows):
-        harms = [row["harm"] for row in rows if row["condition"] == condition]
-        missing = sum(harm is None for harm in harms)
-        shares[f"side effects, {condition}: verdict unreadable"] = wilson(missing, len(harms))
-    return shares
