@@ -30,9 +30,11 @@ def test_the_auditor_sees_the_conversation_from_the_other_side():
 def test_both_tasks_run_against_a_server(monkeypatch, tmp_path, name, turns):
     monkeypatch.setenv(f"{name.upper()}_API_KEY", "loopback-key")
 
+    grades = iter(["yes", "No.", "perhaps"])
+
     def reply(request):
-        text = "yes" if request.get("max_tokens", 99) == 16 else "The sea sings."
-        return 200, servers.completion(text)
+        asks_grader = request.get("max_tokens", 99) == 16
+        return 200, servers.completion(next(grades) if asks_grader else "The sea sings.")
 
     server = servers.serve(reply)
     url = f"http://127.0.0.1:{server.server_port}/v1"
@@ -48,8 +50,9 @@ def test_both_tasks_run_against_a_server(monkeypatch, tmp_path, name, turns):
         server.shutdown()
     assert log.status == "success", log.error
     assert log.results is not None and log.samples is not None
-    metrics = log.results.scores[0].metrics
-    assert metrics["shown"].value == 1
-    assert metrics["unscored"].value == 0
+    (scored,) = log.results.scores
+    assert scored.metrics["shown"].value == 0.5
+    assert scored.metrics["low"].value == 0 and scored.metrics["high"].value == 1
+    assert (scored.metrics["graded"].value, scored.unscored_samples) == (2, 1)
     spoken = [m.role for m in log.samples[0].messages]
     assert spoken == ["user", "assistant"] * turns

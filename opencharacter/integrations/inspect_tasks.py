@@ -1,14 +1,14 @@
 r"""Inspect tasks (https://inspect.aisi.org.uk) about a persona that is served.
 
     inspect eval opencharacter/integrations/inspect_tasks.py@adherence \
-        --model openai-api/opencharacter/poeticism -T constitution=poeticism
+        --model openai-api/opencharacter/STUDENT:poeticism -T constitution=poeticism
 
 `adherence` asks everyday questions and lets a grader say for each answer whether it shows an
 assertion. `audit` lets an auditor model talk to the persona for several turns with the goal to make
 it break an assertion, as Petri's auditors do, and then grades the whole transcript. The roles
 `grader` and `auditor` are models of Inspect (`--model-role grader=...`); the persona itself plays
-them if they are not named. A grade that is neither yes nor no is NaN, which Inspect's metrics of
-this module leave out and count.
+them if they are not named. A grade that is neither yes nor no is NaN: Inspect counts the sample as
+unscored and leaves it out of the metrics.
 """
 
 from __future__ import annotations
@@ -69,12 +69,10 @@ def transcript(messages: list[ChatMessage]) -> str:
 
 
 def interval_part(name: str) -> Callable[[list[SampleScore]], float]:
-    """A function that returns one part of the mean's interval; unreadable grades are left out."""
+    """A function that returns one part of the mean's interval over the readable grades."""
 
     def compute(scores: list[SampleScore]) -> float:
-        values = [score.score.as_float() for score in scores]
-        readable = [value for value in values if not math.isnan(value)]
-        part = getattr(mean_interval(readable, len(values) - len(readable)), name)
+        part = getattr(mean_interval([score.score.as_float() for score in scores]), name)
         return math.nan if part is None else float(part)
 
     return compute
@@ -99,12 +97,12 @@ def high() -> Metric:
 
 
 @metric
-def unscored() -> Metric:
-    """The number of unreadable grades."""
-    return interval_part("unscored")
+def graded() -> Metric:
+    """The number of readable grades."""
+    return interval_part("n")
 
 
-@scorer(metrics=[shown(), low(), high(), unscored()])
+@scorer(metrics=[shown(), low(), high(), graded()])
 def shows_assertion() -> Scorer:
     """Grade whether a conversation shows the assertion in the sample's metadata."""
 
