@@ -12,8 +12,9 @@ Ways:
 Figures: `batch_rows_per_s`, `served_rows_per_s` and `ratio_rows_per_s`, starts of engines included;
 `batch_idle_share` and `idle_share` (served), the share of the time in which engines were held
 without work; starts and swaps; `equal_answers` and `equal_base_answers`, the share of the sampled
-answers with and without an adapter that are equal in both ways; `log_prob_mean_difference` and `log_prob_max_difference`, absolute
-differences of the log-probabilities of tokens in nats, and `equal_likeliest_tokens`.
+answers with and without an adapter that are equal in both ways; `log_prob_mean_difference` and
+`log_prob_max_difference`, absolute differences of the log-probabilities of tokens in nats, and
+`equal_likeliest_tokens`.
 
 Run: python benchmarks/served_evaluation.py --out benchmarks/results     (on a CPU)
      python benchmarks/served_evaluation.py --out /tmp/results --tiny    (one persona)
@@ -31,6 +32,7 @@ from typing import Any
 
 import harness
 import pyarrow as pa
+import ray
 from harness import Figures, Machine, Run, Series, Settings, figure
 
 from opencharacter import lora, models, pipeline
@@ -132,10 +134,15 @@ def make_jobs(settings: Settings, storage: Path, served: bool) -> list[Job]:
 
 
 def evaluate(settings: Settings, served: bool) -> Iterator[Run]:
-    """Run the evaluation several times, each in an empty storage, and summarize its manifests."""
+    """Run the evaluation several times, each in an empty storage and a new Ray cluster.
+
+    So no engine of one repeat is left for the next one.
+    """
     for _ in range(settings["repeats"]):
         with tempfile.TemporaryDirectory() as folder:
-            yield evaluate_once(make_jobs(settings, Path(folder), served), served)
+            run = evaluate_once(make_jobs(settings, Path(folder), served), served)
+        ray.shutdown()
+        yield run
 
 
 def evaluate_once(jobs: list[Job], served: bool) -> Run:
