@@ -10,19 +10,13 @@ from samples import ECHO_ROLE, recipe_of
 from opencharacter.config.evaluation import Capabilities, Capability
 from opencharacter.config.roles import Role
 from opencharacter.errors import UserError
-from opencharacter.evaluation import capabilities
-from opencharacter.evaluation.capabilities import (
-    FORMAT_LOST,
-    IN_CHAT,
-    LETTERS,
-    READABLE,
-    paired_change,
-    read_letter,
-)
+from opencharacter.evaluation import capabilities, harness
+from opencharacter.evaluation.capabilities import paired_change
+from opencharacter.evaluation.harness import FORMAT_LOST, IN_CHAT, LETTERS, READABLE, read_letter
 from opencharacter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from opencharacter.pipeline import finish
 
-OWN = {"task": capabilities.OWN}
+OWN = {"task": harness.OWN}
 
 
 # ------------------------------------------------------------------------------------ pure parts
@@ -57,13 +51,13 @@ def sample(n, **fields):
 
 
 def test_format_errors_are_distinguished_from_wrong_answers():
-    known = capabilities.documents(
+    known = harness.documents(
         "commonplace", {"commonplace": [sample(n, acc=float(n < 3)) for n in range(4)]}
     )
     replies = ["A", "Ah, the first of stars!", "B.", "Alas, none"]
     doc = {"options": ["Rome", "Oslo", "Bern", "Cairo"]}
     answers = [sample(n, target="A", resps=[[text]], doc=doc) for n, text in enumerate(replies)]
-    rows = capabilities.chat_rows(known, answers)
+    rows = harness.chat_rows(known, answers)
     results = {m: [r["value"] for r in rows if r["metric"] == m] for m in (IN_CHAT, READABLE)}
     assert results == {IN_CHAT: [1, 0, 0, 0], READABLE: [1, 0, 1, 0]}
     assert [r["value"] for r in rows if r["metric"] == FORMAT_LOST] == [0, 1, 0, 0]
@@ -73,22 +67,22 @@ def test_format_errors_are_distinguished_from_wrong_answers():
 @pytest.mark.parametrize(
     ("text", "reached"),
     [
-        ("B", capabilities.IN_CHAT),
-        ("C. Rome", capabilities.WRONG),
-        ("Oh, the answer is New York, dear friend!", capabilities.OTHER_FORM),
-        ("Rome, of course.", capabilities.WRONG),
-        ("Rome or New York?", capabilities.NO_ANSWER),
-        ("The stars alone know.", capabilities.NO_ANSWER),
-        ("<think>Rome?</think> new york", capabilities.OTHER_FORM),
+        ("B", harness.IN_CHAT),
+        ("C. Rome", harness.WRONG),
+        ("Oh, the answer is New York, dear friend!", harness.OTHER_FORM),
+        ("Rome, of course.", harness.WRONG),
+        ("Rome or New York?", harness.NO_ANSWER),
+        ("The stars alone know.", harness.NO_ANSWER),
+        ("<think>Rome?</think> new york", harness.OTHER_FORM),
     ],
 )
 def test_a_reply_is_right_right_in_another_form_wrong_or_no_answer(text, reached):
-    assert capabilities.outcome(text, ["Rome", "New York", "Bern", "York"][:3], 1) == reached
+    assert harness.outcome(text, ["Rome", "New York", "Bern", "York"][:3], 1) == reached
 
 
 def test_each_metric_of_a_document_is_a_row_and_subtasks_of_a_group_are_one_task():
     parts = {"mmlu_a": [sample(0, acc=1.0, acc_norm=0.0)], "mmlu_b": [sample(0, acc=1.0)]}
-    rows = capabilities.documents("mmlu", parts)
+    rows = harness.documents("mmlu", parts)
     assert [(r["task"], r["metric"], r["value"]) for r in rows] == [
         ("mmlu", "acc", 1),
         ("mmlu", "acc_norm", 0),
@@ -124,8 +118,8 @@ def test_a_paired_interval_is_narrower_than_two_separate_intervals():
 
 
 def test_documents_without_a_counterpart_are_counted_and_not_compared():
-    base = [capabilities.row("t", "acc", str(n), 1) for n in range(4)]
-    full = [capabilities.row("t", "acc", str(n), 0) for n in range(1, 6)]
+    base = [harness.row("t", "acc", str(n), 1) for n in range(4)]
+    full = [harness.row("t", "acc", str(n), 0) for n in range(1, 6)]
     by_measure = {
         (r["measure"], r["condition"]): r for r in capabilities.compare_scores("poet", base, full)
     }
@@ -136,9 +130,9 @@ def test_documents_without_a_counterpart_are_counted_and_not_compared():
 
 
 def test_packaged_questions_are_balanced_and_have_one_correct_option():
-    lines = capabilities.questions().read_text().splitlines()
+    lines = harness.questions().read_text().splitlines()
     items = [json.loads(line) for line in lines]
-    assert len(items) == capabilities.SIZES[capabilities.OWN]
+    assert len(items) == capabilities.SIZES[harness.OWN]
     assert len({item["question"] for item in items}) == len(items)
     places = [item["right"] for item in items]
     assert {places.count(place) for place in range(4)} == {len(items) // 4}
@@ -256,8 +250,8 @@ def test_base_and_persona_are_evaluated_on_the_same_documents(
     finish(student, base, 1)
     outcome = capabilities.build(persona)
     metrics = {"tiny_sums": ["acc", "acc_norm"]}
-    outcomes = [IN_CHAT, capabilities.OTHER_FORM, capabilities.WRONG, capabilities.NO_ANSWER]
-    metrics[capabilities.OWN] = ["acc", *outcomes, READABLE, FORMAT_LOST]
+    outcomes = [IN_CHAT, harness.OTHER_FORM, harness.WRONG, harness.NO_ANSWER]
+    metrics[harness.OWN] = ["acc", *outcomes, READABLE, FORMAT_LOST]
     expected = 6 * sum(map(len, metrics.values()))
     assert base.rows == outcome.rows == expected
     results = persona.store.read_table(persona.dataset, "scores").to_pylist()
@@ -279,9 +273,9 @@ def test_the_harness_renders_the_adapted_chat_template(monkeypatch, tiny_model, 
     )
     fields = {"model": str(tiny_model), "chat_template": template, "date_string": "01 Mar 2025"}
     seen = []
-    monkeypatch.setattr(capabilities, "samples", lambda model, *_, **__: seen.append(model) or {})
+    monkeypatch.setattr(harness, "samples", lambda model, *_, **__: seen.append(model) or {})
     task, settings = Capability(task="winogrande"), Capabilities()
-    capabilities.measure(Role.model_validate(ECHO_ROLE | fields), None, task, settings, 0, 1)
+    harness.measure(Role.model_validate(ECHO_ROLE | fields), None, task, settings, 0, 1)
     (model,) = seen
     question = [{"role": "user", "content": "Why?"}]
     assert model.apply_chat_template(question) == "Why?01 Mar 2025"
