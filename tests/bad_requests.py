@@ -27,6 +27,10 @@ def schema_format(schema: Any) -> dict[str, Any]:
     }
 
 
+def text_format(schema: Any) -> dict[str, Any]:
+    return {"text": {"format": {"type": "json_schema", "name": "a", "schema": schema}}}
+
+
 def pattern_format(pattern: str) -> dict[str, Any]:
     return schema_format({"type": "string", "pattern": pattern})
 
@@ -196,3 +200,19 @@ BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "chat messages": ("responses", {"messages": HELLO}, "unsupported field 'messages'"),
 }
 """By name: kind of request, changes to the valid body, and a pattern in the error message."""
+
+WRONG_SCHEMAS = {
+    "alternatives as text": ({"type": "null", "anyOf": "a"}, "anyOf must be an array"),
+    "missing definition": ({"$ref": "#/$defs/x"}, "x' does not exist"),
+    "schema of another host": ({"$ref": "http://localhost/x"}, "not present in a registry"),
+}
+ENGINE_BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    f"{case} ({kind})": (kind, format_of(schema), expected)
+    for case, (schema, expected) in WRONG_SCHEMAS.items()
+    for kind, format_of in (
+        ("chat", schema_format),
+        ("completions", schema_format),
+        ("responses", text_format),
+    )
+}
+"""What only an engine can refuse, because it compiles the schema."""

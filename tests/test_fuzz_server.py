@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 import server as servers
-from bad_requests import BAD_REQUESTS, PATHS, VALID
+from bad_requests import BAD_REQUESTS, ENGINE_BAD_REQUESTS, PATHS, VALID
 from client_requests import CLIENT_REQUESTS
 from fuzz import Fuzzer, FuzzRequest
 
@@ -84,7 +84,8 @@ def test_random_requests_get_no_server_error_and_leave_the_server_as_it_was(
 
 def check_bad_requests(server: servers.RunningServer, model: str, tools: bool) -> None:
     """Send every request of the table that JSON can express."""
-    for case, (kind, changes, expected) in BAD_REQUESTS.items():
+    requests = BAD_REQUESTS | ENGINE_BAD_REQUESTS if tools else BAD_REQUESTS
+    for case, (kind, changes, expected) in requests.items():
         if "inf" in repr(changes) or (tools and "tool" in case + expected):
             continue
         answer = server.post(PATHS[kind], json={"model": model} | VALID[kind] | changes)

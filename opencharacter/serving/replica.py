@@ -30,7 +30,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.tool_parsers import ToolParserManager
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from opencharacter import models
 from opencharacter.config.placement import Serving
@@ -46,6 +46,7 @@ from opencharacter.errors import RowFailed, UserError
 from opencharacter.runtime.cluster import accelerator_resource
 from opencharacter.serving import replies
 from opencharacter.serving.catalogue import Catalogue
+from opencharacter.serving.observability import log
 from opencharacter.serving.protocol import ErrorBody, ResponsePart, coalesce
 from opencharacter.serving.router import router_options
 from opencharacter.serving.validation import template_error
@@ -376,7 +377,7 @@ class PersonaServer(LLMServer):
             return
         try:
             request = REQUEST_TYPES[kind].model_validate(payload)
-        except (ValueError, VLLMValidationError) as error:
+        except REFUSALS as error:
             yield to_error_body(error)
             return
         try:
@@ -393,20 +394,32 @@ class PersonaServer(LLMServer):
             async for batch in coalesce(stream, lambda: self.streams / self.max_chunks_per_second):
                 for item in join_events(batch):
                     yield to_response_part(item)
+        except EngineDeadError:
+            raise
+        except Exception as error:  # to unpickle vLLM's, the ingress would have to import vLLM
+            yield to_error_body(error)
         finally:
             self.streams -= 1
 
 
+REFUSALS = (ValueError, VLLMValidationError)
+"""What vLLM raises for a request that it does not accept; its own is not a ValueError in 0.29."""
+
+
 def to_error_body(error: Exception) -> ErrorBody:
-    """Describe why vLLM rejects a request.
+    """Describe why a request fails: what vLLM rejects is the client's error, the rest the server's.
 
     Args:
-        error: pydantic's error, or vLLM's own, which is not always a ValueError.
+        error: pydantic's error, vLLM's own, or whatever the engine raised.
     """
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return ErrorBody(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-    return ErrorBody(400, str(error), param=getattr(error, "parameter", None))
+    cause = error.__cause__ if isinstance(error, EngineGenerateError) else error
+    if isinstance(cause, REFUSALS):
+        return ErrorBody(400, str(cause), param=getattr(cause, "parameter", None))
+    log.error("the engine failed on a request", exc_info=error)
+    return ErrorBody(503, f"the model failed ({type(cause).__name__}); retry later")
 
 
 def join_events(items: list[Any]) -> list[Any]:
