@@ -1,5 +1,10 @@
 """Which requests reach the same replica of a server."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from opencharacter.config.placement import Pool
@@ -39,3 +44,14 @@ def test_only_deployments_of_several_replicas_route_by_prefixes():
         config = router_options(pool)["request_router_config"]
         assert config.get_request_router_class() is ConversationRouter
         assert config.request_router_kwargs["imbalanced_threshold"] == 16
+
+
+@pytest.mark.slow
+def test_two_replicas_of_a_server_find_the_earlier_turns_in_their_caches(tmp_path):
+    command = [sys.executable, str(Path(__file__).with_name("routed_replicas.py"))]
+    ran = subprocess.run([*command, str(tmp_path / "shares")], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    shares = json.loads((tmp_path / "shares").read_text())
+    best = 16 / 25  # everything but the first message and two in each turn
+    assert best - 0.05 < shares["routed"] <= best
+    assert shares["default"] < shares["routed"] - 0.1
