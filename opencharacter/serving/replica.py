@@ -28,7 +28,6 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
-from vllm.platforms import current_platform
 from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -216,8 +215,8 @@ class AdapterLoader:
 class ReplicaEngine(VLLMEngine):
     """An engine that runs inside its replica if one GPU is enough.
 
-    Ray gives every GPU engine vLLM's distributed executor, which sends a message to another process
-    at each step. Only engines on several GPUs need that.
+    Ray gives every engine an executor that sends a message to another process at each step. Only
+    engines on several GPUs need that.
 
     The chat template is the one that the model was trained with.
 
@@ -232,7 +231,7 @@ class ReplicaEngine(VLLMEngine):
 
     def _prepare_engine_config(self, callback_ctx: Any) -> tuple[Any, Any, Any]:
         arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
-        if config.parallel_config.world_size == 1 and not current_platform.is_cpu():
+        if config.parallel_config.world_size == 1:
             config.parallel_config.distributed_executor_backend = "uni"
         frontend.enable_prompt_tokens_details = True
         if self.role.tool_parser:
