@@ -4,6 +4,7 @@ The adapters repeat one word each, which identifies the adapter that replied.
 """
 
 import asyncio
+import logging
 
 import canary
 import pytest
@@ -97,7 +98,9 @@ async def ask(job) -> dict[str, list]:
 
 def test_an_application_on_vllm_serves_seeds_prefills_probabilities_and_adapters(jobs):
     answers = of_persona(jobs, "evaluation/answers")
+    level = logging.getLogger().level
     evaluation.deploy(spec_of(answers, "student").app)
+    assert logging.getLogger().level == level
     told = asyncio.run(ask(answers))
     first, again, other = told["texts"]
     assert first == again != other

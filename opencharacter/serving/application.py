@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -131,9 +132,14 @@ def model_deployment(
         return EchoModel.options(
             name=role.name, max_queued_requests=serving.max_queued_requests
         ).bind(float(role.model.removeprefix(ECHO) or 0))
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # importing vLLM logs what it misses
     from opencharacter.serving import replica
 
+    # Importing Ray's LLM server makes the root logger of this process print everything as JSON.
+    root.setLevel(level)
+    root.handlers = handlers
     return replica.build_deployment(spec, serving, catalogue, max_rank)
 
 
