@@ -22,6 +22,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 # Credentials of the local S3 server. Ray workers inherit the environment in which Ray was started.
 os.environ |= FAKE_KEYS
+# Threads of torch that wait for each other sleep, as in the product's workers: other processes run.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SLOW_TEST_SECONDS = 900
 
