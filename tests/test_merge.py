@@ -381,6 +381,12 @@ def test_merging_into_the_base_refuses_an_adapter_of_another_model(
     assert not list((tmp_path / "cache" / "merged").iterdir())
 
 
+def copy_of(model, folder):
+    """A copy of a model that a test may change, and its weights."""
+    shutil.copytree(model, folder)
+    return folder, load_file(folder / models.WEIGHTS)
+
+
 def adapter_of(tiny_model, folder):
     """An adapter of all linear layers of the tiny model with random weights."""
     from peft import LoraConfig, get_peft_model
@@ -398,9 +404,7 @@ def test_a_second_copy_of_the_weights_in_mistral_s_format_is_not_kept_beside_the
 ):
     """VLLM prefers that copy, so that a persona's engine would generate with the base's weights."""
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model, base)
-    weights = load_file(base / models.WEIGHTS)
+    base, weights = copy_of(tiny_model, tmp_path / "base")
     copy = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     save_file(copy, base / "consolidated.safetensors")
     (base / "consolidated.safetensors.index.json").write_text("{}")
@@ -418,9 +422,7 @@ def test_quantized_weights_are_refused_and_not_added_to_as_if_they_had_no_scales
     tiny_model, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model, base)
-    weights = load_file(base / models.WEIGHTS)
+    base, weights = copy_of(tiny_model, tmp_path / "base")
     name = "model.layers.1.mlp.up_proj.weight"
     weights |= {name: weights[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1)}
     save_file(weights, base / models.WEIGHTS, metadata={"format": "pt"})

@@ -41,6 +41,11 @@ def is_folder_of(folder: str, stage: str) -> bool:
     return folder.rstrip("/").endswith(stage)
 
 
+def store_of(folder: str, stage: str) -> Store:
+    """The storage of a student or persona whose folder of a stage is given."""
+    return Store.at(folder.rstrip("/").removesuffix(stage).rstrip("/") or ".")
+
+
 def print_lines(lines: list[str]) -> None:
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -52,8 +57,7 @@ def paper_lines(folder: str) -> list[str]:
     Raises:
         UserError: if there is no report, or it is of an earlier version.
     """
-    root = folder.rstrip("/").removesuffix(REPORT).rstrip("/") or "."
-    manifest = Store.at(root).manifest(REPORT)
+    manifest = store_of(folder, REPORT).manifest(REPORT)
     if manifest is None:
         raise UserError(f"{folder} has no finished report; finish the run first")
     lines = manifest["figures"].get("paper")
@@ -76,10 +80,7 @@ def rating_lines(folders: list[str], condition: str, elo: bool) -> list[str]:
     ]
     if len(folders) != len(paper.STUDENTS):
         return lines
-    manifests = []
-    for folder in folders:
-        root = folder.rstrip("/").removesuffix(RATING).rstrip("/") or "."
-        manifests.append(Store.at(root).manifest("evaluation/preferences"))
+    manifests = [store_of(folder, RATING).manifest("evaluation/preferences") for folder in folders]
     scores = [score for _, _, score in compared]
     return [*lines, paper.correlation_line(scores, condition, manifests, elo)]
 

@@ -46,7 +46,7 @@ from opencharacter.runtime.cluster import accelerator_resource
 from opencharacter.serving import replies
 from opencharacter.serving.catalogue import Catalogue
 from opencharacter.serving.observability import log
-from opencharacter.serving.protocol import ErrorBody, ResponsePart, coalesce
+from opencharacter.serving.protocol import ApiError, ErrorBody, ResponsePart, coalesce
 from opencharacter.serving.router import router_options
 from opencharacter.serving.validation import template_error
 from opencharacter.text.chat import Message
@@ -412,8 +412,7 @@ def to_error_body(error: Exception) -> ErrorBody:
         error: pydantic's error, vLLM's own, or whatever the engine raised.
     """
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return ErrorBody(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return ApiError.from_validation(error).body
     cause = error.__cause__ if isinstance(error, EngineGenerateError) else error
     if isinstance(cause, REFUSALS):
         return ErrorBody(400, str(cause), param=getattr(cause, "parameter", None))
