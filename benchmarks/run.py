@@ -40,6 +40,7 @@ from opencharacter.config.recipe import Recipe
 from opencharacter.constitution import schema
 from opencharacter.engines import allocation
 from opencharacter.runtime import cluster
+from opencharacter.runtime.manifests import held_time
 from opencharacter.runtime.schedule import requests_of
 from opencharacter.runtime.stage import Job, TrainingWorkers
 from opencharacter.runtime.store import Store
@@ -153,15 +154,13 @@ def rest_of(job: Job) -> str:
 
 def summarize(manifests: list[dict[str, Any]], series: str, seconds: float) -> Run:
     """Return the sums over all manifests of a run, each with the figure that shows its `rest`."""
-    on_gpu = any(manifest["gpu_seconds"] for manifest in manifests)
-    held, busy = ("gpu_seconds", "gpu_busy_seconds") if on_gpu else ("held_seconds", "busy_seconds")
-    names = (held, busy, "seconds", "tokens_out", *WALL_PARTS.values())
+    names = ("seconds", "tokens_out", *WALL_PARTS.values())
     sums = {name: sum(manifest[name] for manifest in manifests) for name in names}
     return {
         "series": series,
         "seconds": seconds,
         "tokens": sums["tokens_out"],
-        "idle_share": 1 - sums[busy] / sums[held],
+        "idle_share": held_time(manifests).idle_share,
         "job_seconds": sums["seconds"],
         **{name: sums[name] for name in WALL_PARTS.values()},
         **{name: sum(rest_seconds(m) for m in manifests if m["rest"] == name) for name in REST},

@@ -17,6 +17,7 @@ from opencharacter.config import files
 from opencharacter.constitution import schema
 from opencharacter.errors import UserError
 from opencharacter.runtime.attempts import AttemptLog
+from opencharacter.runtime.manifests import held_time
 from opencharacter.runtime.stage import StageResult
 
 ANSWERS = {
@@ -166,6 +167,16 @@ def test_the_dashboard_reads_the_progress_of_an_attempt_and_notices_when_it_stop
     later = now + datetime.timedelta(seconds=watch.SILENT_SECONDS + 1)
     assert watch.partial_progress(job.dataset, [last], later).state == "interrupted"
     assert watch.progress(job, {}, now).done == 30
+
+
+def test_the_idle_share_is_that_of_gpus_if_any_job_held_one():
+    engine = {"held_seconds": 80.0, "busy_seconds": 60.0}
+    card = {"gpu_seconds": 40.0, "gpu_busy_seconds": 10.0, **engine}
+    assert held_time([engine, engine]).idle_share == pytest.approx(0.25)
+    assert held_time([engine, card]) == (True, 40.0, 10.0)
+    assert held_time([engine, card]).idle_share == pytest.approx(0.75)
+    assert held_time([{}]).idle_share is None
+    assert usage_line([engine, card]).startswith("GPU time: 40s (75% idle)")
 
 
 def test_the_time_left_is_unknown_without_speeds_and_a_sum_with_them(run):

@@ -20,11 +20,10 @@ from opencharacter.cli.options import (
     print_table,
 )
 from opencharacter.runtime.attempts import repeated_work
+from opencharacter.runtime.manifests import held_time
 from opencharacter.runtime.progress import console, duration
 from opencharacter.runtime.stage import Job
 from opencharacter.runtime.staleness import explain_stale
-
-USAGE = ("held_seconds", "busy_seconds", "gpu_seconds", "gpu_busy_seconds")
 
 
 def status(
@@ -75,16 +74,12 @@ def print_live_results(job: Job) -> None:
 
 def usage_line(manifests: list[dict[str, Any]]) -> str:
     """Return the time for which finished jobs reserved resources, and the idle share of it."""
-    sums = {name: sum(manifest.get(name, 0) for manifest in manifests) for name in USAGE}
+    total = held_time(manifests)
+    what = "GPU time" if total.on_gpu else "engine and worker time"
+    idle = "" if total.idle_share is None else f" ({total.idle_share:.0%} idle)"
     starts = sum(len(manifest.get("engines_started", ())) for manifest in manifests)
     swaps = sum(len(manifest.get("engines_swapped", ())) for manifest in manifests)
-    if sums["gpu_seconds"]:
-        what, reserved, busy = "GPU time", sums["gpu_seconds"], sums["gpu_busy_seconds"]
-    else:
-        what, reserved = "engine and worker time", sums["held_seconds"]
-        busy = sums["busy_seconds"]
-    idle = f" ({1 - busy / reserved:.0%} idle)" if reserved else ""
-    return f"{what}: {duration(reserved)}{idle}; engine starts: {starts}, weight swaps: {swaps}"
+    return f"{what}: {duration(total.held)}{idle}; engine starts: {starts}, weight swaps: {swaps}"
 
 
 def status_cells(job: Job) -> list[str]:
@@ -99,7 +94,7 @@ def status_cells(job: Job) -> list[str]:
         return [state, *[""] * 7]
     if differing:
         state = f"stale: {explain_stale(differing)}"
-    reserved, busy = manifest.get("held_seconds", 0), manifest.get("busy_seconds", 0)
+    idle = held_time([manifest]).idle_share
     return [
         state,
         f"{manifest['rows']:,}",
@@ -107,6 +102,6 @@ def status_cells(job: Job) -> list[str]:
         f"{manifest['tokens_out']:,}",
         duration(manifest["seconds"]),
         f"{manifest['gpu_seconds'] / 3600:,.2f}" if manifest["gpu_seconds"] else "",
-        f"{1 - busy / reserved:.0%}" if reserved else "",
+        "" if idle is None else f"{idle:.0%}",
         str(repeated_work(manifest["attempts"])),
     ]

@@ -19,6 +19,7 @@ from opencharacter.cli.plan import describe_states
 from opencharacter.errors import UserError
 from opencharacter.planning import simulation
 from opencharacter.planning.speeds import Speeds, load_speeds
+from opencharacter.runtime.manifests import held_time
 from opencharacter.runtime.progress import duration
 from opencharacter.runtime.stage import Job
 
@@ -114,8 +115,7 @@ def progress(
             return StageProgress(job.dataset, "waiting")
         finished[job.dataset] = manifest
     manifest = finished[job.dataset]
-    held = manifest.get("held_seconds")
-    idle = 1 - manifest["busy_seconds"] / held if held else None
+    idle = held_time([manifest]).idle_share
     rows = manifest["rows"]
     return StageProgress(job.dataset, "done", rows, rows, manifest["seconds"], idle=idle)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 from opencharacter import models
 from opencharacter.runtime.stage import Job, StageResult
@@ -25,6 +26,40 @@ PACKAGES = (
     "lm-eval",
 )
 """Packages whose versions are recorded if they are installed."""
+
+
+class HeldTime(NamedTuple):
+    """For how long jobs held resources, and for how long those worked; see `engines.leases.usage`.
+
+    Args:
+        on_gpu: whether GPUs are counted; otherwise engines and training workers are.
+        held: seconds, summed over what is counted.
+        busy: those of them with work under way.
+    """
+
+    on_gpu: bool
+    held: float
+    busy: float
+
+    @property
+    def idle_share(self) -> float | None:
+        """The share of the held time without work, in [0, 1]; None if nothing was held."""
+        return 1 - self.busy / self.held if self.held else None
+
+
+def held_time(manifests: Sequence[Mapping[str, Any]]) -> HeldTime:
+    """Sum the held time of jobs: that of their GPUs, if any of them held a GPU.
+
+    Args:
+        manifests: manifests of finished jobs.
+    """
+
+    def total(name: str) -> float:
+        return sum(manifest.get(name, 0) for manifest in manifests)
+
+    if held := total("gpu_seconds"):
+        return HeldTime(True, held, total("gpu_busy_seconds"))
+    return HeldTime(False, total("held_seconds"), total("busy_seconds"))
 
 
 def adapter_revision(manifest: dict[str, Any]) -> str:
