@@ -5,8 +5,8 @@ Ways:
 - `restarts`: the same without replacing the weights of running engines, so that each merged adapter
   starts an engine, as before version 0.2.
 
-Both make everything anew from the same recipe and seed. On a GPU, the student is also the teacher
-and the judge, and the environment variable BENCHMARK_MODEL names it.
+Both make everything anew from the same recipe and seed. The environment variable BENCHMARK_MODEL
+replaces the recipe's model, for instance by the folder of local weights.
 
 Figures: `wall_s`; `idle_share`, the part of the time in which engines and training workers were
 held (of the GPU time, with a GPU) without a request or a training step; the parts of all jobs'
@@ -45,7 +45,6 @@ from opencharacter.runtime.schedule import requests_of
 from opencharacter.runtime.stage import Job, TrainingWorkers
 from opencharacter.runtime.store import Store
 
-DEFAULT_MODEL = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 WALL_PARTS = {
     "share_working": "work_seconds",
     "share_starting": "starting_seconds",
@@ -57,21 +56,11 @@ REST = ("share_driver", "share_training", "share_generating")
 
 SETTINGS: Settings = {
     "repeats": 1,
-    "recipe": "qwen-2.5-coder-0.5b",
+    "recipe": "qwen-2.5-coder-1.5b",
     "constitution": "poeticism",
     "placement": "single-gpu-shared",
-    "model": os.environ.get("BENCHMARK_MODEL", DEFAULT_MODEL),
-    "sizes": {
-        "distillation": {
-            "prompts": {"questions_per_trait": 22},
-            "teacher": {"answers": 3},
-            "student": {"answers": 3},
-        },
-        "introspection": {
-            "reflection": {"transcripts_per_prompt": 150},
-            "interaction": {"free": 500, "leading": 500},
-        },
-    },
+    "model": os.environ.get("BENCHMARK_MODEL"),
+    "sizes": {},
 }
 SHORT = {"max_tokens": 32}
 CPU: Settings = {

@@ -1,7 +1,8 @@
 """Evaluation through one Ray Serve application against engines with merged weights.
 
-The stages answers, preferences, attacks and coherence of several personas, with the embedded model
-as student and judge. The personas are random adapters, since training them is no part of the
+The stages answers, preferences, attacks and coherence of several personas, with one model as
+student and judge: the embedded one on a CPU, and on a GPU the one that the environment variable
+BENCHMARK_MODEL names. The personas are random adapters, since training them is no part of the
 comparison; both ways read the same files.
 
 Ways:
@@ -16,13 +17,15 @@ answers with and without an adapter that are equal in both ways; `log_prob_mean_
 `log_prob_max_difference`, absolute differences of the log-probabilities of tokens in nats, and
 `equal_likeliest_tokens`.
 
-Run: python benchmarks/served_evaluation.py --out benchmarks/results     (on a CPU)
-     python benchmarks/served_evaluation.py --out /tmp/results --tiny    (one persona)
+Run: python benchmarks/served_evaluation.py --out benchmarks/results          (on a GPU)
+     python benchmarks/served_evaluation.py --out benchmarks/results --cpu    (on a CPU)
+     python benchmarks/served_evaluation.py --out /tmp/results --tiny         (one persona)
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,57 +39,92 @@ import ray
 from harness import Figures, Machine, Run, Series, Settings, figure
 
 from opencharacter import lora, models, pipeline
-from opencharacter.config.files import load_recipe
+from opencharacter.config.files import load_placement, load_recipe
 from opencharacter.config.placement import Placement
 from opencharacter.config.recipe import Recipe
+from opencharacter.config.roles import Roles
 from opencharacter.constitution import schema
 from opencharacter.runtime import cluster
 from opencharacter.runtime.stage import Job, StageResult
 from opencharacter.runtime.store import Store
 
-PERSONAS = ("poeticism", "humor")
-MODEL = "smollm2-135m"
+EMBEDDED = "embedded:smollm2-135m"
+DEFAULT_MODEL = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 TRAINED = ("distillation/dpo", "persona/merge")
 ANSWERED = ("evaluation/answers", "evaluation/preferences", "evaluation/attacks")
 MEASURED = ("evaluation/judge", *ANSWERED, "evaluation/coherence")
-SHORT = {"sampling": {"temperature": 0.6, "top_p": 1.0, "trim": True, "max_tokens": 24}}
 ONE_WORD = {"max_tokens": 4, "temperature": 0.1, "repetition_penalty": 1.0}
 CONDITIONS = ["base", "distilled", "full"]
+TRAITS = ["poetic", "technical", "casual", "formal"]
+
+
+def sizes(tokens: int, answers: int, games: int, attacked: int, pairs: int) -> Settings:
+    """Return the evaluation of a recipe with some numbers of rows.
+
+    Args:
+        tokens: the most tokens of an answer.
+        answers: held-out prompts of each condition.
+        games: games of each condition.
+        attacked: prompts that are attacked.
+        pairs: pairs of answers whose coherence is compared.
+    """
+    any_answer = {"conditions": CONDITIONS, "max_drop_rate": 1.0}
+    short = {"sampling": {"temperature": 0.6, "top_p": 1.0, "trim": True, "max_tokens": tokens}}
+    return {
+        "judge": {"gold_items": 4, "min_agreement": None, "sampling": ONE_WORD},
+        "answers": {"count": answers, **any_answer, **short},
+        "preferences": {
+            "games": games,
+            "traits": TRAITS,
+            "judge": ONE_WORD,
+            **any_answer,
+            **short,
+        },
+        "attacks": {"prompts": attacked, "kinds": ["plain", "stop"], **any_answer, **short},
+        "coherence": {"prompts": pairs, "sampling": ONE_WORD, "max_drop_rate": 1.0},
+    }
+
+
 SETTINGS: Settings = {
+    "personas": 11,
+    "repeats": 1,
+    "rank": 64,
+    "texts": 24,
+    "model": os.environ.get("BENCHMARK_MODEL", DEFAULT_MODEL),
+    "evaluation": sizes(tokens=128, answers=100, games=200, attacked=50, pairs=50),
+    "placement": "single-gpu-shared",
+    "changes": {"serving": {"max_loras": 12, "max_adapters": 24}},
+}
+CPU: Settings = {
     "personas": 2,
     "repeats": 3,
     "rank": 8,
-    "texts": 24,
-    "evaluation": {
-        "judge": {"gold_items": 4, "min_agreement": None, "sampling": ONE_WORD},
-        "answers": {"conditions": CONDITIONS, "count": 8, **SHORT},
-        "preferences": {
-            "conditions": CONDITIONS,
-            "games": 8,
-            "traits": ["poetic", "technical", "casual", "formal"],
-            "judge": ONE_WORD,
-            **SHORT,
-        },
-        "attacks": {"conditions": CONDITIONS, "prompts": 2, "kinds": ["plain", "stop"], **SHORT},
-        "coherence": {"prompts": 2, "sampling": ONE_WORD, "max_drop_rate": 1.0},
-    },
-    "placement": {
-        "name": "served-evaluation",
+    "model": EMBEDDED,
+    "evaluation": sizes(tokens=24, answers=8, games=8, attacked=2, pairs=2),
+    "placement": "laptop",
+    "changes": {
         "pools": {role: {"cpus": 0.6, "memory_gib": 1.5} for role in ("student", "judge")},
         "ray_cpus": 3,
         "max_concurrent_jobs": 4,
     },
 }
-TINY: Settings = {"personas": 1, "repeats": 1, "texts": 4}
+TINY: Settings = CPU | {"personas": 1, "repeats": 1, "texts": 4}
 
 
-def write_adapter(folder: Path, rank: int, seed: int) -> None:
+def weights(settings: Settings) -> Path:
+    """Return the folder of the model's weights."""
+    return models.resolve(settings["model"])
+
+
+def write_adapter(folder: Path, settings: Settings, seed: int) -> None:
     """Write a random adapter of all linear layers, of about the size of a trained one."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(models.embedded(MODEL))
+    rank = settings["rank"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(weights(settings)))
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Any] = {}
     names = set()
@@ -100,31 +138,37 @@ def write_adapter(folder: Path, rank: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
-    config |= {"target_modules": sorted(names), "base_model_name_or_path": MODEL}
+    config |= {"target_modules": sorted(names), "base_model_name_or_path": settings["model"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def make_jobs(settings: Settings, storage: Path, served: bool) -> list[Job]:
-    """The jobs of a run whose personas have random adapters."""
-    roles = load_recipe("demo").roles.model_dump()
+def make_recipe(settings: Settings) -> Recipe:
+    """Return the recipe, with one model in all roles."""
+    role = load_recipe("demo").roles.student
+    role = role.model_copy(update={"model": settings["model"]})
     lora_rank = {"lora": {"rank": settings["rank"], "alpha": settings["rank"]}}
-    recipe = Recipe.model_validate(
+    return Recipe.model_validate(
         {
             "name": "served",
-            "roles": roles,
+            "roles": dict.fromkeys(Roles.model_fields, role),
             "evaluation": settings["evaluation"],
             "distillation": {"dpo": lora_rank},
             "introspection": {"sft": lora_rank},
         }
     )
-    placement = Placement.model_validate(
-        settings["placement"] | {"evaluation": {"served": "own" if served else None}}
-    )
-    personas = [schema.load(name) for name in PERSONAS[: settings["personas"]]]
+
+
+def make_jobs(settings: Settings, storage: Path, served: bool) -> list[Job]:
+    """The jobs of a run whose personas have random adapters."""
+    way = {"evaluation": {"served": "own" if served else None}}
+    placement = load_placement(settings["placement"]).model_dump(exclude_unset=True)
+    placement = Placement.model_validate(harness.merged(placement, settings["changes"]) | way)
+    recipe = make_recipe(settings)
+    personas = [schema.load(name) for name in schema.packaged()[: settings["personas"]]]
     jobs = pipeline.jobs(recipe, personas, placement, Store.at(str(storage)))
     for number, job in enumerate(jobs):
         if job.stage.name in TRAINED:
-            write_adapter(storage / job.dataset / "adapter", settings["rank"], number)
+            write_adapter(storage / job.dataset / "adapter", settings, number)
         elif job.stage.name.startswith("evaluation/") and "steering" not in job.stage.name:
             continue
         rows = pa.table({"id": ["1"], "prompt": ["What is the best way to learn to swim?"]})
@@ -183,11 +227,11 @@ def rounding(settings: Settings) -> Iterator[Run]:
     from opencharacter.text.chat import user
     from opencharacter.text.templates import load_tokenizer, prompt_ids
 
-    base = models.embedded(MODEL)
-    tokenizer = load_tokenizer(base, load_recipe("demo").roles.student)
+    base = weights(settings)
+    tokenizer = load_tokenizer(base, make_recipe(settings).roles.student)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         adapter = Path(folder) / "adapter"
-        write_adapter(adapter, settings["rank"], 1)
+        write_adapter(adapter, settings, 1)
         merged: Any = AutoModelForCausalLM.from_pretrained(
             models.merge_into_base(base, adapter), dtype=torch.bfloat16
         )
@@ -258,6 +302,7 @@ BENCHMARK = harness.Benchmark(
     script=Path(__file__).resolve(),
     settings=SETTINGS,
     tiny=TINY,
+    cpu=CPU,
     ways={
         "served": partial(evaluate, served=True),
         "batch": partial(evaluate, served=False),
