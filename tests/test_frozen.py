@@ -114,6 +114,19 @@ def test_peft_layers_keep_their_outputs_and_gradients_when_they_are_fused(tiny_m
     assert all(torch.allclose(mine[name], theirs[name], atol=1e-6) for name in mine)
 
 
+def test_weights_that_are_kept_in_bf16_give_the_loss_and_gradients_of_autocast(tiny_model):
+    models = peft_model(tiny_model), peft_model(tiny_model)
+    fuse_lora(models[0])
+    fuse_lora(models[1], keep_in=torch.bfloat16)
+    ids, results = torch.arange(3, 23)[None], []
+    for model in models:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
 def test_fp8_moves_the_loss_by_little_and_releases_the_weights(tiny_model):
     model, quantized = peft_model(tiny_model), peft_model(tiny_model)
     fuse_lora(quantized, fp8=True)

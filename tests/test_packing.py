@@ -68,6 +68,45 @@ def test_a_sliding_window_hides_earlier_tokens():
     assert torch.allclose(window[:, :, -1], last[:, :, -1], atol=1e-6)
 
 
+def test_padded_sequences_get_the_same_attention_and_gradients_as_single_ones():
+    generator = torch.Generator().manual_seed(0)
+    cu_seqlens = [0, 9, 21, 28]
+    shapes = ((1, 6, 28, 8), (1, 2, 28, 8), (1, 2, 28, 8))
+    states = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    weights = torch.randn(1, 6, 28, 8, generator=generator)
+    results, (query, key, value) = [], states
+    for compute in (packing.padded, packing.sequence_by_sequence):
+        output = compute(query, key, value, cu_seqlens, 0.3)
+        results.append([output, *torch.autograd.grad((output * weights).sum(), states)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_long_sequences_and_lengths_that_differ_much_are_not_padded():
+    assert packing.fits_padding([0, 60, 140, 230])
+    assert not packing.fits_padding([0, 60, 140, 140 + packing.MAX_SHORT + 1])
+    assert not packing.fits_padding([0, 200, 210, 220, 230])
+
+
+def test_a_cpu_computes_logits_of_tokens_with_a_loss_alone(model, monkeypatch):
+    from trl.trainer import utils
+
+    rows = []
+    product = utils._ChunkedLogProbFunction.apply
+    monkeypatch.setattr(
+        utils._ChunkedLogProbFunction,
+        "apply",
+        lambda hidden, *options: rows.append(len(hidden)) or product(hidden, *options),
+    )
+    batch = packing.pack([[sequence(20), sequence(30)]])
+    values = scores(model, [sequence(20), sequence(30)])
+    assert rows == [len(batch.scored_positions)] and 0 < rows[0] < batch.input_ids.numel()
+    whole = model(**batch.inputs()).logits[0].log_softmax(-1)
+    labels = batch.shift_labels[0, batch.scored_positions]
+    expected = whole[batch.scored_positions].gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(values, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_every_example_is_in_exactly_one_pack_and_packs_are_balanced(workers):
     lengths = [random.Random(i).randint(50, 900) for i in range(32)]

@@ -43,13 +43,15 @@ def test_the_check_for_leaks_separates_attention_from_convolutions(load, dtype):
         assert (problem is not None) == leaks, (name, problem)
 
 
-def test_an_attention_that_ignores_the_boundaries_of_sequences_is_not_used(load, monkeypatch):
+@pytest.mark.parametrize("name", ["padded", "sequence_by_sequence"])
+def test_an_attention_that_ignores_the_boundaries_of_sequences_is_not_used(load, monkeypatch, name):
     whole = packing.sequence_by_sequence
 
     def across(query, key, value, cu_seqlens, *options):
         return whole(query, key, value, [0, cu_seqlens[-1]], *options)
 
-    monkeypatch.setattr(packing, "sequence_by_sequence", across)
+    monkeypatch.setattr(packing, name, across)
+    monkeypatch.setattr(packing, "fits_padding", lambda _: name == "padded")
     model = load("llama")
     assert not probe.prepare(model)
     assert (log_probs_alone(model) - packing.log_probs(model, pack_of(model))).abs().max() < 1e-4

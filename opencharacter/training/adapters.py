@@ -49,7 +49,43 @@ def load(path: Path, role: Role, on_gpu: bool) -> Any:
     if hasattr(text, "logits_soft_cap"):  # RecurrentGemma's name for what the fused head reads
         text.final_logit_softcapping = text.logits_soft_cap
     add_fused_lm_head(model)
+    if not on_gpu:
+        score_loss_positions_only(model)
     return model
+
+
+def score_loss_positions_only(model: Any) -> None:
+    """Let TRL's fused head compute only the tokens with a loss on a CPU too, in place.
+
+    On devices without Triton it computes the logits of all positions and discards the others.
+
+    Args:
+        model: a model with TRL's fused head.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def forward_scored(*arguments: Any, shift_labels: Any = None, **options: Any) -> Any:
+        if shift_labels is None or not options.get("fused_lm_head"):
+            return forward(*arguments, shift_labels=shift_labels, **options)
+        scored = shift_labels != packing.IGNORED
+        if not scored.any():
+            return forward(*arguments, shift_labels=shift_labels, **options)
+
+        def keep_scored(_module: Any, _arguments: Any, outputs: Any) -> Any:
+            outputs.last_hidden_state = outputs.last_hidden_state[scored][None]
+            return outputs
+
+        hook = model.base_model.register_forward_hook(keep_scored)
+        try:
+            outputs = forward(*arguments, shift_labels=shift_labels[scored][None], **options)
+        finally:
+            hook.remove()
+        zeros = outputs.log_probs.new_zeros(scored.shape)
+        outputs.log_probs = zeros.masked_scatter(scored, outputs.log_probs)
+        return outputs
+
+    model.forward = forward_scored
 
 
 def disable_noise(model: torch.nn.Module) -> None:

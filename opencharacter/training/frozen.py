@@ -274,7 +274,9 @@ class QuantizedLinear:
         return product if self.layer.bias is None else product + self.layer.bias.to(dtype)
 
 
-def fuse_lora(model: torch.nn.Module, fp8: bool) -> None:
+def fuse_lora(
+    model: torch.nn.Module, fp8: bool = False, keep_in: torch.dtype | None = None
+) -> None:
     """Run the LoRA layers of a PEFT model as `LoraProduct`s, in place.
 
     With FP8 the bf16 weights are released, so the base model can no longer be saved.
@@ -282,6 +284,7 @@ def fuse_lora(model: torch.nn.Module, fp8: bool) -> None:
     Args:
         model: a PEFT model on the device on which it will run.
         fp8: whether the frozen weights are quantized.
+        keep_in: precision in which frozen weights that are not quantized are kept; None for theirs.
 
     Raises:
         UserError: if this GPU or the shape of a layer does not support FP8.
@@ -292,6 +295,7 @@ def fuse_lora(model: torch.nn.Module, fp8: bool) -> None:
             continue
         base = layer.base_layer
         if not fp8:
+            base.weight.data = base.weight.data.to(keep_in or base.weight.dtype)
             layer.forward = FusedLora(layer, PlainWeight(base.weight))
             continue
         check_fp8(name, base.weight)

@@ -24,6 +24,10 @@ IGNORED = -100
 """Label of a token without a loss."""
 MAX_HEAD_SIZE = 256
 """Largest head that flash attention supports."""
+MAX_SHORT = 256
+"""Most tokens of a sequence that is padded on a CPU, which keeps all attention weights."""
+MAX_PADDED = 2
+"""Most tokens after padding, as a multiple of those before."""
 NEUTRAL_KEYWORDS = frozenset(
     {
         "cache_position",
@@ -247,8 +251,9 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention within each sequence of a pack.
 
-    On a GPU with 16-bit values this is PyTorch's variable-length flash attention. Elsewhere, and
-    for what that kernel does not support (see `fits_flash`), sequences are processed one by one.
+    On a GPU with 16-bit values this is PyTorch's variable-length flash attention. On a CPU, short
+    sequences are padded and processed together. Otherwise, and for what these do not support (see
+    `fits_flash` and `fits_padding`), sequences are processed one by one.
 
     Args:
         module: the attention layer.
@@ -295,9 +300,14 @@ def attention(
         cu_seqlens = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         output = varlen(q, k, v, *cu_seqlens, scale=scaling, window_size=window)
         return output[None], None
-    output = sequence_by_sequence(
-        query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window, softcap, s_aux
-    )
+    cu_seqlens = cu_seq_lens_q.tolist()
+    plain = sliding_window is None and softcap is None and s_aux is None
+    if not value.is_cuda and plain and fits_padding(cu_seqlens):
+        output = padded(query, key, value, cu_seqlens, scaling)
+    else:
+        output = sequence_by_sequence(
+            query, key, value, cu_seqlens, scaling, sliding_window, softcap, s_aux
+        )
     return output.transpose(1, 2), None
 
 
@@ -321,6 +331,62 @@ def varlen(*arguments: Any, **options: Any) -> Any:
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     return varlen_attn(*arguments, **options)
+
+
+def fits_padding(cu_seqlens: Sequence[int]) -> bool:
+    """Return whether all sequences are short, and of lengths that need little padding."""
+    sizes = [stop - start for start, stop in pairwise(cu_seqlens)]
+    longest = max(sizes)
+    return longest <= MAX_SHORT and longest * len(sizes) <= MAX_PADDED * sum(sizes)
+
+
+def padded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: Sequence[int],
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Compute attention for all sequences at once, padded to the longest.
+
+    On two CPU cores, a training step on sequences of 80 tokens takes a quarter less time than with
+    a call of PyTorch's attention for each sequence. A causal mask hides the padding, which follows
+    the tokens. Query heads that share a key head are rows of one product.
+
+    Args:
+        query: (1, heads, t, d).
+        key: (1, key heads, t, d).
+        value: (1, key heads, t, dv).
+        cu_seqlens: start of each of the n sequences, then the total length.
+        scaling: as in `attention`.
+
+    Returns:
+        The outputs, (1, heads, t, dv).
+    """
+    import torch
+
+    sizes = [stop - start for start, stop in pairwise(cu_seqlens)]
+    count, longest = len(sizes), max(sizes)
+    rows = [torch.arange(size) + number * longest for number, size in enumerate(sizes)]
+    places = torch.cat(rows).to(value.device)
+
+    def pad(states: torch.Tensor) -> torch.Tensor:
+        """(1, h, t, d) -> (n, h, longest, d)."""
+        _, heads, _, size = states.shape
+        empty = value.new_zeros(count * longest, heads, size)
+        filled = empty.index_copy(0, places, states[0].transpose(0, 1).to(value.dtype))
+        return filled.view(count, longest, heads, size).transpose(1, 2)
+
+    q, k, v = pad(query), pad(key), pad(value)
+    heads, key_heads = q.shape[1], k.shape[1]
+    q = q.reshape(count, key_heads, -1, q.shape[-1])
+    scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    mask = torch.ones(longest, longest, dtype=torch.bool, device=q.device).tril()
+    hidden = ~mask.repeat(heads // key_heads, 1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype)
+    outputs = (weights @ v).reshape(count, heads, longest, -1).transpose(1, 2)
+    rows_of_tokens = outputs.reshape(count * longest, heads, -1).index_select(0, places)
+    return rows_of_tokens.transpose(0, 1)[None]
 
 
 def sequence_by_sequence(

@@ -320,7 +320,8 @@ def fuse_frozen(model: Any, task: TrainingTask) -> None:
     """Run the LoRA layers of a model that is on its device with fused products.
 
     They need whole weights, so sharded models keep PEFT's layers, and so do compiled blocks, which
-    `torch.compile` fuses itself.
+    `torch.compile` fuses itself. On a CPU that multiplies bf16, the frozen weights are kept in it,
+    because autocast would convert them for every product.
 
     Raises:
         UserError: if FP8 weights are asked for where fused products are not used.
@@ -335,6 +336,8 @@ def fuse_frozen(model: Any, task: TrainingTask) -> None:
             )
     elif fp8 or kernels == "liger":
         fuse_lora(model, fp8)
+    elif placement.kernels is None and not placement.gpus and fast_bf16():
+        fuse_lora(model, fp8, keep_in=torch.bfloat16)
 
 
 def trainer_arguments(task: TrainingTask, scratch: str, on_gpu: bool, model: Any) -> dict[str, Any]:
