@@ -141,6 +141,27 @@ BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
         schema_format({"type": "object", "patternProperties": {"[a-z]{129}": {}}}),
         "129 characters or classes",
     ),
+    "many lengths": (
+        "chat",
+        schema_format({"properties": {f"a{i}": {"maxLength": i} for i in range(33)}}),
+        "33 different pairs of minLength and maxLength.*allows 32",
+    ),
+    "unknown type": (
+        "chat",
+        schema_format({"type": "wizard"}),
+        r"\$\.type = 'wizard'",
+    ),
+    "format as object": (
+        "chat",
+        schema_format({"properties": {"a": {"type": "string", "format": {"a": 1}}}}),
+        r"\$\.properties\.a\.format = {'a': 1}: .*not of type 'string'",
+    ),
+    "alternatives as text": ("chat", schema_format({"anyOf": "a"}), "not of type 'array'"),
+    "unknown type in a text format": (
+        "responses",
+        text_format({"type": "array", "items": {"type": "wizard"}}),
+        r"\$\.items\.type = 'wizard'",
+    ),
     "unknown variable": (
         "chat",
         {"chat_template_kwargs": {"messages": []}},
@@ -202,8 +223,15 @@ BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
 """By name: kind of request, changes to the valid body, and a pattern in the error message."""
 
 WRONG_SCHEMAS = {
-    "alternatives as text": ({"type": "null", "anyOf": "a"}, "anyOf must be an array"),
-    "missing definition": ({"$ref": "#/$defs/x"}, "x' does not exist"),
+    "missing definition": ({"$ref": "#/$defs/x"}, r"Cannot find field \$defs in #/\$defs/x"),
+    "empty range": ({"type": "array", "minItems": 5, "maxItems": 1}, "minItems is greater than"),
+    "no choices": ({"enum": []}, "enum array must not be empty"),
+    "unsupported keyword": ({"type": "integer", "multipleOf": 3}, "features not supported by xgr"),
+    "schema of no text but itself": ({"type": "null", "$ref": "#"}, "no text fits the JSON schema"),
+    "pattern of no text": (
+        {"type": "string", "pattern": "[^\\s\\S]"},
+        "no text fits the JSON schema",
+    ),
 }
 ENGINE_BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     f"{case} ({kind})": (kind, format_of(schema), expected)

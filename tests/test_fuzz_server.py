@@ -70,6 +70,8 @@ def test_random_requests_get_no_server_error_and_leave_the_server_as_it_was(
     with context as server:
         tools = serve is serve_engine
         check_bad_requests(server, models[0], tools)
+        if tools:
+            check_bad_streams(server, models[0])
         check_client_requests(server, models[0], tools)
         before = replicas(server)
         statuses, memory = fuzz(server, models)
@@ -91,6 +93,16 @@ def check_bad_requests(server: servers.RunningServer, model: str, tools: bool) -
         answer = server.post(PATHS[kind], json={"model": model} | VALID[kind] | changes)
         assert answer.status_code == 400, (case, answer.text)
         assert re.search(expected, answer.json()["error"]["message"]), (case, answer.text)
+
+
+def check_bad_streams(server: servers.RunningServer, model: str) -> None:
+    """Send the requests that only an engine can refuse, for streamed responses."""
+    for case, (kind, changes, expected) in ENGINE_BAD_REQUESTS.items():
+        body = {"model": model, "stream": True} | VALID[kind] | changes
+        answer = server.post(PATHS[kind], json=body)
+        assert re.search(expected, answer.text), (case, answer.text)
+        assert '"type":"invalid_request_error"' in answer.text, (case, answer.text)
+        assert answer.status_code in (200, 400), (case, answer.text)
 
 
 def check_client_requests(server: servers.RunningServer, model: str, tools: bool) -> None:

@@ -1,10 +1,10 @@
 """A model replica on `ray.serve.llm`; with `router`, the only module that touches Ray's internals.
 
-Internal to Ray are `DiskMultiplexConfig`, which an adapter loader must return, `VLLMEngine`, which
-`ReplicaEngine` extends, and `_app_state` and `_run_request`, which give access to vLLM's
-implementation of the Responses API. Everything else is Ray's public API, identical in Ray
-2.58 (vLLM 0.26) and 2.60 (vLLM 0.29). Importing this module imports vLLM, so only code that serves
-a model imports it.
+Internal to Ray are `DiskMultiplexConfig`, which an adapter loader must return, `VLLMEngine`, of
+which `ReplicaEngine` extends how it configures and starts vLLM, and `_app_state` and
+`_run_request`, which give access to vLLM's implementation of the Responses API. Everything else is
+Ray's public API, identical in Ray 2.58 (vLLM 0.26) and 2.60 (vLLM 0.29). Importing this module
+imports vLLM, so only code that serves a model imports it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from itertools import groupby
 from typing import Any
 
 from fastapi import HTTPException
-from pydantic import ValidationError
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.deployment import Application
@@ -27,9 +26,8 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.exceptions import VLLMValidationError
 from vllm.tool_parsers import ToolParserManager
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from opencharacter import models
 from opencharacter.config.placement import Serving
@@ -43,10 +41,9 @@ from opencharacter.engines.backends import (
 from opencharacter.engines.spec import EngineSpec, Reply
 from opencharacter.errors import RowFailed, UserError
 from opencharacter.runtime.cluster import accelerator_resource
-from opencharacter.serving import replies
+from opencharacter.serving import refusals, replies
 from opencharacter.serving.catalogue import Catalogue
-from opencharacter.serving.observability import log
-from opencharacter.serving.protocol import ApiError, ErrorBody, ResponsePart, coalesce
+from opencharacter.serving.protocol import ErrorBody, ResponsePart, coalesce
 from opencharacter.serving.router import router_options
 from opencharacter.serving.validation import template_error
 from opencharacter.text.chat import Message
@@ -57,6 +54,11 @@ REQUEST_TYPES = {
     "completions": CompletionRequest,
     "responses": ResponsesRequest,
 }
+
+GRAMMARS = {"backend": "xgrammar"}
+"""What compiles JSON schemas. By default vLLM checks each request with the first of three compilers
+that accepts it, but compiles all of them with the one that the first request of an engine needed,
+which fails on schemas that it was never asked about."""
 
 
 def build_deployment(
@@ -106,6 +108,7 @@ def build_llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -
     arguments = {k: v for k, v in engine_arguments(spec).items() if k != "disable_log_stats"}
     # The default for requests without max_tokens; vLLM lowers it to what the context leaves.
     arguments["override_generation_config"] = {"max_new_tokens": serving.max_tokens}
+    arguments.setdefault("structured_outputs_config", GRAMMARS)
     lora = {
         "enable_lora": True,
         "max_lora_rank": max_rank,
@@ -239,6 +242,15 @@ class ReplicaEngine(VLLMEngine):
             frontend.tool_call_parser = self.role.tool_parser
         frontend.chat_template = adapted_template(models.resolve_role(self.role), self.role)
         return arguments, frontend, config
+
+    def _start_async_llm_engine(
+        self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any
+    ) -> Any:
+        client: Any = super()._start_async_llm_engine(
+            vllm_engine_args, vllm_engine_config, placement_group
+        )
+        client.generate = partial(refusals.generate, client.generate)
+        return client
 
     async def responses(self, request: ResponsesRequest, _: Any = None) -> AsyncIterator[Any]:
         """Respond to a request of the Responses API with vLLM's implementation."""
@@ -376,8 +388,8 @@ class PersonaServer(LLMServer):
             return
         try:
             request = REQUEST_TYPES[kind].model_validate(payload)
-        except REFUSALS as error:
-            yield to_error_body(error)
+        except refusals.REFUSALS as error:
+            yield refusals.to_error_body(error)
             return
         try:
             async with self.load_locks[payload["model"]]:  # load an adapter once only
@@ -393,44 +405,35 @@ class PersonaServer(LLMServer):
             async for batch in coalesce(stream, lambda: self.streams / self.max_chunks_per_second):
                 for item in join_events(batch):
                     yield to_response_part(item)
+                    if isinstance(item, ErrorBody):
+                        return
         except EngineDeadError:
             raise
         except Exception as error:  # to unpickle vLLM's, the ingress would have to import vLLM
-            yield to_error_body(error)
+            yield refusals.to_error_body(error)
         finally:
             self.streams -= 1
 
 
-REFUSALS = (ValueError, VLLMValidationError)
-"""What vLLM raises for a request that it does not accept; its own is not a ValueError in 0.29."""
-
-
-def to_error_body(error: Exception) -> ErrorBody:
-    """Describe why a request fails: what vLLM rejects is the client's error, the rest the server's.
-
-    Args:
-        error: pydantic's error, vLLM's own, or whatever the engine raised.
-    """
-    if isinstance(error, ValidationError):
-        return ApiError.from_validation(error).body
-    cause = error.__cause__ if isinstance(error, EngineGenerateError) else error
-    if isinstance(cause, REFUSALS):
-        return ErrorBody(400, str(cause), param=getattr(cause, "parameter", None))
-    log.error("the engine failed on a request", exc_info=error)
-    return ErrorBody(503, f"the model failed ({type(cause).__name__}); retry later")
-
-
 def join_events(items: list[Any]) -> list[Any]:
-    """Join consecutive server-sent events into one string; keep everything else as it is."""
-    flat = [part for item in items for part in (item if isinstance(item, list) else [item])]
-    groups = groupby(flat, key=lambda part: isinstance(part, str))
-    return [part for is_text, group in groups for part in (["".join(group)] if is_text else group)]
+    """Join consecutive server-sent events into one string; keep everything else as it is.
+
+    An event that reports an error becomes an `ErrorBody`, and what follows it is left out.
+    """
+    parts = [part for item in items for part in (item if isinstance(item, list) else [item])]
+    errors = ((i, refusals.from_event(part)) for i, part in enumerate(parts))
+    position, error = next(((i, error) for i, error in errors if error), (len(parts), None))
+    groups = groupby(parts[:position], key=lambda part: isinstance(part, str))
+    joined = [
+        part for is_text, group in groups for part in (["".join(group)] if is_text else group)
+    ]
+    return [*joined, error] if error else joined
 
 
 def to_response_part(item: Any) -> ResponsePart:
     """Convert what Ray's LLM server yields to a part of the response."""
-    if isinstance(item, str):
+    if isinstance(item, str | ErrorBody):
         return item
     if hasattr(item, "error"):
-        return ErrorBody(int(item.error.code), item.error.message, param=item.error.param)
+        return refusals.from_response(int(item.error.code), item.error.message, item.error.param)
     return {"body": item.model_dump(mode="json", exclude_none=True)}

@@ -1,14 +1,19 @@
 """Bounds on JSON schemas from clients: those of structured output and of the parameters of tools.
 
 The engine compiles a schema into a grammar. For most schemas that takes milliseconds, but the cost
-of deep nesting and of counted repetitions in patterns grows so fast that one request could occupy
-the engine for minutes.
+of deep nesting, of counted repetitions in patterns and of many different lengths of text grows so
+fast that one request could occupy the engine for minutes. What is no JSON schema at all never
+reaches the engine, whose own check ignores many mistakes and fails on a few of them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
+
+from jsonschema import FormatChecker, validators
+from jsonschema.exceptions import SchemaError
 
 from opencharacter.config.placement import Serving
 from opencharacter.serving.protocol import ApiError
@@ -21,7 +26,24 @@ MAX_PATTERN_STATES = 128
 """Size of a regular expression with its counted repetitions written out (see `pattern_states`)."""
 MAX_SCHEMA_STATES = 256
 """The same for all patterns of a schema together."""
+MAX_LENGTH_BOUNDS = 32
+"""Different pairs of `minLength` and `maxLength` in a schema. Each takes up to 1.5 seconds of a CPU
+to compile; equal pairs are compiled once."""
 RESPONSE_FORMATS = ("text", "json_object", "json_schema")
+
+DRAFTS = {
+    draft.META_SCHEMA["$schema"].rstrip("#"): draft
+    for draft in (
+        validators.Draft4Validator,
+        validators.Draft6Validator,
+        validators.Draft7Validator,
+        validators.Draft201909Validator,
+        validators.Draft202012Validator,
+    )
+}
+"""The drafts of JSON Schema that a schema's `$schema` can name."""
+ANY_FORMAT = FormatChecker(formats=())
+"""Checks no formats: patterns of a JSON schema need not be regular expressions of Python."""
 
 
 def check_response_format(response_format: Any, serving: Serving, param: str) -> None:
@@ -55,12 +77,13 @@ def check_response_format(response_format: Any, serving: Serving, param: str) ->
 
 
 def check_schema(schema: dict[str, Any], serving: Serving, param: str) -> None:
-    """Check the size, the nesting and the patterns of a JSON schema.
+    """Check that a JSON schema is one, and its size, nesting, patterns and lengths.
 
     Raises:
-        ApiError: 400, naming the limit.
+        ApiError: 400, naming the limit or the value that is invalid.
     """
-    size = len(json.dumps(schema, ensure_ascii=False).encode())
+    text = json.dumps(schema, ensure_ascii=False)
+    size = len(text.encode())
     if size > serving.max_schema_bytes:
         raise ApiError(
             400,
@@ -76,6 +99,47 @@ def check_schema(schema: dict[str, Any], serving: Serving, param: str) -> None:
             f"this server allows {MAX_SCHEMA_STATES}",
             param=param,
         )
+    lengths = len(_length_bounds(schema))
+    if lengths > MAX_LENGTH_BOUNDS:
+        raise ApiError(
+            400,
+            f"{param}: the JSON schema has {lengths} different pairs of minLength and maxLength; "
+            f"this server allows {MAX_LENGTH_BOUNDS}",
+            param=param,
+        )
+    problem = schema_problem(text)
+    if problem:
+        raise ApiError(400, f"{param}: this is no JSON schema: {problem}", param=param)
+
+
+@functools.lru_cache(maxsize=256)
+def schema_problem(text: str) -> str | None:
+    """Return why a JSON text is no JSON schema, or None if it is one.
+
+    Clients send the same schema with each request, hence the cache.
+
+    Args:
+        text: a JSON object. Its `$schema` may name another draft than 2020-12.
+    """
+    schema = json.loads(text)
+    draft = DRAFTS.get(str(schema.get("$schema")).rstrip("#"), validators.Draft202012Validator)
+    try:
+        draft.check_schema(schema, ANY_FORMAT)
+    except SchemaError as error:
+        return f"{error.json_path} = {error.instance!r:.50}: {error.message:.200}"
+    return None
+
+
+def _length_bounds(node: Any) -> set[tuple[str, str]]:
+    """Return the pairs of `minLength` and `maxLength` in a part of a schema, as text."""
+    if isinstance(node, list):
+        return set().union(*map(_length_bounds, node))
+    if not isinstance(node, dict):
+        return set()
+    bounds = set().union(*map(_length_bounds, node.values()))
+    if "maxLength" in node:
+        bounds.add((str(node.get("minLength")), str(node["maxLength"])))
+    return bounds
 
 
 def _check_node(node: Any, depth: int, param: str) -> int:
