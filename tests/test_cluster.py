@@ -122,3 +122,36 @@ def test_nodes_that_may_be_added_count_only_on_a_cluster(cpu_ray, monkeypatch):
     connect(grown)
     with pytest.raises(UserError, match="largest node has 0"):
         connect(wide)
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "expected"),
+    [
+        (
+            None,
+            Exception("The current node timed out during startup.\nThe GCS is overloaded."),
+            "Ray did not start on this machine (The current node timed out during startup. The GCS "
+            "is overloaded); try again when the machine is less busy",
+        ),
+        (
+            "10.0.0.1:6379",
+            ConnectionError(),
+            "cannot join the Ray cluster at 10.0.0.1:6379 (ConnectionError); check RAY_ADDRESS",
+        ),
+    ],
+)
+def test_a_ray_that_cannot_start_or_be_joined_is_one_line_with_the_remedy(
+    monkeypatch, address, error, expected
+):
+    def init(**_):
+        raise error
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError) as refused:
+        connect(Placement())
+    assert expected in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -35,7 +35,7 @@ def connect(placement: Placement, recipe: Recipe | None = None) -> None:
         recipe: roles without weights of their own need no resources; if None, all roles have some.
 
     Raises:
-        UserError: if the placement does not fit the cluster.
+        UserError: if Ray cannot be joined or started, or the placement does not fit the cluster.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
@@ -43,11 +43,42 @@ def connect(placement: Placement, recipe: Recipe | None = None) -> None:
         if not address:
             for name, value in PASSIVE_THREADS.items():  # which the workers of this Ray inherit
                 os.environ.setdefault(name, value)
-        # Without "local", Ray would join any cluster that runs on this machine.
-        ray.init(
-            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options
-        )
+        try:
+            # Without "local", Ray would join any cluster that runs on this machine.
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
+        except Exception as error:  # Ray raises bare ones, such as when its start takes too long
+            raise UserError(start_problem(address, error)) from error
     check_fits(placement, node_resources(placement), recipe)
+
+
+def start_problem(address: str | None, error: Exception) -> str:
+    """Return in one line why Ray cannot be joined or started, and what to do.
+
+    Args:
+        address: the cluster's; None if Ray was to start here.
+        error: what `ray.init` raised.
+    """
+    reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+    if address:
+        return (
+            f"cannot join the Ray cluster at {address} ({reason}); check RAY_ADDRESS and, with "
+            "`ray status`, that the cluster runs"
+        )
+    return (
+        f"Ray did not start on this machine ({reason}); try again when the machine is less busy, "
+        "and check that memory and space in the temporary folder are free. Ray's logs are in "
+        f"{ray_logs()}"
+    )
+
+
+def ray_logs() -> str:
+    """Return the folder of the logs of the last Ray that started on this machine."""
+    return f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs"
 
 
 def node_resources(placement: Placement) -> list[dict[str, float]]:
