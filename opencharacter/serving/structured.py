@@ -137,8 +137,8 @@ def _length_bounds(node: Any) -> set[tuple[str, str]]:
     if not isinstance(node, dict):
         return set()
     bounds = set().union(*map(_length_bounds, node.values()))
-    if "maxLength" in node:
-        bounds.add((str(node.get("minLength")), str(node["maxLength"])))
+    if "minLength" in node or "maxLength" in node:
+        bounds.add((str(node.get("minLength")), str(node.get("maxLength"))))
     return bounds
 
 
