@@ -34,6 +34,9 @@ def test_waiting_threads_sleep_in_a_ray_that_a_command_starts(monkeypatch, addre
     monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")
     if chosen is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
+    for name in cluster.CPU_ENVIRONMENT | cluster.LOCAL_ENVIRONMENT:
+        if name != "OMP_WAIT_POLICY":
+            monkeypatch.setenv(name, "")  # so that the test's end restores it
     found = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: found.append(os.environ.get("OMP_WAIT_POLICY")))
@@ -41,3 +44,10 @@ def test_waiting_threads_sleep_in_a_ray_that_a_command_starts(monkeypatch, addre
     monkeypatch.setattr(cluster, "check_fits", lambda *_: None)
     cluster.connect(Placement())
     assert found == [policy]
+
+
+def test_processes_keep_freed_memory_in_a_ray_without_gpus():
+    on_gpu = Placement.model_validate({"training": {"gpus": 1}})
+    names = {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX"}
+    assert names <= cluster.local_environment(Placement()).keys()
+    assert names.isdisjoint(cluster.local_environment(on_gpu))

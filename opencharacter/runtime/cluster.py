@@ -17,9 +17,21 @@ from opencharacter.errors import UserError
 
 GIB = 2**30
 ACCELERATOR_PREFIX = "accelerator_type:"
-PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads of torch that wait for each other sleep. By default they spin, which is many times slower
-as soon as another process uses the cores, such as an engine beside training."""
+LOCAL_ENVIRONMENT = {
+    # Threads of torch that wait for each other sleep. By default they spin, which is many times
+    # slower as soon as another process uses the cores, such as an engine beside training.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Nobody takes this machine away in an orderly way, so that Ray Train need not watch for it.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Environment of the processes of a Ray that a command starts."""
+CPU_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(64 * GIB),
+    "MALLOC_ARENA_MAX": "1",
+}
+"""The same without GPUs: glibc keeps freed memory for the next tensor. By default it returns large
+blocks to the system, which then clears every page of the next tensor."""
 
 
 LEAST_LOCAL_CPUS = 3
@@ -41,8 +53,8 @@ def connect(placement: Placement, recipe: Recipe | None = None) -> None:
     if not ray.is_initialized():
         options: dict[str, Any] = {} if address else local_options(placement)
         if not address:
-            for name, value in PASSIVE_THREADS.items():  # which the workers of this Ray inherit
-                os.environ.setdefault(name, value)
+            for name, value in local_environment(placement).items():
+                os.environ.setdefault(name, value)  # which the workers of this Ray inherit
         try:
             # Without "local", Ray would join any cluster that runs on this machine.
             ray.init(
@@ -101,6 +113,12 @@ def local_options(placement: Placement) -> dict[str, Any]:
         "object_store_memory": int(placement.object_store_gib * GIB),
         "include_dashboard": False,
     }
+
+
+def local_environment(placement: Placement) -> dict[str, str]:
+    """Return the environment of the processes of a Ray that is started for one command."""
+    gpus = any(pool.gpus for _, pool in iter_pools(placement)) or placement.training.gpus
+    return LOCAL_ENVIRONMENT if gpus else LOCAL_ENVIRONMENT | CPU_ENVIRONMENT
 
 
 def local_cpus(placement: Placement) -> int:
