@@ -228,6 +228,7 @@ WRONG_SCHEMAS = {
     "no choices": ({"enum": []}, "enum array must not be empty"),
     "unsupported keyword": ({"type": "integer", "multipleOf": 3}, "features not supported by xgr"),
     "schema of no text but itself": ({"type": "null", "$ref": "#"}, "no text fits the JSON schema"),
+    "integer of 100 bits": ({"$ref": "#", "minItems": 10**30}, "no text fits the JSON schema"),
     "pattern of no text": (
         {"type": "string", "pattern": "[^\\s\\S]"},
         "no text fits the JSON schema",

@@ -1,6 +1,7 @@
 """Whose mistake it is that the engine does not answer a request."""
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 
 from opencharacter.serving import refusals
 
-CONSTRAINED = SimpleNamespace(structured_outputs="a schema")
+CONSTRAINED = SimpleNamespace(structured_outputs=SimpleNamespace(json='{"type": "null"}'))
 FREE = SimpleNamespace(structured_outputs=None)
 
 
@@ -46,6 +47,14 @@ def test_outputs_and_arguments_pass_unchanged(sampling):
     assert given == {
         "prompt": "hello", "sampling": sampling, "request_id": "id", "priority": 3, "closed": True
     }  # fmt: skip
+
+
+def test_a_schema_reaches_the_engine_as_text_because_its_integers_may_be_large():
+    schema = {"type": "boolean", "minItems": 10**30}
+    sampling = SimpleNamespace(structured_outputs=SimpleNamespace(json=schema))
+    generate, given = outputs("stop")
+    collect(generate, sampling)
+    assert json.loads(given["sampling"].structured_outputs.json) == schema
 
 
 def test_a_schema_that_no_text_fits_is_the_clients_error_and_ends_its_other_choices():

@@ -50,7 +50,11 @@ async def generate(
         VLLMValidationError: if the grammar of the request's schema cannot be compiled, or a state
             of it allows no token.
     """
-    constrained = getattr(sampling, "structured_outputs", None) is not None
+    constraint = getattr(sampling, "structured_outputs", None)
+    constrained = constraint is not None
+    if constrained and isinstance(constraint.json, dict):
+        # As text, because messages to the engine cannot hold integers of more than 64 bits.
+        constraint.json = json.dumps(constraint.json)
     async with aclosing(engine_generate(prompt, sampling, *args, **kwargs)) as outputs:
         async for output in outputs:
             if constrained and any(choice.finish_reason == "error" for choice in output.outputs):
