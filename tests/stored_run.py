@@ -203,13 +203,15 @@ WRITERS: dict[str, tuple[Callable[[Job, Draws], list[Row]], pa.Schema | None]] =
 }
 
 
-def write(recipe: Recipe, personas: Sequence[Constitution], store: Store) -> list[Job]:
+def write(
+    recipe: Recipe, personas: Sequence[Constitution], store: Store, seed: int = 0
+) -> list[Job]:
     """Write a finished run: manifests of all stages, and the rows of the evaluation.
 
     Returns:
         Its jobs.
     """
-    draw, jobs = Draws(0), pipeline.jobs(recipe, list(personas), Placement(), store)
+    draw, jobs = Draws(seed), pipeline.jobs(recipe, list(personas), Placement(), store)
     for job in jobs:
         result = StageResult(10, dropped={"empty": 1}, tokens_out=100)
         name = job.stage.name

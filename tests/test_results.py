@@ -6,6 +6,7 @@ import importlib
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,6 +20,7 @@ from opencharacter.evaluation import adherence, side_effects
 from opencharacter.evaluation.conditions import kept_rows
 from opencharacter.evaluation.drift_report import values_by_turn
 from opencharacter.evaluation.paper import POOLED, POOLED_F1, mean_of
+from opencharacter.evaluation.report.formatting import points
 from opencharacter.evaluation.report.sections import Change
 from opencharacter.evaluation.report.stage import collect
 from opencharacter.evaluation.scores import Score
@@ -142,7 +144,7 @@ def test_adherence_is_also_paired_with_the_prompted_model(written):
     change = adherence.all_changed(prompted, full)
     first = lines(section(folder, "adherence"), "goodness")[0]
     assert first[1] == in_percent(adherence.all_present(adherence.of(rows, "base", "occasion")))
-    assert first[6].startswith(f"{100 * change.value:+.1f} (")
+    assert first[6].startswith(f"{points(change.value)} (")
 
 
 def test_personas_that_fell_short_are_named(script):
@@ -190,6 +192,27 @@ def test_a_p_value_agrees_with_the_interval_of_the_change(script):
     assert tables.p_value(Score(None, None, None, 0)) != tables.p_value(edge)
 
 
+def test_two_runs_stand_side_by_side_with_paired_changes(script, written, tmp_path):
+    run, _, _ = written
+    beside = importlib.import_module("side_by_side")
+    stored_run.write(RECIPE, schema.load_all(["humor"]), Store(str(tmp_path / "runs")), seed=1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.model_dump_json())
+    other = script.open_run(str(tmp_path / "runs"), str(recipe))
+    text = beside.compare(run, other)
+    (shown,) = (row for row in lines(text, "assertions shown, humor"))
+    rows = [
+        adherence.of(kept_rows(r.finished("evaluation/adherence")["humor"]), "full", "occasion")
+        for r in (run, other)
+    ]
+    assert shown[1:3] == [in_percent(adherence.all_present(side)) for side in rows]
+    assert shown[3].startswith(f"{points(adherence.all_changed(*rows).value)} (")
+    same = lines(beside.compare(run, run), "assertions shown, humor")
+    assert same[0][3].startswith("+0.0 (")
+    with pytest.raises(UserError, match="share no persona"):
+        beside.compare(run, replace(other, personas=[]))
+
+
 def test_figures_are_svg_files_that_say_their_numbers(written):
     _, _, folder = written
     for name in ("drift", "adherence"):
@@ -202,8 +225,8 @@ def test_figures_are_svg_files_that_say_their_numbers(written):
 def test_answers_are_escaped_and_unselected(written):
     run, _, folder = written
     page = (folder / "answers.md").read_text()
-    assert page.count("<table>") == len(NAMES)
-    assert page.count("<tr>") == len(NAMES) * (1 + EVALUATION["answers"]["count"])
+    assert page.count("<table ") == len(NAMES)
+    assert page.count("<tr ") == len(NAMES) * (1 + EVALUATION["answers"]["count"])
     assert "full: &lt;b&gt;a | b&lt;/b&gt;<br><br>* Question" in page
     assert run.names == NAMES
 

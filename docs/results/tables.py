@@ -34,6 +34,7 @@ from opencharacter.text.chat import row_id
 
 PAGES = ("eleven-personas.md", "answers.md")
 MARKER = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+TABLE = '<table class="docutils">'
 ANSWERS = 20
 DIGITS = 8
 """Digits of a digest that are shown."""
@@ -146,7 +147,7 @@ def answer_tables(run: StoredRun, count: int = ANSWERS) -> str:
             html_row("td", row["prompt"], shown_text(row), shown_text(full.get(row["prompt"])))
             for row in base
         ]
-        table = "\n".join(["<table>", html_row("th", "prompt", BASE, FULL), *lines, "</table>"])
+        table = "\n".join([TABLE, html_row("th", "prompt", BASE, FULL), *lines, "</table>"])
         parts.append(f"## {name}\n\n{table}")
     return joined(*parts)
 
@@ -168,7 +169,7 @@ def shown_text(row: dict[str, Any] | None) -> str:
 def html_row(tag: str, *texts: str) -> str:
     """A row of an HTML table, on one line."""
     cells = (f"<{tag}>{html_text(text)}</{tag}>" for text in texts)
-    return f"<tr>{''.join(cells)}</tr>"
+    return f"<tr valign=top>{''.join(cells)}</tr>"
 
 
 def html_text(text: str) -> str:
