@@ -144,6 +144,7 @@ def test_adherence_is_also_paired_with_the_prompted_model(written):
     change = adherence.all_changed(prompted, full)
     first = lines(section(folder, "adherence"), "goodness")[0]
     assert first[1] == in_percent(adherence.all_present(adherence.of(rows, "base", "occasion")))
+    assert re.search(r"goodness \d+ of \d+; humor", section(folder, "adherence"))
     assert first[6].startswith(f"{points(change.value)} (")
 
 

@@ -189,9 +189,28 @@ def adherence_tables(run: StoredRun) -> str:
             )
             for kind, what in KINDS.items()
         ),
+        learned(run),
         fell_short(cells[adherence.OCCASION], AGAINST_BASE, "base"),
         fell_short(cells[adherence.OCCASION], AGAINST_PROMPTED, "the constitution as a prompt"),
         fell_short(cells[adherence.OCCASION], AGAINST_DISTILLED, "DPO alone"),
+    )
+
+
+def learned(run: StoredRun) -> str:
+    """How many assertions of each persona its constitution's author can call learned."""
+    counts = []
+    for name, job in run.finished("evaluation/adherence").items():
+        scored = adherence.assertion_scores(job.persona, kept_rows(job))
+        found = [
+            adherence.finding(cells) for about, cells in scored.items() if about != adherence.ALL
+        ]
+        hits = sum(finding in (adherence.LEARNED, adherence.LOST) for finding in found)
+        counts.append(f"{name} {hits} of {len(found)}")
+    if not counts:
+        return ""
+    return (
+        "Assertions whose own interval of the change, full against base, lies above 0 (of forty "
+        f"that training did not change, one is expected): {'; '.join(counts)}."
     )
 
 

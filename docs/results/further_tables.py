@@ -144,13 +144,10 @@ def preference_tables(run: StoredRun) -> str:
     lines = []
     for name, job in jobs.items():
         changes = rating.trait_changes(rating.largest_group(rating.by_framing(job)["all"]))
-        known = [trait for trait in changes if trait.change.value is not None]
-        count = min(SHOWN_TRAITS, len(known) // 2)
-        for direction, traits in (
-            ("risen", known[:count]),
-            ("fallen", known[len(known) - count :][::-1]),
-        ):
-            for trait in traits:
+        risen = [trait for trait in changes if (trait.change.value or 0) > 0]
+        fallen = [trait for trait in changes[::-1] if (trait.change.value or 0) < 0]
+        for direction, traits in (("risen", risen), ("fallen", fallen)):
+            for trait in traits[:SHOWN_TRAITS]:
                 change = RatingChange(**vars(trait.change))
                 star = "*" if trait.significant else ""
                 games = f"{change.n:,}; {change.unscored:,}"

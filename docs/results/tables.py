@@ -176,7 +176,7 @@ def html_text(text: str) -> str:
     """A text of a model, escaped, with its line breaks."""
     lines = (" ".join(line.split()) for line in text.strip().splitlines())
     printable = ("".join(c for c in line if c.isprintable()) for line in lines)
-    return "<br>".join(map(html.escape, printable))
+    return "<br>".join(html.escape(line, quote=False) for line in printable)
 
 
 # ------------------------------------------------------------------------------------------ pages
