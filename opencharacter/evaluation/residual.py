@@ -79,8 +79,8 @@ def answer_states(
     if not positions:
         return None
     ids = torch.tensor([sequences[0].ids[:max_tokens]], device=model.device)
-    with torch.no_grad():
-        output = model(ids, output_hidden_states=True, use_cache=False)
+    with torch.no_grad():  # the model without its head, because logits are not needed
+        output = model.base_model(ids, output_hidden_states=True, use_cache=False)
     return torch.stack([s[0, positions].float().mean(0).cpu() for s in output.hidden_states[1:]])
 
 

@@ -62,8 +62,8 @@ def last_states(model: Any, tokenizer: Any, conversation: list[Message]) -> torc
     import torch
 
     ids = torch.tensor([prompt_ids(tokenizer, conversation)], device=model.device)
-    with torch.no_grad():
-        output = model(ids, output_hidden_states=True, use_cache=False)
+    with torch.no_grad():  # the model without its head, because logits are not needed
+        output = model.base_model(ids, output_hidden_states=True, use_cache=False)
     return torch.stack([state[0, -1].float().cpu() for state in output.hidden_states[1:]])
 
 
