@@ -57,6 +57,20 @@ def test_an_attention_that_ignores_the_boundaries_of_sequences_is_not_used(load,
     assert (log_probs_alone(model) - packing.log_probs(model, pack_of(model))).abs().max() < 1e-4
 
 
+def test_rounding_of_a_large_model_in_16_bits_is_not_taken_for_a_wrong_attention(load, monkeypatch):
+    monkeypatch.setattr(probe, "MAX_MEAN_DIFFERENCE", 0.0)  # as if it rounded more than that
+    assert probe.prepare(load("llama", torch.bfloat16))
+
+    whole = packing.sequence_by_sequence
+
+    def across(query, key, value, cu_seqlens, *options):
+        return whole(query, key, value, [0, cu_seqlens[-1]], *options)
+
+    monkeypatch.setattr(packing, "sequence_by_sequence", across)
+    monkeypatch.setattr(packing, "fits_padding", lambda _: False)
+    assert not probe.prepare(load("llama", torch.bfloat16))
+
+
 @pytest.mark.parametrize("cap", [0.5, 30.0])
 def test_the_soft_cap_of_recurrent_gemma_holds_in_the_fused_head(load, tmp_path, monkeypatch, cap):
     changed = CONFIGS["recurrent_gemma"] | {"logits_soft_cap": cap}
