@@ -1,9 +1,9 @@
 """Evaluation through one Ray Serve application against engines with merged weights.
 
 The stages answers, preferences, attacks and coherence of several personas, with one model as
-student and judge: the embedded one on a CPU, and on a GPU the one that the environment variable
-BENCHMARK_MODEL names. The personas are random adapters, since training them is no part of the
-comparison; both ways read the same files.
+student and judge: the one that the environment variable BENCHMARK_MODEL names, with eleven personas
+on a GPU; without it, the embedded one with two personas on a CPU. The personas are random adapters,
+since training them is no part of the comparison; both ways read the same files.
 
 Ways:
 - `batch`: every condition has an engine whose weights have the adapter merged in.
@@ -17,9 +17,8 @@ answers with and without an adapter that are equal in both ways; `log_prob_mean_
 `log_prob_max_difference`, absolute differences of the log-probabilities of tokens in nats, and
 `equal_likeliest_tokens`.
 
-Run: python benchmarks/served_evaluation.py --out benchmarks/results          (on a GPU)
-     python benchmarks/served_evaluation.py --out benchmarks/results --cpu    (on a CPU)
-     python benchmarks/served_evaluation.py --out /tmp/results --tiny         (one persona)
+Run: python benchmarks/served_evaluation.py --out benchmarks/results
+     python benchmarks/served_evaluation.py --out /tmp/results --tiny    (one persona, on a CPU)
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ from opencharacter.runtime.stage import Job, StageResult
 from opencharacter.runtime.store import Store
 
 EMBEDDED = "embedded:smollm2-135m"
-DEFAULT_MODEL = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 TRAINED = ("distillation/dpo", "persona/merge")
 ANSWERED = ("evaluation/answers", "evaluation/preferences", "evaluation/attacks")
 MEASURED = ("evaluation/judge", *ANSWERED, "evaluation/coherence")
@@ -85,12 +83,12 @@ def sizes(tokens: int, answers: int, games: int, attacked: int, pairs: int) -> S
     }
 
 
-SETTINGS: Settings = {
+GPU: Settings = {
     "personas": 11,
     "repeats": 1,
     "rank": 64,
     "texts": 24,
-    "model": os.environ.get("BENCHMARK_MODEL", DEFAULT_MODEL),
+    "model": os.environ.get("BENCHMARK_MODEL"),
     "evaluation": sizes(tokens=128, answers=100, games=200, attacked=50, pairs=50),
     "placement": "single-gpu-shared",
     "changes": {"serving": {"max_loras": 12, "max_adapters": 24}},
@@ -108,6 +106,7 @@ CPU: Settings = {
         "max_concurrent_jobs": 4,
     },
 }
+SETTINGS = GPU if "BENCHMARK_MODEL" in os.environ else CPU
 TINY: Settings = CPU | {"personas": 1, "repeats": 1, "texts": 4}
 
 
@@ -302,7 +301,6 @@ BENCHMARK = harness.Benchmark(
     script=Path(__file__).resolve(),
     settings=SETTINGS,
     tiny=TINY,
-    cpu=CPU,
     ways={
         "served": partial(evaluate, served=True),
         "batch": partial(evaluate, served=False),

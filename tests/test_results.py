@@ -27,7 +27,6 @@ from opencharacter.evaluation.scores import Score
 from opencharacter.runtime.store import Store
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-PAGES = ("eleven-personas.md", "answers.md")
 ALL = ["base", "prompted", "distilled", "full"]
 EVALUATION = {
     "judge": {"gold_items": 10},
@@ -68,8 +67,6 @@ def written(script, tmp_path_factory):
     recipe.write_text(RECIPE.model_dump_json())
     store = Store(str(folder / "runs"))
     jobs = stored_run.write(RECIPE, schema.load_all(NAMES), store)
-    for page in PAGES:
-        shutil.copy(RESULTS / page, folder)
     run = script.open_run(str(folder / "runs"), str(recipe))
     script.write(run, folder, device="a machine")
     return run, jobs, folder
@@ -249,8 +246,6 @@ def test_what_the_storage_lacks_is_named(script, written, tmp_path):
     shutil.copytree(folder / "runs", runs)
     shutil.rmtree(runs / "echo" / "humor" / "evaluation" / "drift")
     shutil.rmtree(runs / "echo" / "evaluation" / "robustness")
-    for page in PAGES:
-        shutil.copy(RESULTS / page, tmp_path)
     recipe = str(folder / "recipe.yaml")
     script.write(script.open_run(str(runs), recipe), tmp_path)
     assert "Not finished for humor." in section(tmp_path, "drift")

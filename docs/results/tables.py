@@ -1,7 +1,8 @@
 """Writes the tables and figures of docs/results from the storage of a run.
 
-A page holds text written by hand. The script replaces what stands between `<!-- table: NAME -->`
-and `<!-- /table -->`, and leaves the rest of the page as it is. It reads manifests, and the tables
+A page holds text written by hand; a new one is made from its template, `PAGE.in`. The script
+replaces what stands between `<!-- table: NAME -->` and `<!-- /table -->`, and leaves the rest of
+the page as it is. It reads manifests, and the tables
 of the evaluation stages; what the storage lacks is named in the place of its table.
 
 Run: python docs/results/tables.py STORAGE RECIPE [--out docs/results] [--speed SPEEDS]
@@ -32,6 +33,7 @@ from opencharacter.runtime.manifests import HeldTime, held_time
 from opencharacter.runtime.stage import Job
 from opencharacter.text.chat import row_id
 
+TEMPLATES = Path(__file__).parent
 PAGES = ("eleven-personas.md", "answers.md")
 MARKER = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 TABLE = '<table class="docutils">'
@@ -209,7 +211,8 @@ def write(run: StoredRun, out: Path, speed: str | None = None, device: str | Non
     }
     for page in PAGES:
         path = out / page
-        path.write_text(fill(path.read_text(encoding="utf-8"), contents), encoding="utf-8")
+        source = path if path.exists() else TEMPLATES / f"{page}.in"
+        path.write_text(fill(source.read_text(encoding="utf-8"), contents), encoding="utf-8")
     (out / "drift.svg").write_text(figures.drift_figure(run) + "\n", encoding="utf-8")
     (out / "adherence.svg").write_text(figures.adherence_figure(run) + "\n", encoding="utf-8")
 

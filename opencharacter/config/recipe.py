@@ -150,7 +150,7 @@ class Reference(Config):
     frozen_weights: Annotated[Literal["bf16", "fp8"], AddedLater("0.2")] = "bf16"
     """Precision of the student's frozen weights, here and in all training that follows: adapters
     are always trained in full precision. `fp8` needs a GPU of compute capability 8.9 or newer and
-    trains about 1.3 times as fast on an H200."""
+    trained 1.1 to 1.3 times as fast on H200s."""
 
 
 HeldOut = Annotated[RateBelowOne, AddedLater("0.3")]

@@ -182,11 +182,17 @@ def environment(spec: EngineSpec) -> dict[str, str]:
 
 
 def cache_environment() -> dict[str, str]:
-    """Return where vLLM and torch keep what they have compiled, which makes later starts faster.
+    """Return where vLLM, torch and FlashInfer keep what they have compiled.
+
+    A first start on a GPU host compiles for minutes, later ones do not.
 
     The folders are in the package's cache on this node, unless the environment sets others.
     """
-    folders = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
+    folders = {
+        "VLLM_CACHE_ROOT": "vllm",
+        "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+        "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    }
     return {
         name: os.environ.get(name) or str(cache_dir() / folder) for name, folder in folders.items()
     }
