@@ -20,6 +20,7 @@ from opencharacter.runtime.progress import console
 from opencharacter.serving.access import AccessPolicy, hash_key
 from opencharacter.serving.application import build_application
 from opencharacter.serving.lifecycle import API_KEYS_VARIABLE, LOG_LOCATION, LOGGING_CONFIG
+from opencharacter.serving.observability import start_error
 
 HOST = "127.0.0.1"
 RUNNING = "RUNNING"
@@ -71,7 +72,9 @@ def deploy(app: ServedApp) -> None:
     try:
         serve.run(build(app), name=app.name, route_prefix=prefix, logging_config=LOGGING_CONFIG)
     except RuntimeError as error:
-        raise StageFailed(f"the models were not served: {error}; {LOG_LOCATION}") from None
+        raise StageFailed(
+            f"the models were not served: {error}{start_error(app.name)}; {LOG_LOCATION}"
+        ) from None
     if not taken:
         console.print(
             f"evaluating through Serve application {app.name}; chat at http://{HOST}:{http_port()}",

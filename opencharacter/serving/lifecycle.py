@@ -38,6 +38,7 @@ from opencharacter.runtime.progress import console
 from opencharacter.runtime.store import Store
 from opencharacter.serving.access import AccessPolicy, hash_key, is_loopback
 from opencharacter.serving.application import build_application
+from opencharacter.serving.observability import start_error
 from opencharacter.serving.protocol import APP
 
 LOGGING_CONFIG = {"encoding": "JSON", "enable_access_log": False}
@@ -225,7 +226,9 @@ def deployed(app: serve.Application, address: Address) -> Iterator[None]:
         serve.run(app, name=APP, route_prefix="/", logging_config=LOGGING_CONFIG)
         yield
     except RuntimeError as error:
-        raise StageFailed(f"the server did not start: {error}; {LOG_LOCATION}") from None
+        raise StageFailed(
+            f"the server did not start: {error}{start_error(APP)}; {LOG_LOCATION}"
+        ) from None
     finally:
         path.unlink(missing_ok=True)
         with contextlib.suppress(Exception):

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -99,6 +100,17 @@ def describe_deployment(deployment: Any) -> str:
     replicas = ", ".join(f"{n} {state}" for state, n in deployment.replica_states.items())
     message = f" ({deployment.message})" if deployment.message else ""
     return f"{deployment.status.value}, replicas: {replicas}{message}"
+
+
+def start_error(application: str) -> str:
+    """Return the last line of the error with which a deployment failed to start, in parentheses.
+
+    Ray's own exception only names the deployment. Empty if there is no error.
+    """
+    status = serve.status().applications.get(application)
+    messages = [d.message.strip() for d in status.deployments.values()] if status else []
+    errors = [message.splitlines()[-1] for message in messages if message]
+    return f" ({errors[-1]})" if errors else ""
 
 
 async def is_ready(handle: DeploymentHandle) -> bool:
