@@ -59,12 +59,13 @@ def test_idle_time_is_that_of_gpus_where_there_are_some(benchmark):
 
 
 def test_the_benchmark_runs_every_stage_of_its_recipe_with_one_model(benchmark, tmp_path):
-    recipe = benchmark.make_recipe(benchmark.SETTINGS)
-    roles = recipe.roles
-    assert {r.model for r in (roles.teacher, roles.student, roles.judge)} == {
-        benchmark.SETTINGS["model"]
-    }
-    assert recipe.introspection.interaction.free == 500
+    sizes = {"introspection": {"interaction": {"free": 500}}}
+    for model in (None, "/weights"):  # the recipe's own, and the one of BENCHMARK_MODEL
+        recipe = benchmark.make_recipe(benchmark.SETTINGS | {"model": model, "sizes": sizes})
+        roles = recipe.roles
+        models = {role.model for role in (roles.teacher, roles.student, roles.judge)}
+        assert len(models) == 1 and model in (None, *models)
+        assert recipe.introspection.interaction.free == 500
     jobs = benchmark.make_jobs(benchmark.SETTINGS | benchmark.TINY, tmp_path)
     assert {"distillation/dpo", "introspection/sft"} <= {job.stage.name for job in jobs}
 
