@@ -37,6 +37,7 @@ from opencharacter.constitution import schema
 from opencharacter.planning import simulation
 from opencharacter.planning.speeds import Speeds, measure_speeds
 from opencharacter.runtime import cluster
+from opencharacter.runtime.manifests import held_time
 from opencharacter.runtime.stage import Job
 from opencharacter.runtime.store import Store
 
@@ -128,8 +129,7 @@ def run_personas(settings: Settings, series: str) -> Iterator[Run]:
             "seconds": seconds,
             "tokens": sum(manifest["tokens_out"] for manifest in manifests),
             "engines_started": started,
-            "held": sum(manifest["held_seconds"] for manifest in manifests),
-            "busy": sum(manifest["busy_seconds"] for manifest in manifests),
+            "idle_share": held_time(manifests).idle_share,
             "speeds": measure_speeds(folder).model_dump(),
             "stages": {m["scope"] + "/" + m["stage"]: m["seconds"] for m in manifests},
         }
@@ -152,7 +152,7 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
             "wall_s": figure(walls),
             "engines": figure([len(set(run["engines_started"])) for run in runs]),
             "engine_starts": figure([len(run["engines_started"]) for run in runs]),
-            "idle": figure([1 - run["busy"] / run["held"] for run in runs]),
+            "idle": figure([run["idle_share"] for run in runs]),
         }
         if "one" in series:
             result["predicted_over_measured"] = harness.ratio([planned], walls)

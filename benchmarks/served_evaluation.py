@@ -44,8 +44,10 @@ from opencharacter.config.recipe import Recipe
 from opencharacter.config.roles import Roles
 from opencharacter.constitution import schema
 from opencharacter.runtime import cluster
+from opencharacter.runtime.manifests import held_time
 from opencharacter.runtime.stage import Job, StageResult
 from opencharacter.runtime.store import Store
+from opencharacter.training import architectures
 
 EMBEDDED = "embedded:smollm2-135m"
 TRAINED = ("distillation/dpo", "persona/merge")
@@ -119,11 +121,8 @@ def write_adapter(folder: Path, settings: Settings, seed: int) -> None:
     """Write a random adapter of all linear layers, of about the size of a trained one."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    rank = settings["rank"]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(weights(settings)))
+    rank, model = settings["rank"], architectures.skeleton(weights(settings))
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Any] = {}
     names = set()
@@ -208,8 +207,7 @@ def evaluate_once(jobs: list[Job], served: bool) -> Run:
         "rows": sum(manifest["rows"] for manifest in manifests),
         "starts": sum(len(manifest["engines_started"]) for manifest in manifests),
         "swaps": sum(len(manifest["engines_swapped"]) for manifest in manifests),
-        "held": sum(manifest["held_seconds"] for manifest in manifests),
-        "busy": sum(manifest["busy_seconds"] for manifest in manifests),
+        "idle_share": held_time(manifests).idle_share,
         "prompts": {row["id"]: row["prompt"] for row in rows},
         "answers": {row["id"]: row["answer"] for row in rows if row["condition"] != "base"},
         "base_answers": {row["id"]: row["answer"] for row in rows if row["condition"] == "base"},
@@ -267,14 +265,13 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
             runs = series[way]
             rates[way] = [run["rows"] / run["seconds"] for run in runs]
             prefix = "batch_" if way == "batch" else ""
-            idle = [1 - run["busy"] / run["held"] for run in runs]
             result |= {
                 f"{way}_rows_per_s": figure(rates[way]),
                 f"{way}_rows": figure([run["rows"] for run in runs]),
                 f"{way}_seconds": figure([run["seconds"] for run in runs]),
                 f"{way}_starts": figure([run["starts"] for run in runs]),
                 f"{way}_swaps": figure([run["swaps"] for run in runs]),
-                f"{prefix}idle_share": figure(idle),
+                f"{prefix}idle_share": figure([run["idle_share"] for run in runs]),
             }
     if len(rates) == 2:
         result["ratio_rows_per_s"] = harness.ratio(rates["served"], rates["batch"])

@@ -43,8 +43,8 @@ def test_the_check_for_leaks_separates_attention_from_convolutions(load, dtype):
         assert (problem is not None) == leaks, (name, problem)
 
 
-@pytest.mark.parametrize("name", ["padded", "sequence_by_sequence"])
-def test_an_attention_that_ignores_the_boundaries_of_sequences_is_not_used(load, monkeypatch, name):
+def ignore_boundaries(monkeypatch, name):
+    """Let an attention on a CPU treat a pack as one sequence."""
     whole = packing.sequence_by_sequence
 
     def across(query, key, value, cu_seqlens, *options):
@@ -52,6 +52,11 @@ def test_an_attention_that_ignores_the_boundaries_of_sequences_is_not_used(load,
 
     monkeypatch.setattr(packing, name, across)
     monkeypatch.setattr(packing, "fits_padding", lambda _: name == "padded")
+
+
+@pytest.mark.parametrize("name", ["padded", "sequence_by_sequence"])
+def test_an_attention_that_ignores_the_boundaries_of_sequences_is_not_used(load, monkeypatch, name):
+    ignore_boundaries(monkeypatch, name)
     model = load("llama")
     assert not probe.prepare(model)
     assert (log_probs_alone(model) - packing.log_probs(model, pack_of(model))).abs().max() < 1e-4
@@ -61,13 +66,7 @@ def test_rounding_of_a_large_model_in_16_bits_is_not_taken_for_a_wrong_attention
     monkeypatch.setattr(probe, "MAX_MEAN_DIFFERENCE", 0.0)  # as if it rounded more than that
     assert probe.prepare(load("llama", torch.bfloat16))
 
-    whole = packing.sequence_by_sequence
-
-    def across(query, key, value, cu_seqlens, *options):
-        return whole(query, key, value, [0, cu_seqlens[-1]], *options)
-
-    monkeypatch.setattr(packing, "sequence_by_sequence", across)
-    monkeypatch.setattr(packing, "fits_padding", lambda _: False)
+    ignore_boundaries(monkeypatch, "sequence_by_sequence")
     assert not probe.prepare(load("llama", torch.bfloat16))
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from stored import BASE, FULL, Cells, StoredRun, changed, joined, open_run, table
 
@@ -21,6 +22,42 @@ from opencharacter.evaluation.scores import Score
 
 Row = dict[str, Any]
 
+
+class Pairing(NamedTuple):
+    """How a stage's rows of two runs are paired.
+
+    Args:
+        stage: the stage.
+        titles: what is measured, by the kind of a row.
+        select: returns the rows of a kind of the full persona.
+        level: the score of such rows.
+        change: the paired change from the first run's to the second run's.
+    """
+
+    stage: str
+    titles: dict[str, str]
+    select: Callable[[list[Row], str], list[Row]]
+    level: Callable[[list[Row]], Score]
+    change: Callable[[list[Row], list[Row]], Score]
+
+
+PAIRED = (
+    Pairing(
+        "evaluation/adherence",
+        {adherence.OCCASION: "assertions shown", adherence.PRESSURE: "shown under pressure"},
+        lambda rows, kind: adherence.of(rows, FULL, kind),
+        adherence.all_present,
+        adherence.all_changed,
+    ),
+    Pairing(
+        "evaluation/side_effects",
+        {name: prompts.title for name, prompts in side_effects.SETS.items()},
+        lambda rows, name: side_effects.of(rows, name, FULL),
+        side_effects.level,
+        side_effects.change,
+    ),
+)
+"""Rows with a paired change."""
 FIRST, SECOND, CHANGE = "first run", "second run", "second against first"
 UNPAIRED = {
     "distinguished from base": ("discriminability", FULL, robustness.DEFAULT),
@@ -42,8 +79,8 @@ def compare(first: StoredRun, second: StoredRun) -> str:
         raise UserError("the runs share no persona; give storages of the same constitution")
     cells: dict[str, Cells] = {}
     for name in shared:
-        cells |= adherence_rows(first, second, name)
-        cells |= side_effect_rows(first, second, name)
+        for pairing in PAIRED:
+            cells |= paired_rows(pairing, (first, second), name)
         for title, key in UNPAIRED.items():
             scores = (run.find(name, *key) for run in (first, second))
             cells[f"{title}, {name}"] = dict(zip((FIRST, SECOND), scores, strict=True))
@@ -57,44 +94,21 @@ def compare(first: StoredRun, second: StoredRun) -> str:
     )
 
 
-def rows_of(runs: tuple[StoredRun, StoredRun], stage: str, persona: str) -> list[list[Row]] | None:
-    """The rows of a stage in both runs; None if a run lacks them."""
-    jobs = [run.finished(stage).get(persona) for run in runs]
-    return [kept_rows(job) for job in jobs if job] if all(jobs) else None
-
-
-def adherence_rows(first: StoredRun, second: StoredRun, persona: str) -> dict[str, Cells]:
-    """The presence of all assertions, with an occasion and under pressure."""
-    names = {adherence.OCCASION: "assertions shown", adherence.PRESSURE: "shown under pressure"}
-    rows = rows_of((first, second), "evaluation/adherence", persona)
+def paired_rows(pairing: Pairing, runs: Sequence[StoredRun], persona: str) -> dict[str, Cells]:
+    """The rows of a stage's measures for a persona; none if a run lacks the stage."""
+    jobs = [run.finished(pairing.stage).get(persona) for run in runs]
+    sides = [kept_rows(job) for job in jobs if job]
+    if len(sides) < len(runs):
+        return {}
     cells: dict[str, Cells] = {}
-    for kind, name in names.items() if rows else ():
-        before, after = (adherence.of(side, FULL, kind) for side in rows or ())
-        cells[f"{name}, {persona}"] = row(
-            adherence.all_present(before),
-            adherence.all_present(after),
-            adherence.all_changed(before, after),
-        )
+    for kind, title in pairing.titles.items():
+        before, after = (pairing.select(side, kind) for side in sides)
+        cells[f"{title}, {persona}"] = {
+            FIRST: pairing.level(before),
+            SECOND: pairing.level(after),
+            CHANGE: changed(pairing.change(before, after)),
+        }
     return cells
-
-
-def side_effect_rows(first: StoredRun, second: StoredRun, persona: str) -> dict[str, Cells]:
-    """The share of answers with each unwanted property."""
-    rows = rows_of((first, second), "evaluation/side_effects", persona)
-    cells: dict[str, Cells] = {}
-    for name, prompts in side_effects.SETS.items() if rows else ():
-        before, after = (side_effects.of(side, name, FULL) for side in rows or ())
-        cells[f"{prompts.title}, {persona}"] = row(
-            side_effects.level(before),
-            side_effects.level(after),
-            side_effects.change(before, after),
-        )
-    return cells
-
-
-def row(before: Score, after: Score, moved: Score) -> Cells:
-    """The cells of a paired row."""
-    return {FIRST: before, SECOND: after, CHANGE: changed(moved)}
 
 
 def main() -> None:

@@ -140,7 +140,8 @@ def open_run(storage: str, recipe: str) -> StoredRun:
     written = Recipe.model_validate(newest["recipe"]).model_copy(update={"roles": named.roles})
     placement = Placement.model_validate(newest["placement"])
     jobs = [job for job in pipeline.jobs(written, personas, placement, store) if job.is_enabled]
-    return StoredRun(written, personas, jobs, read_manifests(jobs))
+    used = [job.dataset for job in jobs if job.dataset in manifests]
+    return StoredRun(written, personas, jobs, {dataset: manifests[dataset] for dataset in used})
 
 
 def read_manifests(jobs: Iterable[Job]) -> dict[str, dict[str, Any]]:

@@ -43,7 +43,7 @@ from opencharacter.serving.protocol import APP
 
 LOGGING_CONFIG = {"encoding": "JSON", "enable_access_log": False}
 """For the ingress and the models. The ingress logs each request itself."""
-LOG_LOCATION = "logs are in /tmp/ray/session_latest/logs/serve"
+LOG_LOCATION = f"logs are in {cluster.ray_logs()}/serve"
 API_KEYS_VARIABLE = "OPENCHARACTER_API_KEYS"
 MIN_KEY_LENGTH = 16
 """Characters; a shorter key can be guessed."""
