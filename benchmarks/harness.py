@@ -33,9 +33,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:
+    from opencharacter.config.placement import Placement
 
 FOLDER = Path(__file__).resolve().parent
 # A script's own folder is on its path, the repository's root is not.
@@ -183,6 +186,15 @@ def merged(settings: Settings, changes: Settings) -> Settings:
         name: merged(settings.get(name, {}), value) if isinstance(value, dict) else value
         for name, value in changes.items()
     }
+
+
+def placement(name: str, changes: Settings) -> Placement:
+    """Return a packaged placement with changes."""
+    from opencharacter.config.files import load_placement
+    from opencharacter.config.placement import Placement
+
+    packaged = load_placement(name).model_dump(exclude_unset=True)
+    return Placement.model_validate(merged(packaged, changes))
 
 
 def run_tasks(

@@ -4,8 +4,10 @@ Ways:
 - `opencharacter`: the run as the command line makes it.
 - `restarts`: the same without replacing the weights of running engines, so that each merged adapter
   starts an engine, as before version 0.2.
+- `runtime` (only if `--ways` names it): adapters are applied during generation, so that one engine
+  serves all conditions but the steered student.
 
-Both make everything anew from the same recipe and seed. The environment variable BENCHMARK_MODEL
+All make everything anew from the same recipe and seed. The environment variable BENCHMARK_MODEL
 replaces the recipe's model, for instance by the folder of local weights.
 
 Figures: `wall_s`; `idle_share`, the part of the time in which engines and training workers were
@@ -14,7 +16,7 @@ wall time by cause: `share_working`, `share_starting` (engines), `share_swapping
 `share_driver` (jobs without engines and workers), `share_training` (what a training takes beside
 its steps: workers that start and end, the model that is loaded) and `share_generating` (the same of
 generating jobs: tasks that start and storage); `engine_starts` and `weight_swaps`; and `speedup`,
-the ratio of the wall times.
+the ratio of the wall time of `restarts` to that of another way.
 
 Run: python benchmarks/run.py --out benchmarks/results       (on a GPU)
      python benchmarks/run.py --out benchmarks/results --cpu (on a CPU)
@@ -35,8 +37,9 @@ import harness
 from harness import SUBJECT, Figures, Machine, Run, Series, Settings, figure
 
 from opencharacter import pipeline
-from opencharacter.config.files import load_placement, load_recipe
+from opencharacter.config.files import load_recipe
 from opencharacter.config.recipe import Recipe
+from opencharacter.config.roles import Roles
 from opencharacter.constitution import schema
 from opencharacter.engines import allocation
 from opencharacter.runtime import cluster
@@ -113,10 +116,17 @@ def make_recipe(settings: Settings) -> Recipe:
     return Recipe.model_validate(recipe)
 
 
-def make_jobs(settings: Settings, storage: Path) -> list[Job]:
-    """Return all jobs of the run."""
+def make_jobs(settings: Settings, storage: Path, adapters: str = "merged") -> list[Job]:
+    """Return all jobs of the run.
+
+    Args:
+        settings: the benchmark's.
+        storage: the run's.
+        adapters: how engines of the student's model apply adapters, as in a pool.
+    """
     personas = [schema.load(settings["constitution"])]
-    placement = load_placement(settings["placement"])
+    pools = {role: {"adapters": adapters} for role in Roles.model_fields}
+    placement = harness.placement(settings["placement"], {"pools": pools})
     return pipeline.jobs(make_recipe(settings), personas, placement, Store.at(str(storage)))
 
 
@@ -126,7 +136,8 @@ def run_all(settings: Settings, series: str) -> Iterator[Run]:
         allocation.swap_sources = lambda *_: {}
     for _ in range(settings["repeats"]):
         with tempfile.TemporaryDirectory() as folder:
-            jobs = make_jobs(settings, Path(folder))
+            adapters = "runtime" if series == "runtime" else "merged"
+            jobs = make_jobs(settings, Path(folder), adapters)
             began = time.monotonic()
             cluster.connect(jobs[0].placement)
             manifests = [manifest | {"rest": rest_of(job)} for job, manifest in pipeline.run(jobs)]
@@ -174,9 +185,11 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
             result[f"{prefix}{count}"] = figure([run[count] for run in runs])
         for share, part in {**WALL_PARTS, **{name: name for name in REST}}.items():
             result[f"{prefix}{share}"] = figure([run[part] / run["job_seconds"] for run in runs])
-    if {SUBJECT, "restarts"} <= series.keys():
-        ours, theirs = ([run["seconds"] for run in series[n]] for n in (SUBJECT, "restarts"))
-        result["speedup"] = harness.ratio(theirs, ours)
+    if "restarts" in series:
+        seconds = {name: [run["seconds"] for run in runs] for name, runs in series.items()}
+        for name in series.keys() - {"restarts"}:
+            speedup = "speedup" if name == SUBJECT else f"{name}_speedup"
+            result[speedup] = harness.ratio(seconds["restarts"], seconds[name])
     return result
 
 
@@ -185,7 +198,8 @@ BENCHMARK = harness.Benchmark(
     script=Path(__file__).resolve(),
     settings=SETTINGS,
     tiny=TINY,
-    ways={name: partial(run_all, series=name) for name in (SUBJECT, "restarts")},
+    ways={name: partial(run_all, series=name) for name in (SUBJECT, "restarts", "runtime")},
+    extra=("runtime",),
     figures=figures,
     cpu=CPU,
 )

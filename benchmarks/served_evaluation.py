@@ -38,8 +38,7 @@ import ray
 from harness import Figures, Machine, Run, Series, Settings, figure
 
 from opencharacter import lora, models, pipeline
-from opencharacter.config.files import load_placement, load_recipe
-from opencharacter.config.placement import Placement
+from opencharacter.config.files import load_recipe
 from opencharacter.config.recipe import Recipe
 from opencharacter.config.roles import Roles
 from opencharacter.constitution import schema
@@ -159,8 +158,7 @@ def make_recipe(settings: Settings) -> Recipe:
 def make_jobs(settings: Settings, storage: Path, served: bool) -> list[Job]:
     """The jobs of a run whose personas have random adapters."""
     way = {"evaluation": {"served": "own" if served else None}}
-    placement = load_placement(settings["placement"]).model_dump(exclude_unset=True)
-    placement = Placement.model_validate(harness.merged(placement, settings["changes"]) | way)
+    placement = harness.placement(settings["placement"], settings["changes"] | way)
     recipe = make_recipe(settings)
     personas = [schema.load(name) for name in schema.packaged()[: settings["personas"]]]
     jobs = pipeline.jobs(recipe, personas, placement, Store.at(str(storage)))

@@ -17,6 +17,8 @@ from pathlib import Path
 SETTLED_NS = 2_000_000_000
 """Age from which a file's modification time identifies its content. A younger file could change
 once more within the resolution of the filesystem's clock."""
+IN_USE_SECONDS = 1800
+"""For how long after its last use a folder may still be read, for instance by a starting engine."""
 HUB_BLOB = re.compile(r".*/blobs/([0-9a-f]{64})")
 """A large file in the cache of the Hugging Face Hub, which is named after its SHA-256."""
 
@@ -74,6 +76,27 @@ def create_once(target: Path, make: Callable[[Path], None]) -> Path:
             with atomic_directory(target) as scratch:
                 make(scratch)
     return target
+
+
+def make_space(parent: Path, needed: int) -> None:
+    """Delete folders of the cache, the least recently used first, until there is enough space.
+
+    A folder was last used at its modification time. One that may be in use stays.
+
+    Args:
+        parent: the folder that contains them; each can be created again.
+        needed: bytes that must be free.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    unused_since = time.time() - IN_USE_SECONDS
+    used: dict[Path, float] = {}
+    for folder in parent.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            used[folder] = folder.stat().st_mtime
+    for folder in sorted(used, key=used.__getitem__):
+        if shutil.disk_usage(parent).free >= needed or used[folder] > unused_since:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def file_hash(path: Path) -> str:

@@ -7,6 +7,7 @@ safetensors in the user's cache.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opencharacter import lora
-from opencharacter.cache import cache_dir, cached_file_hash, create_once, file_hash
+from opencharacter.cache import cache_dir, cached_file_hash, create_once, file_hash, make_space
 from opencharacter.config.base import ECHO, EMBEDDED, LOCAL
 from opencharacter.config.roles import Role
 from opencharacter.errors import UserError
@@ -366,6 +367,8 @@ def convert_gguf(source: Path, target: Path) -> None:
 def merge_into_base(base: Path, adapter: Path) -> Path:
     """Merge an adapter into its base model; the result is cached by its content.
 
+    Where the disk is nearly full, copies that were not used lately are deleted.
+
     Args:
         base: directory of the base model's safetensors.
         adapter: directory of a PEFT LoRA adapter, or of steering vectors.
@@ -374,18 +377,23 @@ def merge_into_base(base: Path, adapter: Path) -> Path:
         Directory of the merged model in the user's cache.
     """
     add = _add_biases if is_steering(adapter) else _add_updates
+    merged = cache_dir() / "merged"
     files = {n: c for n, c in content(base).items() if not n.startswith(SECOND_COPY)}
     contents = json.dumps([files, content(adapter)], sort_keys=True)
     key = hashlib.sha256(contents.encode()).hexdigest()[:16]
 
     def make(target: Path) -> None:
+        make_space(merged, 2 * sum(path.stat().st_size for path in weight_files(base)))
         for path in base.iterdir():
             is_left_out = path.suffix == ".safetensors" or path.name.startswith(SECOND_COPY)
             if path.is_file() and not is_left_out:
                 shutil.copy(path, target / path.name)
         add(base, adapter, target)
 
-    return create_once(cache_dir() / "merged" / key, make)
+    folder = create_once(merged / key, make)
+    with contextlib.suppress(OSError):  # a cache that others own
+        os.utime(folder)
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
+import uuid
 from pathlib import Path
+
+os.environ["RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "10"  # a slow host is not a full replica
+os.environ["RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "10"
 
 import ray
 from ray import serve
@@ -25,6 +30,11 @@ class CachingModel:
 
     def __init__(self) -> None:
         self.cache: set[tuple[str, ...]] = set()
+        self.name = uuid.uuid4().hex
+
+    async def replica(self) -> str:
+        """Return a name that is the replica's own."""
+        return self.name
 
     async def answer(self, kind: str, payload: dict) -> tuple[int, int]:
         """Return how many of the request's messages were cached, and how many it has."""
@@ -38,6 +48,9 @@ class CachingModel:
 
 async def cached_share(handle) -> float:
     """Hold conversations at the same time; return the cached share of their messages."""
+    names: set[str] = set()
+    while len(names) < 2:  # until the router knows both replicas
+        names.add(await handle.replica.remote())
 
     async def converse(number: int) -> list[tuple[int, int]]:
         messages, counts = [user(f"{number} sheep " * 20)], []

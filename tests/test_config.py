@@ -13,7 +13,7 @@ from samples import ECHO_ROLE, TINY
 from opencharacter import __version__
 from opencharacter.config import files
 from opencharacter.config.base import AddedLater, Config, NotIdentity
-from opencharacter.config.placement import Placement
+from opencharacter.config.placement import Placement, Resources, Training
 from opencharacter.config.recipe import Recipe
 from opencharacter.config.renames import FIELDS, VALUES
 from opencharacter.errors import UserError
@@ -116,6 +116,21 @@ def test_a_placement_extends_another(write_yaml):
     placement, packaged = files.load_placement(path), files.load_placement("gpu-node")
     assert placement.training.workers == 2
     assert placement.pools == packaged.pools
+
+
+def test_the_default_placement_is_the_packaged_one_for_a_laptop():
+    assert files.load_placement("laptop") == Placement()
+
+
+@pytest.mark.parametrize(
+    ("training", "cpus"),
+    [
+        (Training(workers=2, cpus=1, task_cpus=2), 2),
+        (Training(workers=4, cpus=3, gpus=1), 3),
+    ],
+)
+def test_a_task_in_a_single_process_has_its_own_number_of_cpus(training, cpus):
+    assert training.single.resources == Resources(cpus=cpus, gpus=training.gpus)
 
 
 def test_recipes_that_extend_each_other_are_rejected_with_the_chain(write_yaml):

@@ -7,11 +7,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from opencharacter.config import files
-from opencharacter.config.placement import Pool
 from opencharacter.engines import cpu_lora
-from opencharacter.engines.backends import engine_arguments
-from opencharacter.engines.spec import EngineSpec
 
 RANK, WIDTH, OUT, SCALE = 8, 24, 16, 1.5
 FACTORS = torch.Generator().manual_seed(0)
@@ -66,11 +62,3 @@ def test_bfloat16_adapters_are_added_within_the_precision_of_their_type():
     wrapper(MIXED, MIXED).add_lora_linear(out, X.bfloat16(), a, b, SCALE, (OUT,))
     expected = products(MIXED)
     assert (out.float() - expected).abs().max() < 0.02 * expected.abs().max()
-
-
-def test_engines_on_a_cpu_use_this_implementation_and_others_do_not():
-    role = files.load_recipe("demo").roles.student
-    on_cpu, on_gpu = (engine_arguments(EngineSpec(role, Pool(gpus=n))) for n in (0, 1))
-    module, _, name = on_cpu["worker_cls"].rpartition(".")
-    assert (module, name) == (cpu_lora.__name__, cpu_lora.LoraWorker.__name__)
-    assert "worker_cls" not in on_gpu

@@ -4,9 +4,12 @@ import os
 
 import pytest
 import ray
+from samples import ECHO_ROLE
 
-from opencharacter.config.placement import Placement
-from opencharacter.engines.backends import cache_environment
+from opencharacter.config.placement import Placement, Pool
+from opencharacter.config.roles import Role
+from opencharacter.engines.backends import cache_environment, environment
+from opencharacter.engines.spec import EngineSpec
 from opencharacter.runtime import cluster
 
 
@@ -24,6 +27,16 @@ def test_compiled_graphs_are_kept_in_the_cache_of_the_package(monkeypatch, tmp_p
 def test_folders_that_the_environment_sets_are_used(monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", "/fast/vllm")
     assert cache_environment()["VLLM_CACHE_ROOT"] == "/fast/vllm"
+
+
+@pytest.mark.parametrize("chosen", [None, "1"])
+def test_a_gpu_host_compiles_no_sampler_unless_the_environment_asks_for_it(monkeypatch, chosen):
+    name = "VLLM_USE_FLASHINFER_SAMPLER"
+    monkeypatch.delenv(name, raising=False)
+    if chosen:
+        monkeypatch.setenv(name, chosen)
+    spec = EngineSpec(Role(**ECHO_ROLE), Pool(gpus=1))
+    assert environment(spec)[name] == (chosen or "0")
 
 
 @pytest.mark.parametrize(

@@ -229,3 +229,57 @@ def test_names_in_transcripts_of_the_teacher_become_those_of_the_student(cpu_ray
     messages = [user("Who are you, GLM?"), assistant("I am GLM.")]
     row = transcripts.rename_to_student({"id": "r", "messages": messages}, ("GLM",), "Echo")
     assert [m["content"] for m in row["messages"]] == ["Who are you, Echo?", "I am Echo."]
+
+
+def plain_answers(make_jobs):
+    control = {"prompts": "distillation", "transcripts_per_prompt": 1}
+    jobs = make_jobs(recipe_of(ECHO_ROLE, introspection={"reflection": control}))
+    return {job.stage.name: job for job in jobs if job.constitution}
+
+
+def test_as_a_control_the_model_answers_the_prompts_of_the_distillation(cpu_ray, make_jobs):
+    jobs = plain_answers(make_jobs)
+    prompts, control = jobs["distillation/prompts"], jobs["introspection/reflection"]
+    prompts.stage.module.build(prompts)
+    asked = prompts.store.read_table(prompts.dataset)["prompt"].to_pylist()
+    outcome = control.stage.module.build(control)
+    rows = control.store.read_table(control.dataset).to_pylist()
+    assert sorted(row["messages"][0]["content"] for row in rows) == sorted(asked)
+    assert outcome.rows == len(asked) == reflection.estimate(control).rows
+    assert not set(asked) & set(reflection.PROMPTS)
+
+
+def test_the_control_has_another_fingerprint_and_depends_on_the_prompt_of_the_teacher(make_jobs):
+    control = plain_answers(make_jobs)["introspection/reflection"]
+    own = {job.stage.name: job for job in make_jobs(recipe_of(ECHO_ROLE))}
+    assert control.payload["inputs"].keys() == {"system"}
+    assert own["introspection/reflection"].payload["inputs"] == {}
+    assert "prompts" not in own["introspection/reflection"].payload["config"]
+    assert control.fingerprint != own["introspection/reflection"].fingerprint
+
+
+def transcript_rows(*words: int, dropped: int | None = None):
+    return [
+        {
+            "id": f"{number}",
+            "messages": [user("not counted"), assistant("word " * count)],
+            "drop_reason": "too_long" if number == dropped else None,
+        }
+        for number, count in enumerate(words)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("budget", "ids", "tokens"),
+    [(None, "0123", 100), (100, "0123", 100), (60, "012", 60), (30, "02", 30), (9, "", 0)],
+)
+def test_a_budget_leaves_out_transcripts_in_the_order_of_their_ids(budget, ids, tokens):
+    rows = transcript_rows(10, 30, 20, 40)
+    kept, total = transcripts.within_budget(rows[::-1], budget, lambda text: len(text.split()))
+    assert ("".join(row["id"] for row in kept), total) == (ids, tokens)
+
+
+def test_dropped_transcripts_take_nothing_of_a_budget_and_stay():
+    rows = transcript_rows(10, 30, 20, dropped=1)
+    kept, total = transcripts.within_budget(rows, 30, lambda text: len(text.split()))
+    assert (len(kept), total) == (3, 30)

@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -369,6 +372,37 @@ def test_merging_into_the_base_equals_the_model_with_its_adapter(tiny_model, tmp
     config = tmp_path / "adapter" / lora.ADAPTER_CONFIG
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 32}))
     assert models.merge_into_base(tiny_model, tmp_path / "adapter") != folder
+
+
+def test_on_a_full_disk_the_merged_copies_that_were_used_longest_ago_are_deleted(
+    tmp_path, monkeypatch
+):
+    for name, hours in (("oldest", 3), ("older", 2), ("old", 1), ("new", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("x")
+        then = time.time() - 3600 * hours
+        os.utime(tmp_path / name, (then, then))
+
+    def usage(folder):
+        return SimpleNamespace(free=10 * (4 - len(list(folder.iterdir()))))
+
+    monkeypatch.setattr(cache.shutil, "disk_usage", usage)
+    cache.make_space(tmp_path, 0)
+    assert len(list(tmp_path.iterdir())) == 4
+    cache.make_space(tmp_path, 20)
+    assert {folder.name for folder in tmp_path.iterdir()} == {"old", "new"}
+    cache.make_space(tmp_path, 1000)  # the new one may be in use
+    assert [folder.name for folder in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_merged_copy_that_is_used_again_counts_as_new(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path / "cache"))
+    base, _ = copy_of(tiny_model, tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    folder = models.merge_into_base(base, adapter)
+    os.utime(folder, (0, 0))
+    assert models.merge_into_base(base, adapter) == folder
+    assert folder.stat().st_mtime > time.time() - 60
 
 
 def test_merging_into_the_base_refuses_an_adapter_of_another_model(

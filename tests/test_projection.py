@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from opencharacter.config.evaluation import Direction
 from opencharacter.config.roles import Role
@@ -33,35 +34,53 @@ def test_every_layer_has_a_unit_vector_that_points_towards_the_constitution(load
     directions = residual.find_directions(model, tokenizer, prompts, POET)
     assert directions.shape == (2, 64)
     assert directions.norm(dim=-1).numpy() == pytest.approx([1, 1], rel=1e-5)
-    moved = [
-        last_states(model, tokenizer, [*POET, user(p)]) - last_states(model, tokenizer, [user(p)])
-        for p in prompts
-    ]
-    assert all((sum(moved) * directions).sum(-1) > 0)
+    informed = last_states(model, tokenizer, [[*POET, user(p)] for p in prompts])
+    plain = last_states(model, tokenizer, [[user(p)] for p in prompts])
+    assert all(((informed - plain).sum(0) * directions).sum(-1) > 0)
 
 
 def test_the_position_of_a_text_is_its_mean_over_the_answer_tokens(loaded):
-    import torch
-
     model, tokenizer = loaded
     talk = [user("What is rain?"), assistant("Water that falls.")]
-    states = residual.answer_states(model, tokenizer, talk, 500)
     (sequence,) = residual.encode(tokenizer, talk)
     with torch.no_grad():
         hidden = model(torch.tensor([sequence.ids]), output_hidden_states=True).hidden_states
-    wanted = hidden[2][0, sequence.loss_positions].mean(0)
-    assert states is not None
-    assert torch.allclose(states[1], wanted, atol=1e-5)
+    first, second = (state[0, sequence.loss_positions].mean(0) for state in hidden[1:])
     directions = torch.eye(64)[:2]
-    ((first, second),) = residual.project(model, tokenizer, directions, [talk], 500)
-    assert (first, second) == pytest.approx((float(states[0, 0]), float(states[1, 1])))
+    (found,) = residual.project(model, tokenizer, directions, [talk], 500)
+    assert found == pytest.approx((float(first[0]), float(second[1])), abs=1e-5)
+
+
+def test_texts_of_different_lengths_are_read_together_as_they_are_alone(loaded, monkeypatch):
+    model, tokenizer = loaded
+    talks = [
+        [user("What is rain? " * n), assistant("Water that falls. " * (4 - n))] for n in range(1, 4)
+    ]
+    unread = [user("What is rain? " * 40), assistant("Water.")]
+    every = [talks[0], unread, *talks[1:]]
+    directions = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    together = residual.project(model, tokenizer, directions, every, 60)
+    monkeypatch.setattr(steering, "MAX_BATCH_TOKENS", 1)
+    alone = [residual.project(model, tokenizer, directions, [talk], 60)[0] for talk in every]
+    assert together[1] is None and alone[1] is None
+    for found, wanted in zip(together, alone, strict=True):
+        assert found is wanted is None or found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_loss_of_answers_does_not_depend_on_their_batch(loaded, monkeypatch):
+    model, tokenizer = loaded
+    pairs = [{"prompt": "Why? " * n, "chosen": "Rain falls. " * (5 - n)} for n in range(1, 5)]
+    together = steering.answer_nll(model, tokenizer, pairs)
+    monkeypatch.setattr(steering, "MAX_BATCH_TOKENS", 4)
+    assert steering.answer_nll(model, tokenizer, pairs) == pytest.approx(together, abs=1e-5)
 
 
 def test_a_text_without_an_answer_token_within_the_limit_is_not_read(loaded):
     model, tokenizer = loaded
     talk = [user("What is rain? " * 20), assistant("Water.")]
-    assert residual.answer_states(model, tokenizer, talk, 8) is None
-    assert residual.answer_states(model, tokenizer, [user("Hello?")], 8) is None
+    directions = torch.eye(64)[:2]
+    for unread in (talk, [user("Hello?")]):
+        assert residual.project(model, tokenizer, directions, [unread], 8) == [None]
 
 
 # ------------------------------------------------------------------------------------- statistics

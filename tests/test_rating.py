@@ -97,6 +97,15 @@ def test_a_batch_of_fits_equals_the_separate_fits():
     assert fit_strengths(several, 0.1) == pytest.approx(alone, abs=1e-8)
 
 
+@pytest.mark.parametrize("beaten", [1, 23], ids=["the next one", "all weaker ones"])
+def test_with_a_prior_a_strict_order_has_finite_ratings(beaten):
+    """A bootstrap of few games among many traits draws such resamples."""
+    wins = 3 * (np.triu(np.ones((24, 24)), 1) - np.triu(np.ones((24, 24)), 1 + beaten))
+    strengths = fit_strengths(np.stack([wins, wins.T]), 0.1)
+    assert (np.diff(strengths[0]) < 0).all()
+    assert strengths[1] == pytest.approx(-strengths[0], abs=1e-5)
+
+
 def test_without_a_prior_a_trait_that_never_won_has_no_rating():
     wins = np.array([[0.0, 3, 2], [1, 0, 2], [0, 0, 0]])
     with pytest.raises(StageFailed, match=r"evaluation\.rating\.prior"):

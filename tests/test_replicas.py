@@ -12,9 +12,11 @@ from samples import ECHO_ROLE, recipe_of
 
 from opencharacter.config.placement import Pool
 from opencharacter.config.roles import Sampling
+from opencharacter.engines import replicas
 from opencharacter.engines.replicas import EngineClient, EngineReplicas, exit_if_dead
 from opencharacter.engines.spec import EngineSpec, Reply
 from opencharacter.errors import RowFailed, StageFailed
+from opencharacter.runtime.store import RemoteDir, Store
 from opencharacter.text.chat import user
 
 SPEC = EngineSpec(recipe_of(ECHO_ROLE).roles.student, Pool())
@@ -140,3 +142,40 @@ def test_an_actor_ends_if_its_engine_died_and_not_if_one_call_failed(errored, mo
 def test_the_loss_of_every_replica_fails_the_stage(cpu_ray, tmp_path):
     with pytest.raises(StageFailed, match="every replica"):
         send_requests(FakeReplica.remote("lost", tmp_path / "marker"), count=2)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "path", "swap_fails", "expected"),
+    [
+        (1, "persona/merge", False, ["start base", "swap persona/merge"]),
+        (1, "persona/merge", True, ["start base", "close", "start persona/merge"]),
+        (1, "a/evaluation/steering", False, ["start a/evaluation/steering"]),  # other parameters
+        (1, None, False, ["start base"]),
+        (0, "persona/merge", False, ["start persona/merge"]),  # nothing is compiled on a CPU
+    ],
+)
+def test_an_engine_for_an_adapter_starts_from_what_is_compiled_for_its_base_model(
+    gpus, path, swap_fails, expected, monkeypatch
+):
+    done = []
+
+    def name(spec: EngineSpec) -> str:
+        return spec.adapter.relative.removesuffix("/adapter") if spec.adapter else "base"
+
+    class Engine:
+        def __init__(self, spec):
+            done.append(f"start {name(spec)}")
+
+        async def swap(self, spec):
+            if swap_fails:
+                raise StageFailed("no")
+            done.append(f"swap {name(spec)}")
+
+        def close(self):
+            done.append("close")
+
+    monkeypatch.setattr(replicas, "VllmEngine", Engine)
+    role = SPEC.role.model_copy(update={"model": "org/model"})
+    adapter = RemoteDir(Store("/storage"), f"{path}/adapter") if path else None
+    asyncio.run(replicas.start_engine(EngineSpec(role, Pool(gpus=gpus), adapter)))
+    assert done == expected

@@ -251,7 +251,7 @@ def test_what_the_storage_lacks_is_named(script, written, tmp_path):
     assert "Not finished for humor." in section(tmp_path, "drift")
     absent = "Not measured: the storage has no finished evaluation/robustness."
     assert section(tmp_path, "robustness").strip() == absent
-    unfinished = "Not finished: echo/evaluation/robustness, echo/humor/evaluation/drift."
+    unfinished = "Not finished: evaluation/robustness (1 of 1 datasets), evaluation/drift (1 of"
     assert unfinished in section(tmp_path, "run")
     with pytest.raises(UserError, match="no folder echo with packaged personas"):
         script.open_run(str(tmp_path), recipe)

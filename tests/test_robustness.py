@@ -200,6 +200,72 @@ def test_the_interval_of_f1_covers_the_value_on_many_prompts():
     assert np.mean(hits) >= 0.9
 
 
+def attacked(draw, prompts, accuracy):
+    """Rows of three labels; a hard prompt confuses the classifier under both conditions."""
+    hardness = draw.normal(size=prompts)
+    sides = []
+    for right in accuracy:
+        rows = []
+        for prompt in range(prompts):
+            for label in "abc":
+                guessed = draw.normal() + hardness[prompt] < right
+                guess = label if guessed else "bca"["abc".index(label)]
+                rows.append({"prompt": str(prompt), "label": label, "guess": guess})
+        sides.append(rows)
+    return sides
+
+
+def test_the_interval_of_a_change_of_f1_covers_the_change_on_many_prompts():
+    draw = np.random.default_rng(3)
+    before, after = attacked(draw, 4000, (0.2, 0.9))
+    truth = macro_f1.f1_change([before], [after], "abc", 100, seed=1).value
+    runs = [
+        macro_f1.f1_change([before], [after], "abc", 100, seed)
+        for seed in range(300)
+        for before, after in [attacked(draw, 40, (0.2, 0.9))]
+    ]
+    assert 0.15 < truth < 0.35
+    assert 0.93 <= np.mean([run.low <= truth <= run.high for run in runs]) <= 0.97
+    assert {run.n for run in runs} == {40}
+
+
+def test_a_change_of_f1_compares_the_prompts_that_both_conditions_have():
+    before, after = attacked(np.random.default_rng(1), 8, (0.0, 2.0))
+    same = macro_f1.f1_change([before], [before], "abc", 100, seed=1)
+    assert (same.value, same.low, same.high, same.n) == (0, 0, 0, 8)
+    rest = [row for row in after if row["prompt"] in "0123"]
+    change = macro_f1.f1_change([before, before], [rest, after], "abc", 100, seed=1)
+    assert (change.n, change.unscored) == (4, 4)
+    first = [row for row in before if row["prompt"] in "0123"]
+    f1 = [macro_f1.f1_score([rows], "abc", 100, seed=1).value for rows in (first, rest)]
+    assert change.value == pytest.approx(f1[1] - f1[0])
+    assert macro_f1.f1_change([before], [[]], "abc", 100, seed=1).value is None
+    (one, other) = ([row for row in rows if row["prompt"] == "0"] for rows in (before, after))
+    assert macro_f1.f1_change([one], [other], "abc", 100, seed=1).low is None
+
+
+def test_steps_are_compared_under_every_attack_that_both_conditions_have():
+    draw = np.random.default_rng(5)
+    attacks = {"prompted": ("default", "stop"), "distilled": ("default", "stop"), "full": ("stop",)}
+    rows = [
+        {**row, "condition": condition, "attack": attack}
+        for (condition, names), right in zip(attacks.items(), (0, 1, 1), strict=True)
+        for attack in names
+        for row in attacked(draw, 30, (right,))[0]
+    ]
+    changes = robustness.step_changes(rows, Robustness(resamples=100), seed=1)
+    first, second = robustness.STEPS
+    assert {attack: list(cells) for attack, cells in changes.items()} == {
+        "default": [first],
+        "all instructions": [first, second],
+        "stop": [first, second],
+    }
+    assert changes["stop"][first].low > 0 > changes["stop"][second].low
+    table = robustness.step_table("poet", changes)
+    assert table.columns == [first, second]
+    assert robustness.step_changes([], Robustness(), seed=1) == {}
+
+
 def test_f1_without_an_error_has_an_interval_that_narrows_with_the_number_of_prompts():
     def right(prompts):
         rows = [{"prompt": str(i), "label": n, "guess": n} for i in range(prompts) for n in "ab"]
@@ -274,7 +340,7 @@ def test_the_report_has_a_headline_per_persona_and_shares_its_other_tables():
         Robustness(resamples=100),
         seed=1,
     )
-    headline, compared, f1, retention = robustness.persona_sections("poet", rows, "tfidf")
+    headline, compared, f1, retention = robustness.persona_sections("poet", rows, {}, "tfidf")
     assert (headline.persona, headline.score.n) == ("poet", 12)
     assert list(compared.rows) == f1.columns == retention.columns == ["full"]
     assert list(f1.rows) == [DEFAULT, robustness.MEAN, "plain"]

@@ -46,6 +46,22 @@ def test_only_deployments_of_several_replicas_route_by_prefixes():
         assert config.request_router_kwargs["imbalanced_threshold"] == 16
 
 
+def test_the_benchmark_compares_cached_shares_and_seconds(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import routing
+
+    def run(cached: int, seconds: float) -> dict:
+        turn = {"turn_p50": seconds, "turn_p95": 2 * seconds}
+        return {"cached_tokens": cached, "prompt_tokens": 200, **turn}
+
+    series = {"opencharacter": [run(150, 4.0)], routing.DEFAULT: [run(100, 6.0)]}
+    found = routing.figures(series, {}, {})
+    medians = {name: figure["median"] for name, figure in found.items()}
+    assert (medians["cached_share"], medians["default_cached_share"]) == (0.75, 0.5)
+    assert (medians["turn_p95_s"], medians["default_turn_p95_s"]) == (8, 12)
+    assert medians["ratio_turn_p50"] == 1.5
+
+
 @pytest.mark.slow
 def test_two_replicas_of_a_server_find_the_earlier_turns_in_their_caches(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("routed_replicas.py"))]

@@ -197,6 +197,19 @@ def test_the_least_recently_used_idle_engine_is_stopped_first(engines):
     assert stopped == ["second"]
 
 
+def test_what_cannot_take_other_weights_is_stopped_last(engines):
+    spec, stopped = engines
+
+    class Application(EngineSpec):
+        swap_group = ""
+
+    for idle in (Application(spec("application").role, spec("application").pool), spec("first")):
+        with acquire("a", [idle], TWO):
+            pass
+    with acquire("b", [TrainingWorkers("b", Resources(gpus=1))], TWO):
+        assert stopped == ["first"]
+
+
 def test_an_engine_is_started_once_and_shared_by_concurrent_jobs(engines):
     spec, _ = engines
     with acquire("a", [spec("x")], ONE) as first, acquire("b", [spec("x")], ONE) as second:

@@ -49,11 +49,8 @@ def robustness_tables(run: StoredRun) -> str:
     """The paper's measure, this package's measure, and the retention of each persona."""
     stage = "evaluation/robustness"
     conditions = distinct(run.scores, "macro_f1", "condition")
-    attacks = [
-        about
-        for about in (robustness.DEFAULT, robustness.MEAN, *robustness.ORDER[1:])
-        if about in distinct(run.scores, "macro_f1", "about")
-    ]
+    attacks = robustness.in_table_order(distinct(run.scores, "macro_f1", "about"))
+    changes = next(map(robustness.read_changes, run.finished(stage).values()), {})
     note = paper.robustness_note(run.recipe, run.names, conditions) if conditions else ""
     return joined(
         missing(run, stage),
@@ -76,6 +73,12 @@ def robustness_tables(run: StoredRun) -> str:
                 for about in attacks
             },
             conditions,
+            "attack",
+        ),
+        table(
+            "Changes of this measure, paired by prompt, in percentage points; n counts prompts.",
+            changes,
+            list(robustness.STEPS),
             "attack",
         ),
         table(
@@ -196,6 +199,23 @@ def adherence_tables(run: StoredRun) -> str:
     )
 
 
+def assertion_tables(run: StoredRun) -> str:
+    """Each assertion of each persona, with an occasion to show it, and what its scores say."""
+    conditions = list(run.recipe.evaluation.adherence.conditions)
+    level, moved = adherence.MEASURES[adherence.OCCASION]
+    tables = []
+    for name, job in run.finished("evaluation/adherence").items():
+        rows: dict[str, Cells] = {}
+        for about, scored in adherence.assertion_scores(job.persona, kept_rows(job)).items():
+            if about != adherence.ALL:
+                cells = {c: scored.get((level, c)) for c in conditions}
+                cells[AGAINST_BASE] = changed(scored.get((moved, FULL)))
+                rows[f"{about} ({adherence.finding(scored)})"] = cells
+        caption = f"Each assertion of {name}, with an occasion to show it."
+        tables.append(table(caption, rows, [*conditions, AGAINST_BASE], "assertion"))
+    return joined(*tables)
+
+
 def learned(run: StoredRun) -> str:
     """How many assertions of each persona its constitution's author can call learned."""
     counts = []
@@ -221,7 +241,7 @@ def fell_short(cells: dict[str, Cells], column: str, rival: str) -> str:
         return ""
     short = [name for name, s in scores.items() if s is None or s.low is None or s.low <= 0]
     if not short:
-        return f"All {len(scores)} personas show more of their assertions than {rival}."
+        return f"Shown to be above {rival}: {', '.join(scores)}."
     return (
         f"Not shown to be above {rival}: {', '.join(short)} ({len(short)} of {len(scores)} "
         "personas; the interval of the change reaches to 0 or below)."
@@ -360,6 +380,7 @@ CHARACTER_TABLES: dict[str, Callable[[StoredRun], str]] = {
     "robustness": robustness_tables,
     "coherence": coherence_tables,
     "adherence": adherence_tables,
+    "assertions": assertion_tables,
     "drift": drift_tables,
     "projection": projection_tables,
 }

@@ -86,11 +86,6 @@ class StoredRun:
         """The names of the personas."""
         return [persona.name for persona in self.personas]
 
-    @property
-    def unfinished(self) -> list[str]:
-        """The datasets without a manifest."""
-        return [job.dataset for job in self.jobs if job.dataset not in self.manifests]
-
     @cached_property
     def scores(self) -> list[Row]:
         """The rows of `SCORES` of the finished stages."""
@@ -244,7 +239,7 @@ def table(caption: str, rows: Mapping[str, Cells], columns: Sequence[str], label
 def mean_cells(
     rows: Mapping[str, Cells], kinds: Mapping[str, type[Score]] | None = None
 ) -> dict[str, Score | None]:
-    """The mean over personas of each column, without the control; empty for a single persona.
+    """The mean over personas of each column, without the control; a single persona's own cells.
 
     A column that a persona lacks has no mean. The interval is the mean of the personas' intervals,
     which contains that of the mean whatever the correlation of their errors.
@@ -257,7 +252,7 @@ def mean_cells(
     mean: dict[str, Score | None] = {}
     for column in dict.fromkeys(name for cells in averaged for name in cells):
         scores = [score for cells in averaged if (score := cells.get(column))]
-        if len(scores) == len(averaged) > 1:
+        if len(scores) == len(averaged):
             mean[column] = (kinds or {}).get(column, Score)(**vars(mean_of(scores)))
     return mean
 
@@ -265,10 +260,10 @@ def mean_cells(
 def with_mean(
     rows: Mapping[str, Cells], kinds: Mapping[str, type[Score]] | None = None
 ) -> dict[str, Cells]:
-    """Rows of personas with their mean below; arguments as in `mean_cells`."""
+    """Rows of personas, with the mean of several below; arguments as in `mean_cells`."""
     measured = {name: cells for name, cells in rows.items() if any(cells.values())}
     count = len(measured.keys() - {CONTROL})
-    return measured | {f"mean of {count}": mean_cells(rows, kinds)}
+    return measured | ({f"mean of {count}": mean_cells(rows, kinds)} if count > 1 else {})
 
 
 def missing(run: StoredRun, stage: str) -> str:

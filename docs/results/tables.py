@@ -1,12 +1,12 @@
 """Writes the tables and figures of docs/results from the storage of a run.
 
-A page holds text written by hand; a new one is made from its template, `PAGE.in`. The script
-replaces what stands between `<!-- table: NAME -->` and `<!-- /table -->`, and leaves the rest of
-the page as it is. It reads manifests, and the tables
-of the evaluation stages; what the storage lacks is named in the place of its table.
+A page holds text written by hand. The script replaces what stands between `<!-- table: NAME -->`
+and `<!-- /table -->`, and leaves the rest as it is; a page that another folder lacks begins as a
+copy of the one here. The script reads manifests, and the tables of the evaluation stages; what the
+storage lacks is named in the place of its table.
 
-Run: python docs/results/tables.py STORAGE RECIPE [--out docs/results] [--speed SPEEDS]
-     [--device NAME]
+Run: python docs/results/tables.py STORAGE RECIPE [--out docs/results] [--pages PAGE ...]
+     [--speed SPEEDS] [--device NAME]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import html
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from opencharacter.runtime.manifests import HeldTime, held_time
 from opencharacter.runtime.stage import Job
 from opencharacter.text.chat import row_id
 
-TEMPLATES = Path(__file__).parent
+HERE = Path(__file__).parent
 PAGES = ("eleven-personas.md", "answers.md")
 MARKER = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 TABLE = '<table class="docutils">'
@@ -64,7 +65,8 @@ def run_tables(run: StoredRun, speed: str | None = None, device: str | None = No
         device: name of the machine.
     """
     manifests = list(run.manifests.values())
-    newest = max(manifests, key=lambda manifest: manifest["finished"])
+    on_gpu = [manifest for manifest in manifests if manifest["gpu_seconds"]]
+    newest = max(on_gpu or manifests, key=lambda manifest: manifest["finished"])
     versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
     models = {name: role.model for name, role in run.recipe.roles if hasattr(role, "model")}
     repeated = sum(repeated_work(manifest["attempts"]) for manifest in manifests)
@@ -93,9 +95,15 @@ def run_tables(run: StoredRun, speed: str | None = None, device: str | None = No
         measured[0].append(duration(simulation.wall_seconds(planned)))
         measured[1].append(f"{totals.gpu_hours:.2f}")
         measured[2].append(f"{totals.idle:.0%}")
-    unfinished = run.unfinished
-    shown = f"Not finished: {', '.join(unfinished)}." if unfinished else ""
-    return joined(grid(["", ""], facts), grid(header, measured), shown)
+    return joined(grid(["", ""], facts), grid(header, measured), unfinished(run))
+
+
+def unfinished(run: StoredRun) -> str:
+    """A sentence that counts the datasets without a manifest, by stage."""
+    planned = Counter(job.stage.name for job in run.jobs)
+    absent = Counter(job.stage.name for job in run.jobs if job.dataset not in run.manifests)
+    counts = [f"{name} ({n} of {planned[name]} datasets)" for name, n in absent.items()]
+    return f"Not finished: {', '.join(counts)}." if counts else ""
 
 
 def stage_table(run: StoredRun) -> str:
@@ -116,12 +124,12 @@ def stage_table(run: StoredRun) -> str:
                 f"{dropped:,}",
                 f"{sum(manifest['tokens_out'] for manifest in manifests):,}",
                 duration(wall_seconds(manifests)),
-                f"{held.held / 3600:.2f}",
+                f"{held.held / 60:.1f}",
                 percent_of(held),
                 digest(manifests),
             ]
         )
-    what = "GPU-hours" if held_time(list(run.manifests.values())).on_gpu else "hours held"
+    what = "GPU-minutes" if held_time(list(run.manifests.values())).on_gpu else "minutes held"
     header = ["stage", "datasets", "rows", "dropped", "tokens generated", "time", what, "idle"]
     return grid([*header, "digest"], rows)
 
@@ -200,7 +208,13 @@ def fill(page: str, contents: dict[str, str]) -> str:
     return MARKER.sub(content, page)
 
 
-def write(run: StoredRun, out: Path, speed: str | None = None, device: str | None = None) -> None:
+def write(
+    run: StoredRun,
+    out: Path,
+    pages: Iterable[str] = PAGES,
+    speed: str | None = None,
+    device: str | None = None,
+) -> None:
     """Write the figures, and the tables into the pages of a folder."""
     tables = FURTHER_TABLES | CHARACTER_TABLES
     contents = {
@@ -209,9 +223,9 @@ def write(run: StoredRun, out: Path, speed: str | None = None, device: str | Non
         **{name: function(run) for name, function in tables.items()},
         "answers": answer_tables(run),
     }
-    for page in PAGES:
+    for page in pages:
         path = out / page
-        source = path if path.exists() else TEMPLATES / f"{page}.in"
+        source = path if path.exists() else HERE / page
         path.write_text(fill(source.read_text(encoding="utf-8"), contents), encoding="utf-8")
     (out / "drift.svg").write_text(figures.drift_figure(run) + "\n", encoding="utf-8")
     (out / "adherence.svg").write_text(figures.adherence_figure(run) + "\n", encoding="utf-8")
@@ -222,13 +236,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the tables and figures of docs/results.")
     parser.add_argument("storage", help="path or URL of the storage")
     parser.add_argument("recipe", help="a recipe with the student's name")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--pages", nargs="+", default=PAGES, help="the pages to write")
     parser.add_argument("--speed", help="speeds for a forecast, as in `opencharacter plan`")
     parser.add_argument("--device", help="name of the machine")
     arguments = parser.parse_args()
     try:
         run = open_run(arguments.storage, arguments.recipe)
-        write(run, arguments.out, arguments.speed, arguments.device)
+        write(run, arguments.out, arguments.pages, arguments.speed, arguments.device)
     except UserError as error:
         sys.exit(f"error: {error}")
 

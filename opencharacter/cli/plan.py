@@ -22,7 +22,7 @@ from opencharacter.cli.options import (
     open_run,
     print_table,
 )
-from opencharacter.config.placement import Placement, fits, total_resources
+from opencharacter.config.placement import Placement, Pool, fits, total_resources
 from opencharacter.config.roles import Role
 from opencharacter.distillation.sources import HUB, check_hub_source
 from opencharacter.planning import cost, simulation
@@ -132,7 +132,7 @@ def roles_by_text(texts: Mapping[str, str]) -> list[str]:
 def describe_engine(run: Run, role_name: str) -> str:
     """Describe the engines of a role: number, size, and the memory that they need."""
     from opencharacter.engines.backends import engine_arguments
-    from opencharacter.engines.spec import EngineSpec, no_swap_reason
+    from opencharacter.engines.spec import EngineSpec
 
     if role_name == "teacher" and not asks_teacher(run.recipe):
         return "none, its answers exist already"
@@ -141,13 +141,11 @@ def describe_engine(run: Run, role_name: str) -> str:
     if not spec.has_weights:
         return f"{role.endpoint or role.model}{endpoint_date(role)}"
     batched_tokens = engine_arguments(spec)["max_num_batched_tokens"]
-    reason = no_swap_reason(pool) if role_name == "student" else ""
+    adapters = adapters_note(pool) if role_name == "student" else ""
     line = (
         f"{role.model}, {pool.replicas} x {pool.gpus:g} GPU, each up to "
         f"{pool.max_num_seqs} sequences of {role.max_model_len:,} tokens, "
-        f"{batched_tokens:,} tokens a step"
-        + (f", restarted for each adapter because of {reason}" if reason else "")
-        + sleep_note(run.placement, spec)
+        f"{batched_tokens:,} tokens a step" + adapters + sleep_note(run.placement, spec)
     )
     path = models.local_weights(role.model, role.revision)
     if path is None:
@@ -159,6 +157,16 @@ def describe_engine(run: Run, role_name: str) -> str:
         f"{line}; weights {footprint.weights / GIB:.2g} GiB, key-value cache {cache / GIB:.2g} GiB "
         f"if all sequences were full{reserved}"
     )
+
+
+def adapters_note(pool: Pool) -> str:
+    """Say how the student's engines get the adapters of personas, unless weights are replaced."""
+    from opencharacter.engines.spec import no_swap_reason
+
+    if pool.adapters == "runtime":
+        return ", with all adapters side by side"
+    reason = no_swap_reason(pool)
+    return f", restarted for each adapter because of {reason}" if reason else ""
 
 
 def endpoint_date(role: Role) -> str:

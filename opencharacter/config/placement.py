@@ -59,6 +59,8 @@ def fits(requests: Iterable[Resources], available: Resources) -> bool:
 MAX_JOBS_PER_ENGINE = 2
 """Number of jobs that use an engine concurrently: a second job fills the batch while the last rows
 of the first one finish, and while the first one sends no requests."""
+MAX_RUNTIME_ADAPTERS = 4
+"""Number of adapters that an engine with `adapters: runtime` applies concurrently, and of jobs."""
 OWN_APPLICATION = "own"
 """Value of `evaluation.served` for an application that the run deploys itself."""
 LIGHT_TASK_CPUS = 0.02
@@ -97,8 +99,9 @@ class Pool(Config):
     engines are stopped if training needs their resources."""
     adapters: Literal["merged", "runtime"] = "merged"
     """How an engine applies a LoRA adapter: `merged` writes a copy of the weights with the adapter
-    merged in; `runtime` applies it during generation, which needs no disk space for a copy but has
-    a lower throughput."""
+    merged in; `runtime` applies the adapters of all personas during generation, side by side in one
+    engine, which saves starts, replacements of weights and disk space, but has a lower throughput.
+    Steering vectors, blends and tuned personas are merged in any case."""
     max_restarts: NonNegativeInt = 8
     """How often a replica whose engine died is restarted within a run."""
     engine_kwargs: dict[str, Any] = Field(default={})
@@ -111,10 +114,15 @@ class Pool(Config):
         return max(self.replicas, self.max_replicas or 0)
 
     @property
+    def max_concurrent_jobs(self) -> int:
+        """Number of jobs that use the pool's engine concurrently."""
+        return MAX_RUNTIME_ADAPTERS if self.adapters == "runtime" else MAX_JOBS_PER_ENGINE
+
+    @property
     def resources(self) -> Resources:
         """What all `replicas` reserve together, including the light tasks of jobs that use them."""
         return Resources(
-            cpus=self.replicas * (self.cpus + MAX_JOBS_PER_ENGINE * LIGHT_TASK_CPUS),
+            cpus=self.replicas * (self.cpus + self.max_concurrent_jobs * LIGHT_TASK_CPUS),
             gpus=self.replicas * self.gpus,
             memory_gib=self.replicas * self.memory_gib,
         )
@@ -154,6 +162,9 @@ class Training(Config):
     """Ray's accelerator type, for example `H100`; any if null."""
     cpus: PositiveFloat = 2
     """CPUs per worker, which is also its number of threads."""
+    task_cpus: PositiveFloat | None = None
+    """CPUs, and threads, of a task that reads a model in a single process, such as steering vectors
+    and the capabilities; `cpus` if null."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How the model is distributed: `ddp` gives each worker the whole model, `fsdp` (FSDP2) shards
     it over the workers."""
@@ -176,6 +187,11 @@ class Training(Config):
     def resources(self) -> Resources:
         """What all workers reserve together."""
         return Resources(cpus=self.workers * self.cpus, gpus=self.workers * self.gpus)
+
+    @property
+    def single(self) -> Training:
+        """One worker with the CPUs of a task in a single process."""
+        return self.model_copy(update={"workers": 1, "cpus": self.task_cpus or self.cpus})
 
 
 class Serving(Config):
@@ -275,7 +291,7 @@ class Placement(Config):
     """Name of the placement."""
     pools: Pools = Pools()
     """Engines, by role."""
-    training: Training = Training()
+    training: Training = Training(workers=2, cpus=1, task_cpus=2)
     """Training workers."""
     serving: Serving = Serving()
     """Limits of a server."""

@@ -179,8 +179,11 @@ class Dpo(Config):
 class Reflection(Config):
     """Settings of the stage introspection/reflection."""
 
+    prompts: Annotated[Literal["reflective", "distillation"], AddedLater("0.3")] = "reflective"
+    """What the model writes to: ten prompts to reflect on itself, or, as a control for more
+    training of any kind, the prompts of the distillation, which it answers in character."""
     transcripts_per_prompt: NonNegativeInt = 1000
-    """Number of transcripts for each of the ten reflective prompts; 0 disables reflection."""
+    """Number of transcripts for each prompt; 0 disables reflection."""
     sampling: Sampling = Sampling(max_tokens=2048, typical_tokens=600)
     """How the transcripts are sampled."""
     max_drop_rate: Annotated[Rate, NotIdentity] = 0.2
@@ -211,6 +214,9 @@ class Transcripts(Config):
 
     max_tokens: PositiveInt = 3072
     """Maximum length of a transcript in tokens of the student; longer ones are dropped."""
+    trained_tokens: Annotated[PositiveInt | None, AddedLater("0.3")] = None
+    """Maximum number of tokens with a loss, so that two kinds of training data can be compared at
+    the same amount; transcripts beyond it are left out. All are trained on if null."""
     max_repeated: Rate = 0.5
     """Like `pairs.max_repeated`, for each message."""
     quoted_words: PositiveInt = 8

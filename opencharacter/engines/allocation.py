@@ -163,7 +163,10 @@ def _make_room(
     sources: Mapping[str, str],
     available: Resources,
 ) -> bool:
-    """Stop idle engines until the requests fit.
+    """Stop idle engines until the requests fit, the least recently used first.
+
+    What cannot take other weights, such as an application with all adapters, is stopped last: it
+    takes longest to start, and nothing else can do its work.
 
     Args:
         resource_requests: what is requested, by key.
@@ -183,8 +186,9 @@ def _make_room(
         idle = [key for key in others if not _leases[key].users]
         if not idle:
             return not others  # if it does not fit alone, Ray refuses it or scales the cluster up
-        others.remove(idle[0])
-        _stop_engine(idle[0])
+        stopped = min(idle, key=lambda key: not _leases[key].request.swap_group)
+        others.remove(stopped)
+        _stop_engine(stopped)
     return True
 
 

@@ -8,18 +8,28 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from opencharacter import lora, models
+from opencharacter import models
 from opencharacter.cache import cache_dir
 from opencharacter.config.base import ECHO
+from opencharacter.config.placement import MAX_RUNTIME_ADAPTERS
 from opencharacter.config.roles import Sampling
 from opencharacter.engines import weights
 from opencharacter.engines.spec import Engine, EngineSpec, FirstToken, Reply
 from opencharacter.errors import RowFailed, StageFailed
+from opencharacter.runtime.store import RemoteDir
 from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant
 from opencharacter.text.templates import load_tokenizer, prompt_ids
 
+DEFAULT_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # A fresh GPU host compiles FlashInfer's sampler for two and a half minutes, and vLLM does not
+    # use it for requests with seeds, as those of a run are by default.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+"""Environment of every engine, unless the environment has other values."""
 CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",  # two threads were a third slower than one on two cores
+    # On two cores, two are a third slower than one for 4 sequences, and 1.4 times as fast for 48.
+    "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Without it, vLLM starts a process for the model beside that of the engine, to bind threads.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -38,24 +48,22 @@ def start(spec: EngineSpec) -> Engine:
 
 
 class VllmEngine:
-    """VLLM's asynchronous engine with one model and at most one adapter."""
+    """VLLM's asynchronous engine with one model.
+
+    An adapter is merged into its weights, or it applies adapters that its requests name.
+    """
 
     def __init__(self, spec: EngineSpec):
         os.environ.update(environment(spec) | cache_environment())
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        base, adapter = models.resolve_role(spec.role), spec.adapter and spec.adapter.local()
+        base = models.resolve_role(spec.role)
         models.check_parallel(base, spec.pool.tensor_parallel)
-        arguments, self.adapter = engine_arguments(spec), None
-        runtime_adapter = spec.pool.adapters == "runtime"
-        if adapter and runtime_adapter and not models.is_steering(adapter):
-            arguments |= {"enable_lora": True, "max_lora_rank": lora.engine_rank(adapter)}
-            self.adapter = LoRARequest(adapter.name, 1, str(adapter))
-        elif adapter:
-            base = models.merge_into_base(base, adapter)
+        arguments = engine_arguments(spec)
+        if spec.merged_adapter:
+            base = models.merge_into_base(base, spec.merged_adapter.local())
         if spec.pool.tensor_parallel > 1:  # within this actor, whose GPUs are all on one node
             arguments.setdefault("distributed_executor_backend", "mp")
         elif spec.pool.gpus == 0:
@@ -67,6 +75,8 @@ class VllmEngine:
         self.tokenizer = load_tokenizer(base, spec.role)
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=self.model, **arguments))
         self.requests = 0
+        self.adapters: dict[str, Any] = {}
+        self.adding_adapter = asyncio.Lock()
 
     async def swap(self, spec: EngineSpec) -> None:
         """Replace the weights by those of a spec that differs only in the merged adapter.
@@ -78,8 +88,8 @@ class VllmEngine:
             WeightsDiffer: if the checkpoints are incompatible, or the weights are not as expected.
         """
         folder = models.resolve_role(spec.role)
-        if spec.adapter:
-            folder = models.merge_into_base(folder, spec.adapter.local())
+        if spec.merged_adapter:
+            folder = models.merge_into_base(folder, spec.merged_adapter.local())
         weights.check_compatible(Path(self.model), folder)
         workers = await self.engine.collective_rpc("swap_weights", args=(str(folder),))
         weights.check_sums(workers)
@@ -108,6 +118,7 @@ class VllmEngine:
         seed: int | None,
         prefill: str,
         final_only: bool,
+        adapter: RemoteDir | None = None,
     ) -> AsyncIterator[Any]:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -133,15 +144,29 @@ class VllmEngine:
             TokensPrompt(prompt_token_ids=ids),
             parameters,
             request_id=str(self.requests),
-            lora_request=self.adapter,
+            lora_request=adapter and await self.lora_request(adapter),
         ):
             yield output
 
-    async def reply(self, messages, sampling, *, seed, prefill="") -> Reply:
+    async def lora_request(self, adapter: RemoteDir) -> Any:
+        """Return vLLM's reference to an adapter, which it loads with the first request."""
+        from vllm.lora.request import LoRARequest
+
+        address = adapter.store.address(adapter.relative)
+        async with self.adding_adapter:  # so that no two adapters get the same number
+            if address not in self.adapters:
+                folder = await asyncio.to_thread(adapter.local)
+                number = len(self.adapters) + 1
+                self.adapters[address] = LoRARequest(address, number, str(folder))
+            return self.adapters[address]
+
+    async def reply(self, messages, sampling, *, seed, prefill="", adapter=None) -> Reply:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            outputs = self._generate(messages, sampling, seed, prefill, final_only=True)
+            outputs = self._generate(
+                messages, sampling, seed, prefill, final_only=True, adapter=adapter
+            )
             (final,) = [output async for output in outputs]
         except EngineDeadError:
             raise
@@ -174,11 +199,11 @@ def first_tokens(log_probs: Any) -> tuple[tuple[str, float], ...]:
 
 def environment(spec: EngineSpec) -> dict[str, str]:
     """Return the environment variables that must be set before vLLM is imported."""
-    logging = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    variables = {name: os.environ.get(name, value) for name, value in DEFAULT_ENVIRONMENT.items()}
     if spec.pool.gpus:
-        return logging
+        return variables
     cache_gib = str(max(1, round(spec.pool.kv_cache_gib)))
-    return logging | CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": cache_gib}
+    return variables | CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": cache_gib}
 
 
 def cache_environment() -> dict[str, str]:
@@ -221,12 +246,18 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             # generator offset that CPU generators do not have.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(role.max_model_len, 4096),
-            "worker_cls": "opencharacter.engines.cpu_lora.LoraWorker",
+            "worker_cls": "opencharacter.engines.cpu_worker.Worker",
         }
     else:
         arguments |= {
             "gpu_memory_utilization": pool.gpu_memory_utilization,
             "max_num_batched_tokens": 8192,  # the default of vLLM's asynchronous engine is 2,048
+        }
+    if spec.max_lora_rank:
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": spec.max_lora_rank,
+            "max_loras": MAX_RUNTIME_ADAPTERS,
         }
     return arguments | pool.engine_kwargs
 

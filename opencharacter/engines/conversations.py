@@ -139,7 +139,7 @@ class EngineRef:
         if isinstance(self.spec, ServedSpec):
             return self.spec.connect()
         if isinstance(self.replicas, EngineReplicas):
-            return EngineClient(self.replicas)
+            return EngineClient(replace(self.replicas, spec=self.spec))
         return start(self.spec)
 
 

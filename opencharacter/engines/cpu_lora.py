@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-from vllm.platforms import current_platform
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 Groups = list[tuple[int, torch.Tensor | None]]
 """The slots of a batch with the rows of their tokens; None for all rows."""
@@ -106,12 +104,3 @@ class GroupedLora(PunicaWrapperCPU):
         reduced = torch.zeros(len(x), lora_b_stacked.shape[-1], dtype=torch.float32)
         add_products(reduced, x, lora_a_stacked, self.samples, scale)
         add_products(y.view(-1, y.shape[-1]), reduced, lora_b_stacked, self.samples)
-
-
-class LoraWorker(CPUWorker):
-    """A vLLM worker that applies adapters with `GroupedLora`."""
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model; vLLM asks the platform for the class that applies adapters."""
-        current_platform.get_punica_wrapper = lambda: f"{__name__}.{GroupedLora.__name__}"
-        super().load_model(*args, **kwargs)

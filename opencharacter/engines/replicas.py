@@ -35,12 +35,14 @@ class EngineActor:
     def __init__(self) -> None:
         self.engine: VllmEngine | None = None
         self.weights: str | None = None
+        self.starting = asyncio.Lock()
 
     async def start(self, spec: EngineSpec) -> None:
         """Start the engine unless it is running; a failure is raised to every caller."""
-        if self.engine is None:
-            self.engine = VllmEngine(spec)
-            self.weights = spec.weights
+        async with self.starting:
+            if self.engine is None:
+                self.engine = await start_engine(spec)
+                self.weights = spec.weights
         if self.weights != spec.weights:
             raise OtherWeights(f"the engine has the weights {self.weights}")
 
@@ -53,18 +55,18 @@ class EngineActor:
         """
         self.weights = None
         if self.engine is None:  # its process died while it was unused
-            self.engine = VllmEngine(spec)
+            self.engine = await start_engine(spec)
         else:
             with exit_if_dead(self.engine):
                 await self.engine.swap(spec)
         self.weights = spec.weights
 
     @ray.method(max_task_retries=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    async def reply(self, messages, sampling, *, seed, prefill="", weights="") -> Reply:
+    async def reply(self, messages, sampling, *, weights="", **options) -> Reply:
         if self.engine is None or self.weights != weights:
             raise OtherWeights(f"the engine has the weights {self.weights}")
         with exit_if_dead(self.engine):
-            return await self.engine.reply(messages, sampling, seed=seed, prefill=prefill)
+            return await self.engine.reply(messages, sampling, **options)
 
     @ray.method(max_task_retries=0)  # pyright: ignore[reportCallIssue, reportArgumentType]
     async def sleep(self) -> None:
@@ -79,6 +81,24 @@ class EngineActor:
     async def close(self) -> None:
         if self.engine is not None:
             self.engine.close()
+
+
+async def start_engine(spec: EngineSpec) -> VllmEngine:
+    """Start an engine; on a GPU from the weights of the base model, which are then replaced.
+
+    VLLM keeps what it has compiled for the next start from the same path, and compiles again for
+    every other path, which takes longer than to replace the weights.
+    """
+    base = replace(spec, adapter=None)
+    if not (spec.pool.gpus and spec.weights and spec.swap_group == base.swap_group != ""):
+        return VllmEngine(spec)
+    engine = VllmEngine(base)
+    try:
+        await engine.swap(spec)
+    except Exception:  # whatever the reason, an engine that loads the weights itself is right
+        engine.close()
+        return VllmEngine(spec)
+    return engine
 
 
 @contextlib.contextmanager
@@ -201,6 +221,10 @@ class EngineClient:
 
     def __init__(self, replicas: EngineReplicas):
         self.spec = replicas.spec
+        self.model: dict[str, Any] = {"weights": self.spec.weights}
+        """The weights that a replica must have, and the adapter that it applies, if any."""
+        if self.spec.runtime_adapter:
+            self.model["adapter"] = self.spec.runtime_adapter
         self.in_flight = dict.fromkeys(replicas.ready, 0)
         self.pending = replicas.pending
         self.joins: set[asyncio.Task[None]] | None = None
@@ -262,7 +286,7 @@ class EngineClient:
             replica = await self._choose(preferred)
             self.in_flight[replica] += 1
             try:
-                reply = await replica.reply.remote(*request, **options, weights=self.spec.weights)
+                reply = await replica.reply.remote(*request, **options, **self.model)
                 return reply, replica
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, RowFailed):

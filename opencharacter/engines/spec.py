@@ -6,11 +6,14 @@ import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from opencharacter.config.placement import MAX_JOBS_PER_ENGINE, Pool, Resources
+from opencharacter import lora
+from opencharacter.config.placement import Pool, Resources
+from opencharacter.config.recipe import Recipe
 from opencharacter.config.roles import Role, Sampling
 from opencharacter.runtime.stage import Job
 from opencharacter.runtime.store import RemoteDir
@@ -61,12 +64,15 @@ class EngineSpec:
         adapter: LoRA adapter to apply to the model, or None.
         role_name: name of the role in the recipe. Roles with equal models and pools share an
             engine, so this is not part of the key.
+        max_lora_rank: largest rank of the adapters that the engine applies during generation; 0 if
+            its adapter is merged into its weights.
     """
 
     role: Role
     pool: Pool
     adapter: RemoteDir | None = None
     role_name: str = ""
+    max_lora_rank: int = 0
 
     @property
     def has_weights(self) -> bool:
@@ -81,7 +87,7 @@ class EngineSpec:
     @property
     def max_concurrent_jobs(self) -> int:
         """Jobs that may use it concurrently; one for an endpoint, to keep its request limit."""
-        return 1 if self.role.endpoint else MAX_JOBS_PER_ENGINE
+        return 1 if self.role.endpoint else self.pool.max_concurrent_jobs
 
     def shared_by(self, tasks: int) -> EngineSpec:
         """Return the spec for each of several tasks, which share an endpoint's request limit."""
@@ -89,9 +95,20 @@ class EngineSpec:
         return replace(self, role=self.role.model_copy(update={"endpoint_concurrency": limit}))
 
     @property
+    def runtime_adapter(self) -> RemoteDir | None:
+        """The adapter, if it is applied during generation."""
+        return self.adapter if self.max_lora_rank else None
+
+    @property
+    def merged_adapter(self) -> RemoteDir | None:
+        """The adapter, if it is merged into the weights."""
+        return None if self.max_lora_rank else self.adapter
+
+    @property
     def label(self) -> str:
-        """Model and adapter, for people."""
-        return " + ".join([self.role.model, *([self.adapter.relative] if self.adapter else [])])
+        """Model and merged adapter, for people."""
+        adapter = self.merged_adapter
+        return " + ".join([self.role.model, *([adapter.relative] if adapter else [])])
 
     def key(self) -> str:
         """Return a key that is equal for all specs that one engine can serve."""
@@ -99,7 +116,8 @@ class EngineSpec:
 
     @cached_property
     def _key(self) -> str:
-        return repr((self._engine, self.adapter if self.has_weights else None))
+        adapter = self.merged_adapter if self.has_weights else None
+        return repr((self._engine, adapter, self.max_lora_rank))
 
     @property
     def _engine(self) -> tuple[Role, Pool]:
@@ -115,7 +133,8 @@ class EngineSpec:
     @property
     def weights(self) -> str:
         """The adapter that is merged into the model's weights; empty for none."""
-        return self.adapter.store.address(self.adapter.relative) if self.adapter else ""
+        adapter = self.merged_adapter
+        return adapter.store.address(adapter.relative) if adapter else ""
 
     @property
     def swap_group(self) -> str:
@@ -129,21 +148,22 @@ class EngineSpec:
 
     @cached_property
     def _swap_group(self) -> str:
-        if not self.has_weights or no_swap_reason(self.pool):
+        if not self.has_weights or self.max_lora_rank or no_swap_reason(self.pool):
             return ""
         return repr((self._engine, bool(self.adapter and STEERING in self.adapter.relative)))
 
 
 STEERING = "/evaluation/steering/"
 """Part of the path of steering vectors in storage."""
+RUNTIME_ADAPTERS = ("/distillation/dpo/adapter", "/persona/merge/adapter")
+"""Ends of the paths of adapters that can be applied during generation. Others are steering vectors,
+or may have a rank that no engine supports."""
 UNVERIFIABLE = ("quantization", "load_format", "worker_extension_cls", "enable_sleep_mode")
 """Arguments of vLLM under which replaced weights could not be verified."""
 
 
 def no_swap_reason(pool: Pool) -> str:
     """Explain why the engines of a pool cannot replace their weights; empty if they can."""
-    if pool.adapters == "runtime":
-        return "adapters: runtime"
     return ", ".join(name for name in UNVERIFIABLE if name in pool.engine_kwargs)
 
 
@@ -199,4 +219,23 @@ def engine_spec(
     if served := served_spec(job, role, adapter, model):
         return served
     pool: Pool = getattr(job.placement.pools, role)
-    return EngineSpec(model or getattr(job.recipe.roles, role), pool, adapter, role)
+    used: Role = model or getattr(job.recipe.roles, role)
+    applies_adapters = (
+        pool.adapters == "runtime"
+        and used.model == job.recipe.roles.student.model
+        and (adapter is None or adapter.relative.endswith(RUNTIME_ADAPTERS))
+    )
+    rank = max_lora_rank(job.recipe) if applies_adapters else 0
+    return EngineSpec(used, pool, adapter, role, rank)
+
+
+def max_lora_rank(recipe: Recipe) -> int:
+    """Return the LoRA rank that an engine must allow for the adapters of a recipe's personas.
+
+    They are the DPO adapter and the merged adapter, or the one that is evaluated in their place.
+    """
+    dpo, sft = recipe.distillation.dpo.lora.rank, recipe.introspection.sft.lora.rank
+    given = recipe.evaluation.subject.adapter
+    if given:
+        return lora.engine_rank(Path(given))
+    return lora.allowed_rank(max(dpo, recipe.persona.merge.rank or dpo + sft))

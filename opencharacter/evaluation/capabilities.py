@@ -192,14 +192,16 @@ def measure_tasks(job: Job, adapter: Any) -> pa.Table:
     import ray
 
     settings, placement = job.config, job.placement
-    pool, threads = placement.pools.student, int(max(1, placement.training.cpus))
+    pool, cpus = placement.pools.student, placement.training.single.cpus
     todo = [task for task in settings.tasks if not job.store.exists(shard_path(job, task))]
     attempts = AttemptLog(job, kept=len(settings.tasks) - len(todo))
     remote = ray.remote(measure).options(
-        num_cpus=placement.training.cpus, num_gpus=pool.gpus, runtime_env={"env_vars": PASSIVE_WAIT}
+        num_cpus=cpus, num_gpus=pool.gpus, runtime_env={"env_vars": PASSIVE_WAIT}
     )
     role = job.recipe.roles.student
-    running = {remote.remote(role, adapter, t, settings, pool.gpus, threads): t for t in todo}
+    running = {
+        remote.remote(role, adapter, t, settings, pool.gpus, int(max(1, cpus))): t for t in todo
+    }
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)
         task = running.pop(done)
@@ -230,7 +232,9 @@ def is_enabled(job: Job) -> bool:
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    resources = Resources(cpus=job.placement.training.cpus, gpus=job.placement.pools.student.gpus)
+    resources = Resources(
+        cpus=job.placement.training.single.cpus, gpus=job.placement.pools.student.gpus
+    )
     return [(TrainingWorkers(job.dataset, resources),)] if job.config.tasks else []
 
 

@@ -111,7 +111,7 @@ def is_enabled(job: Job) -> bool:
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(job.workers(1),)] if is_enabled(job) else []
+    return [(job.single_worker(),)] if is_enabled(job) else []
 
 
 def estimate(job: Job) -> Estimate:

@@ -205,7 +205,7 @@ def with_recognized(job: Job, table: pa.Table) -> pa.Table:
         classifiers.predict,
         settings.classifier,
         encoder=settings.encoder,
-        placement=job.placement.training,
+        placement=job.placement.training.single,
         seed=row_seed(job.recipe.seed, job.stage.name, "classifier"),
     )
     workers = classifier_workers(job)
@@ -245,7 +245,7 @@ def local_weights(classifier: str) -> dict[str, str] | None:
 def classifier_workers(job: Job) -> list[ResourceRequest]:
     """The training worker that a classifier with an encoder needs."""
     uses_encoder = job.recipe.evaluation.robustness.classifier != classifiers.TFIDF
-    return [job.workers(1)] if uses_encoder else []
+    return [job.single_worker()] if uses_encoder else []
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:

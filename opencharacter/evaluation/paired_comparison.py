@@ -22,10 +22,13 @@ Player = TypeVar("Player", bound=Hashable)
 
 BATCH = 50
 """Resamples that are solved at a time, so that their matrices fit into the CPU's cache."""
-TOLERANCE = 1e-9
+TOLERANCE = 1e-5
+"""Largest Newton step, in logits, of a converged fit. Where nearly all games are won, rounding
+alone makes steps of 1e-6."""
 MAX_STEPS = 100
 UNBOUNDED = 20.0
-"""Logits beyond which a strength counts as infinite."""
+"""Logits beyond which a strength counts as infinite without a prior. With one, all are finite, but
+a resample in which every trait beats all weaker ones may reach them."""
 LARGEST_STEP = 2.0
 """Largest Newton step, in logits: a full step may overshoot if a player wins nearly always."""
 
@@ -79,7 +82,7 @@ def fit_strengths(wins: Array, prior: float) -> Array:
         except np.linalg.LinAlgError:
             break
         strengths = strengths + np.clip(step, -LARGEST_STEP, LARGEST_STEP)
-        if np.abs(strengths).max() > UNBOUNDED:
+        if not prior and np.abs(strengths).max() > UNBOUNDED:
             break
         if np.abs(step).max() < TOLERANCE:
             return strengths - strengths.mean(-1, keepdims=True)

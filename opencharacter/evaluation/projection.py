@@ -91,17 +91,17 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(job.workers(1),)] if is_enabled(job) else []
+    return [(job.single_worker(),)] if is_enabled(job) else []
 
 
 def estimate(job: Job) -> Estimate:
     if not is_enabled(job):
         return Estimate(0)
     answers, limit = job.recipe.evaluation.answers, job.recipe.evaluation.direction.max_tokens
-    introspection = job.recipe.introspection
-    count = job.config.texts
-    per_kind = (introspection.interaction.free, introspection.interaction.leading)
-    reflections = 10 * introspection.reflection.transcripts_per_prompt
+    count, interaction = job.config.texts, job.recipe.introspection.interaction
+    per_kind = (interaction.free, interaction.leading)
+    reflection = job.parent("introspection/transcripts").parent("introspection/reflection")
+    reflections = reflection.stage.module.estimate(reflection).rows
     transcripts = sum(min(count, n) for n in (reflections, *per_kind))
     rows = min(count, answers.count) * len(answers.conditions)
     tokens = min(limit, 40 + teacher.expected_tokens(answers.sampling))

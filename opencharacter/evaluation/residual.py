@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation.intervals import student_quantile
 from opencharacter.evaluation.report.sections import Distance
-from opencharacter.evaluation.steering import direction, last_states, steered_layers
+from opencharacter.evaluation.steering import direction, last_states, mean_states, steered_layers
 from opencharacter.text.chat import Message, user
 from opencharacter.text.templates import encode
 
@@ -47,41 +47,31 @@ def find_directions(
     """The unit vectors of all layers, shape (layers, hidden)."""
     import torch
 
-    plain = torch.stack([last_states(model, tokenizer, [user(text)]) for text in prompts])
-    informed = torch.stack(
-        [last_states(model, tokenizer, [*context, user(text)]) for text in prompts]
-    )
+    plain = last_states(model, tokenizer, [[user(text)] for text in prompts])
+    informed = last_states(model, tokenizer, [[*context, user(text)] for text in prompts])
     return torch.stack(
         [direction(informed[:, layer], plain[:, layer]) for layer in range(plain.shape[1])]
     )
 
 
-def answer_states(
-    model: Any, tokenizer: Any, conversation: list[Message], max_tokens: int
-) -> torch.Tensor | None:
-    """Mean residual stream after each layer over the answer tokens, shape (layers, hidden).
+def answer_tokens(
+    tokenizer: Any, conversation: list[Message], max_tokens: int
+) -> tuple[list[int], list[int]] | None:
+    """The tokens of a conversation that are read, and the positions of its assistant turns.
 
     Args:
-        model: the student.
-        tokenizer: its tokenizer.
-        conversation: messages with at least one assistant turn; all of these turns are read.
+        tokenizer: the student's.
+        conversation: messages with at least one assistant turn.
         max_tokens: tokens that are read at most, from the beginning.
 
     Returns:
-        The states in float32, or None if no answer token is among those that are read.
+        Token ids and positions, or None if no answer token is among those that are read.
     """
-    import torch
-
     sequences = encode(tokenizer, conversation)
     if not sequences:
         return None
     positions = [n for n in sequences[0].loss_positions if n < max_tokens]
-    if not positions:
-        return None
-    ids = torch.tensor([sequences[0].ids[:max_tokens]], device=model.device)
-    with torch.no_grad():  # the model without its head, because logits are not needed
-        output = model.base_model(ids, output_hidden_states=True, use_cache=False)
-    return torch.stack([s[0, positions].float().mean(0).cpu() for s in output.hidden_states[1:]])
+    return (sequences[0].ids[:max_tokens], positions) if positions else None
 
 
 def project(
@@ -91,9 +81,17 @@ def project(
     conversations: list[list[Message]],
     max_tokens: int,
 ) -> list[list[float] | None]:
-    """The positions of texts along the layers' directions; None for a text that was not read."""
-    states = (answer_states(model, tokenizer, c, max_tokens) for c in conversations)
-    return [None if s is None else (s * directions).sum(-1).tolist() for s in states]
+    """The positions of texts along the layers' directions; None for a text that was not read.
+
+    A text is read up to `max_tokens`; its state is the mean over its answer tokens.
+    """
+    encoded = [answer_tokens(tokenizer, c, max_tokens) for c in conversations]
+    read = [tokens for tokens in encoded if tokens]
+    if not read:
+        return [None] * len(conversations)
+    states = mean_states(model, [ids for ids, _ in read], [positions for _, positions in read])
+    found = iter((states * directions).sum(-1).tolist())
+    return [next(found) if tokens else None for tokens in encoded]
 
 
 # ------------------------------------------------------------------------------------- statistics

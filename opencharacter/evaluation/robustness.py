@@ -13,7 +13,7 @@ Run: opencharacter run RECIPE --constitution NAME --only evaluation/robustness
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
 from opencharacter.evaluation.conditions import VARIANTS, in_order
-from opencharacter.evaluation.macro_f1 import f1_score
+from opencharacter.evaluation.macro_f1 import f1_change, f1_score
 from opencharacter.evaluation.paper import POOLED_F1
 from opencharacter.evaluation.pooled_robustness import (
     classify_pooled,
@@ -36,6 +36,8 @@ from opencharacter.evaluation.pooled_robustness import (
     pooled_table,
 )
 from opencharacter.evaluation.report.sections import (
+    Cells,
+    Change,
     Headline,
     ScoreTable,
     Section,
@@ -233,6 +235,37 @@ def by_attack(classified: list[Row]) -> dict[str, list[list[Row]]]:
     return groups | ({MEAN: instructed} if instructed else {})
 
 
+STEPS: dict[str, tuple[Condition, Condition]] = {
+    "distilled against prompted": ("prompted", "distilled"),
+    "full against distilled": ("distilled", "full"),
+}
+"""The conditions that are compared, by what DPO adds to a prompt and introspection to DPO."""
+
+
+def step_changes(classified: list[Row], settings: Robustness, seed: int) -> dict[str, Cells]:
+    """What each step of the method changes in macro-F1, by attack; paired by prompt."""
+    labels = sorted({row["label"] for row in classified})
+    groups = {
+        condition: by_attack([row for row in classified if row["condition"] == condition])
+        for condition in {condition for pair in STEPS.values() for condition in pair}
+    }
+
+    def change(before: Condition, after: Condition, attack: str) -> Change:
+        parts = groups[before][attack], groups[after][attack]
+        return Change(**vars(f1_change(*parts, labels, settings.resamples, seed)))
+
+    shared = {step: groups[one].keys() & groups[two].keys() for step, (one, two) in STEPS.items()}
+    return {
+        attack: {step: change(*STEPS[step], attack) for step in STEPS if attack in shared[step]}
+        for attack in in_table_order(set().union(*shared.values()))
+    }
+
+
+def in_table_order(attacks: Collection[str]) -> list[str]:
+    """Attacks as tables list them: unmodified prompts, the mean, then each attack."""
+    return [attack for attack in (DEFAULT, MEAN, *ORDER[1:]) if attack in attacks]
+
+
 def read_answers(job: Job) -> list[Row]:
     """All answers of the base model and of all personas, with and without attacks."""
     rows = []
@@ -252,7 +285,7 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [] if job.config.classifier == classifiers.TFIDF else [(job.workers(1),)]
+    return [] if job.config.classifier == classifiers.TFIDF else [(job.single_worker(),)]
 
 
 def estimate(job: Job) -> Estimate:
@@ -275,18 +308,23 @@ def answer_tokens(job: Job) -> int:
     return job.stage.module.estimate(job).tokens_out * times
 
 
+def resampling_seed(job: Job) -> int:
+    """The seed of the bootstraps."""
+    return row_seed(job.recipe.seed, job.stage.name, "resamples")
+
+
 def build(job: Job) -> StageResult:
     settings: Robustness = job.config
     rows = read_answers(job)
     conditions: list[Condition] = [
         c for c in in_order(row["condition"] for row in rows) if c != BASE
     ]
-    seed = row_seed(job.recipe.seed, job.stage.name, "resamples")
+    seed = resampling_seed(job)
     predict = partial(
         classifiers.predict,
         settings.classifier,
         encoder=settings.encoder,
-        placement=job.placement.training,
+        placement=job.placement.training.single,
         seed=seed,
     )
     workers = [request for phase in resource_requests(job) for request in phase]
@@ -310,6 +348,10 @@ Macro-F1 of a classifier that chooses among the personas of this page and the ba
 fitted over prompts, with 95% intervals over prompts. The classes of the paper's \
 classifier are eleven personas, none of them the base model, so its numbers do not compare with \
 these."""
+STEP_READING = "a step adds character where the whole interval lies above 0."
+STEP_NOTE = """\
+Changes of the macro-F1 above in percentage points, paired by prompt, with 95% intervals over \
+prompts. The full persona also saw more tokens than the distilled one."""
 RETENTION_NOTE = """\
 Share of the persona's answers that the classifier still attributes to it, with a 95% Wilson \
 interval that counts prompts instead of answers."""
@@ -320,20 +362,29 @@ def scores(job: Job) -> list[dict[str, Any]]:
     return job.store.read_table(job.dataset, "scores").to_pylist()
 
 
+def read_changes(job: Job) -> dict[str, Cells]:
+    """`step_changes` of the stored answers."""
+    classified = job.store.read_table(job.dataset).to_pylist()
+    return step_changes(classified, job.config, resampling_seed(job))
+
+
 def report(job: Job) -> list[Section]:
     """How well the classifier distinguishes each condition from base, with and without attacks."""
     rows = scores(job)
     classified = job.store.read_table(job.dataset).to_pylist()
+    changes = step_changes(classified, job.config, resampling_seed(job))
     sections: list[Section] = []
     for persona in job.constitutions:
         of_persona = [row for row in rows if row["persona"] in ("", persona.name)]
-        sections += persona_sections(persona.name, of_persona, job.config.classifier)
+        sections += persona_sections(persona.name, of_persona, changes, job.config.classifier)
     sections += pooled_table(rows, job.recipe, [persona.name for persona in job.constitutions])
     return [*sections, *confusion_tables(classified), unscored(unclassified(rows))]
 
 
-def persona_sections(persona: str, rows: list[dict[str, Any]], classifier: str) -> list[Section]:
-    """The headline and the tables of one persona, from its rows of `SCORES`."""
+def persona_sections(
+    persona: str, rows: list[dict[str, Any]], changes: dict[str, Cells], classifier: str
+) -> list[Section]:
+    """The headline and the tables of one persona, from its rows of `SCORES` and `step_changes`."""
     named = classifier_note(classifier)
     conditions = distinct(rows, "macro_f1", "condition")
     score = find_score(rows, "discriminability", "full", DEFAULT) or wilson(0, 0)
@@ -364,6 +415,7 @@ def persona_sections(persona: str, rows: list[dict[str, Any]], classifier: str) 
             "macro_f1",
             rows,
         ),
+        *([step_table(persona, changes)] if changes else []),
         attack_table(
             persona,
             "Retention",
@@ -423,8 +475,7 @@ def attack_table(
 ) -> ScoreTable:
     """A measure by attack (rows, the summary first) and condition (columns)."""
     conditions = distinct(rows, "macro_f1", "condition")
-    measured = distinct(rows, "macro_f1", "about")
-    attacks = [a for a in (DEFAULT, MEAN, *ORDER[1:]) if a in measured]
+    attacks = in_table_order(distinct(rows, "macro_f1", "about"))
     return ScoreTable(
         title=title,
         persona=persona,
@@ -437,6 +488,20 @@ def attack_table(
             for attack in attacks
         },
         descriptions={attack: DESCRIPTIONS[attack] for attack in attacks},
+    )
+
+
+def step_table(persona: str, changes: dict[str, Cells]) -> ScoreTable:
+    """What each step of the method changes in macro-F1, by attack."""
+    return ScoreTable(
+        title="Does each step of the training add character? (change of macro-F1)",
+        persona=persona,
+        reading=STEP_READING,
+        notes=(STEP_NOTE,),
+        caption="Change of macro-F1 in percentage points",
+        columns=[step for step in STEPS if any(step in cells for cells in changes.values())],
+        rows=changes,
+        descriptions={attack: DESCRIPTIONS[attack] for attack in changes},
     )
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     Vectors = dict[int, torch.Tensor]
     """The vector of shape (hidden,) that is added to the residual stream after each layer."""
 
+MAX_BATCH_TOKENS = 8192
+"""Tokens that the student reads at once, with their padding."""
 SWEEP = pa.schema(
     [
         pa.field("strength", pa.float64(), nullable=False),
@@ -57,14 +59,71 @@ def is_enabled(job: Job) -> bool:
 # -------------------------------------------------------------------------------------- directions
 
 
-def last_states(model: Any, tokenizer: Any, conversation: list[Message]) -> torch.Tensor:
-    """The residual stream after each layer where the answer begins; (layers, hidden), float32."""
+def padded_batches(
+    sequences: Sequence[Sequence[int]], max_tokens: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Group sequences of similar lengths into batches that are padded on the right.
+
+    Causal attention keeps the padding out of all positions before it.
+
+    Args:
+        sequences: token ids of each text.
+        max_tokens: tokens of a batch with its padding; a longer sequence has a batch of its own.
+
+    Yields:
+        The indices of the sequences, their ids and the attention mask, both (batch, length).
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    order = sorted(range(len(sequences)), key=lambda n: len(sequences[n]), reverse=True)
+    while order:
+        length = len(sequences[order[0]])
+        size = max(1, max_tokens // max(length, 1))
+        batch, order = order[:size], order[size:]
+        texts = [torch.tensor(sequences[n]) for n in batch]
+        ids = pad_sequence(texts, batch_first=True)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        yield batch, ids, mask
+
+
+def mean_states(
+    model: Any, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Mean residual stream after each layer over some positions of each sequence.
+
+    Args:
+        model: the student.
+        sequences: token ids of each text.
+        positions: at least one position of each text.
+
+    Returns:
+        The states in float32 on the CPU, shape (texts, layers, hidden).
+    """
     import torch
 
-    ids = torch.tensor([prompt_ids(tokenizer, conversation)], device=model.device)
-    with torch.no_grad():  # the model without its head, because logits are not needed
-        output = model.base_model(ids, output_hidden_states=True, use_cache=False)
-    return torch.stack([state[0, -1].float().cpu() for state in output.hidden_states[1:]])
+    states: dict[int, torch.Tensor] = {}
+    for batch, ids, mask in padded_batches(sequences, MAX_BATCH_TOKENS):
+        weights = torch.zeros(mask.shape)
+        for row, n in enumerate(batch):
+            weights[row, list(positions[n])] = 1 / len(positions[n])
+        weights = weights.unsqueeze(1).to(model.device)
+        with torch.no_grad():  # the model without its head, because logits are not needed
+            hidden = model.base_model(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                output_hidden_states=True,
+                use_cache=False,
+            ).hidden_states
+            means = torch.cat([weights @ layer.float() for layer in hidden[1:]], dim=1).cpu()
+        states.update(zip(batch, means, strict=True))
+    return torch.stack([states[n] for n in range(len(sequences))])
+
+
+def last_states(model: Any, tokenizer: Any, conversations: Sequence[list[Message]]) -> torch.Tensor:
+    """The residual stream where each answer begins, float32, (conversations, layers, hidden)."""
+    sequences = [prompt_ids(tokenizer, conversation) for conversation in conversations]
+    return mean_states(model, sequences, [[len(ids) - 1] for ids in sequences])
 
 
 def direction(with_constitution: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
@@ -102,12 +161,8 @@ def directions(
         context: the messages with the constitution, which precede the prompt.
         settings: the stage's configuration.
     """
-    import torch
-
-    plain = torch.stack([last_states(model, tokenizer, [user(text)]) for text in prompts])
-    with_constitution = torch.stack(
-        [last_states(model, tokenizer, [*context, user(text)]) for text in prompts]
-    )
+    plain = last_states(model, tokenizer, [[user(text)] for text in prompts])
+    with_constitution = last_states(model, tokenizer, [[*context, user(text)] for text in prompts])
     layers = steered_layers(plain.shape[1], settings.first_layer, settings.last_layer)
     return {
         layer: direction(with_constitution[:, layer], plain[:, layer])
@@ -149,18 +204,24 @@ def answer_nll(model: Any, tokenizer: Any, pairs: list[dict[str, Any]]) -> float
     """Mean negative log-likelihood, in nats per token, of the teacher's answers to the prompts."""
     import torch
 
-    total, tokens = 0.0, 0
-    for row in pairs:
-        conversation = [user(row["prompt"]), assistant(row["chosen"])]
-        prompt_ids, answer_ids = encode_answer(tokenizer, conversation)
-        ids = torch.tensor([prompt_ids + answer_ids], device=model.device)
+    encoded = [
+        encode_answer(tokenizer, [user(row["prompt"]), assistant(row["chosen"])]) for row in pairs
+    ]
+    sequences = [prompt + answer for prompt, answer in encoded]
+    total = 0.0
+    for batch, ids, mask in padded_batches(sequences, MAX_BATCH_TOKENS // 4):
+        ids, mask = ids.to(model.device), mask.to(model.device)
         with torch.no_grad():
-            logits = model(ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1].float()
-        losses = torch.nn.functional.cross_entropy(
-            logits, ids[0, len(prompt_ids) :], reduction="sum"
-        )
-        total, tokens = total + float(losses), tokens + len(answer_ids)
-    return total / max(tokens, 1)
+            logits = model(ids, attention_mask=mask, use_cache=False).logits
+        for row, n in enumerate(batch):
+            answer = slice(len(encoded[n][0]), len(sequences[n]))
+            before = slice(answer.start - 1, answer.stop - 1)
+            total += float(
+                torch.nn.functional.cross_entropy(
+                    logits[row, before].float(), ids[row, answer], reduction="sum"
+                )
+            )
+    return total / max(sum(len(answer) for _, answer in encoded), 1)
 
 
 def sweep(
@@ -218,10 +279,11 @@ def run_in_task(job: Job, function: Callable[..., Any], *arguments: Any) -> Any:
 
     from opencharacter.engines.allocation import acquire
 
-    training = job.placement.training
+    training = job.placement.training.single
     remote: Any = ray.remote(function)
     task = remote.options(num_cpus=training.cpus, num_gpus=training.gpus)
-    with acquire(job.dataset, [job.workers(1)], job.placement.autoscaling_resources) as allocation:
+    growth = job.placement.autoscaling_resources
+    with acquire(job.dataset, [job.single_worker()], growth) as allocation:
         began = time.monotonic()
         result = ray.get(task.remote(*arguments, training.gpus > 0))
         allocation.work_seconds = time.monotonic() - began
@@ -253,7 +315,7 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(job.workers(1),)] if is_enabled(job) else []
+    return [(job.single_worker(),)] if is_enabled(job) else []
 
 
 def estimate(job: Job) -> Estimate:

@@ -144,7 +144,7 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 
 
 def identity(job: Job) -> dict[str, Any]:
-    return reflection.identity(job)
+    return reflection.author_identity(job)
 
 
 def estimate(job: Job) -> Estimate:

@@ -1,9 +1,11 @@
 """Stage introspection/reflection: the distilled model writes about itself.
 
-The constitution is in its system prompt while it does so. As a control, the recipe's
-`introspection.author` can select the teacher to write instead.
+The constitution is in its system prompt while it does so. Two controls: `introspection.author` can
+select the teacher to write instead, and `introspection.reflection.prompts` the prompts of the
+distillation, which are answered in character and do not ask the model about itself.
 
-Reads: distillation/dpo. Writes: prompt, sample, messages, finish_reason.
+Reads: distillation/dpo; distillation/prompts for the second control. Writes: prompt, sample,
+messages, finish_reason.
 Run: opencharacter run RECIPE --constitution NAME --only introspection/reflection
 """
 
@@ -15,7 +17,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from opencharacter.config.roles import Sampling
-from opencharacter.distillation.teacher import expected_tokens
+from opencharacter.distillation.teacher import SYSTEM as ANSWER_SYSTEM
+from opencharacter.distillation.teacher import context_messages, expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
@@ -68,6 +71,26 @@ def generation_system(assertions: str) -> Message:
     return system(fill(SYSTEM, assertions=assertions))
 
 
+def answers_plainly(job: Job) -> bool:
+    """Whether the control is made whose prompts do not ask the model about itself."""
+    return job.recipe.introspection.reflection.prompts == "distillation"
+
+
+def prompts(job: Job) -> list[str]:
+    """Return the reflective prompts, or those of the distillation."""
+    if not answers_plainly(job):
+        return list(PROMPTS)
+    source = prompts_job(job)
+    return source.store.read_table(source.dataset, columns=["prompt"])["prompt"].to_pylist()
+
+
+def prompts_job(job: Job) -> Job:
+    """Return the job that makes the prompts of the distillation."""
+    source = job.nearest_ancestor("distillation/prompts")
+    assert source is not None
+    return source
+
+
 class Author(NamedTuple):
     """The model that writes the introspective data.
 
@@ -89,17 +112,23 @@ def select_author(job: Job) -> Author:
     return Author("teacher", None, EMPTY_THOUGHT if job.recipe.roles.teacher.thinks else "")
 
 
-def identity(job: Job) -> dict[str, Any]:
-    """Return the teacher's identity if the teacher writes; interaction uses this too."""
+def author_identity(job: Job) -> dict[str, Any]:
+    """Return the teacher's identity if the teacher writes."""
     if job.recipe.introspection.author == "student":
         return {}
     return {"author": job.recipe.roles.teacher.identity()}
 
 
+def identity(job: Job) -> dict[str, Any]:
+    """Return what else decides the result: the author, and the control's system prompt."""
+    system_prompt = {"system": row_id(ANSWER_SYSTEM)} if answers_plainly(job) else {}
+    return author_identity(job) | system_prompt
+
+
 async def write_reflection(
     row: Row, conversation: Conversation, system_message: Message, sampling: Sampling, prefill: str
 ) -> Row:
-    """Answer one reflective prompt and return the transcript without the system prompt.
+    """Answer one prompt and return the transcript without the system prompt.
 
     Args:
         row: request with `prompt`.
@@ -119,7 +148,9 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 
 
 def estimate(job: Job) -> Estimate:
-    rows = len(PROMPTS) * job.config.transcripts_per_prompt
+    source = prompts_job(job) if answers_plainly(job) else None
+    count = source.stage.module.estimate(source).rows if source else len(PROMPTS)
+    rows = count * job.config.transcripts_per_prompt
     prompt_tokens = len(job.persona.assertions()) // 4 + 60
     return Estimate(rows, rows * prompt_tokens, rows * expected_tokens(job.config.sampling))
 
@@ -130,12 +161,16 @@ def build(job: Job) -> StageResult:
     config, author = job.config, select_author(job)
     requests = (
         {"id": row_id(job.stage.name, job.scope, prompt, n), "prompt": prompt, "sample": n}
-        for prompt in PROMPTS
+        for prompt in prompts(job)
         for n in range(config.transcripts_per_prompt)
     )
+    if answers_plainly(job):
+        (system_message,) = context_messages(job.persona, exemplars=False)
+    else:
+        system_message = generation_system(job.persona.assertions())
     row_fn = partial(
         write_reflection,
-        system_message=generation_system(job.persona.assertions()),
+        system_message=system_message,
         sampling=config.sampling,
         prefill=author.prefill,
     )

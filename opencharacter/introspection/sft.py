@@ -53,6 +53,7 @@ def estimate(job: Job) -> Estimate:
     parent = job.parent("introspection/transcripts")
     estimates = [p.stage.module.estimate(p) for p in parent.parents]
     tokens = sum(estimate.tokens_out for estimate in estimates)
+    tokens = min(tokens, parent.config.trained_tokens or tokens)
     rows = sum(estimate.rows for estimate in estimates)
     share = 1 - job.config.held_out
     return Estimate(int(rows * share), trained=int(tokens * job.config.optimizer.epochs * share))

@@ -322,16 +322,14 @@ class Job:
         is_enabled = getattr(self.stage.module, "is_enabled", None)
         return is_enabled is None or is_enabled(self)
 
-    def workers(self, count: int | None = None) -> TrainingWorkers:
-        """Training workers of this job.
-
-        Args:
-            count: number of workers; the placement's if None.
-        """
+    def workers(self) -> TrainingWorkers:
+        """The training workers of the placement, for this job."""
         training = self.placement.training
-        count = count or training.workers
-        resources = training.model_copy(update={"workers": count}).resources
-        return TrainingWorkers(self.dataset, resources, count)
+        return TrainingWorkers(self.dataset, training.resources, training.workers)
+
+    def single_worker(self) -> TrainingWorkers:
+        """A worker for a task of this job that runs in a single process."""
+        return TrainingWorkers(self.dataset, self.placement.training.single.resources)
 
     @cached_property
     def resource_requests(self) -> list[tuple[ResourceRequest, ...]]:

@@ -8,13 +8,13 @@ from typing import Any
 
 from ray import serve
 
-from opencharacter import lora, models
+from opencharacter import models
 from opencharacter.config.base import ECHO
 from opencharacter.config.placement import Placement, Serving
 from opencharacter.config.recipe import Recipe
 from opencharacter.constitution.schema import Constitution
 from opencharacter.engines.served import JUDGE, has_same_weights
-from opencharacter.engines.spec import EngineSpec
+from opencharacter.engines.spec import EngineSpec, max_lora_rank
 from opencharacter.errors import UserError
 from opencharacter.runtime.store import Store
 from opencharacter.serving.access import AccessPolicy
@@ -141,13 +141,3 @@ def model_deployment(
     root.setLevel(level)
     root.handlers = handlers
     return replica.build_deployment(spec, serving, catalogue, max_rank)
-
-
-def max_lora_rank(recipe: Recipe) -> int:
-    """Return the LoRA rank that an engine must allow for the recipe's adapters.
-
-    It covers both the DPO adapter and the merged adapter of a persona.
-    """
-    dpo = recipe.distillation.dpo.lora.rank
-    sft = recipe.introspection.sft.lora.rank
-    return lora.allowed_rank(max(dpo, recipe.persona.merge.rank or dpo + sft))

@@ -18,7 +18,8 @@ from opencharacter.training import packing
 
 CPU_MAX_TOKENS = 1024
 GPU_MAX_TOKENS = 16384
-"""Maximum tokens of a microbatch if the placement sets none; larger ones are not faster."""
+"""Maximum tokens of a microbatch if the placement sets none; larger ones are not faster. Workers on
+a CPU divide theirs."""
 ACTIVATION_MEMORY_SHARE = 0.8
 """Share of the free GPU memory that activations may use."""
 NOISE = ("input_jitter_noise", "jitter_noise")
@@ -212,7 +213,7 @@ def plan_memory(model: Any, placement: Training, longest: int) -> MemoryPlan:
         fitting = int(ACTIVATION_MEMORY_SHARE * (free - weights / shards) / bytes_per_token)
         limit = GPU_MAX_TOKENS
     else:
-        fitting, limit = CPU_MAX_TOKENS, CPU_MAX_TOKENS
+        fitting = limit = CPU_MAX_TOKENS // placement.workers  # which share the main memory
     max_tokens = placement.max_tokens_per_microbatch or max(longest, min(fitting, limit))
     activation_checkpointing = placement.gpus > 0 and max_tokens > fitting
     if placement.activation_checkpointing is not None:
