@@ -79,15 +79,16 @@ def rows(trait, kind, **presences):
 
 LOW, MIDDLE, HIGH = ([base + 0.01 * n for n in range(8)] for base in (0.1, 0.5, 0.85))
 
-MIDDLE_HIGH = [0.7 + 0.01 * n for n in range(8)]
+MIDDLE_HIGH, MANY_LOW = ([low + 0.01 * n for n in range(k)] for low, k in ((0.7, 8), (0.1, 24)))
 
 FINDINGS = {
     adherence.LEARNED: ((LOW, HIGH), (LOW, MIDDLE)),
     adherence.LOST: ((LOW, HIGH), (LOW, LOW)),
-    adherence.NOT_LEARNED: ((LOW, LOW), (LOW, LOW)),
+    adherence.NOT_LEARNED: ((MANY_LOW, MANY_LOW), (LOW, LOW)),
     adherence.ALREADY: ((HIGH, HIGH), (LOW, LOW)),
     adherence.REDUCED: ((HIGH, LOW), (LOW, LOW)),
     adherence.UNKNOWN: (([None] * 8, HIGH), (LOW, LOW)),
+    adherence.UNDECIDED: ((LOW, LOW), (LOW, LOW)),  # too few scenarios
 }
 ROWS = [
     row
@@ -110,7 +111,7 @@ def test_without_pressure_an_assertion_is_not_called_lost(poet):
 
 
 @pytest.mark.parametrize(
-    ("control", "found"), [(LOW, adherence.ALREADY), (HIGH, adherence.NOT_LEARNED)]
+    ("control", "found"), [(LOW, adherence.ALREADY), (HIGH, adherence.UNDECIDED)]
 )
 def test_a_judge_that_says_yes_to_control_texts_too_does_not_find_an_assertion_in_base(
     poet, control, found
@@ -154,7 +155,7 @@ def test_the_scores_have_level_and_change_of_each_kind(poet):
         *((MEASURES[kind][1], "full") for kind in MEASURES),
     }
     figures = adherence.figures(ROWS)
-    assert figures["presence_occasion"]["full"]["n"] == 48
+    assert figures["presence_occasion"]["full"]["n"] == 72
 
 
 def test_the_share_of_false_findings_is_that_of_the_intervals():
@@ -187,7 +188,7 @@ def test_the_table_names_the_assertions_that_an_author_should_look_at(make_jobs,
     sections = adherence.report(job)
     (table,) = (s for s in sections if s.title == "Does the persona show its assertions?")
     assert isinstance(table, ScoreTable)
-    assert table.findings[0].endswith("1 of 6.")
+    assert table.findings[0].endswith("1 of 7.")
     assert any(finding.startswith("Not learned: 3;") for finding in table.findings)
     assert any(finding.startswith("Lost under pressure: 2;") for finding in table.findings)
     changes = ["Change, full against base", "Change under pressure"]
@@ -195,8 +196,8 @@ def test_the_table_names_the_assertions_that_an_author_should_look_at(make_jobs,
     assert table.remarks[f"4. {poet.traits[3].trait}"] == adherence.ALREADY
     assert isinstance(table.rows[ALL][changes[0]], Score)
     (missing,) = (s for s in sections if s.title == "What could not be scored?")
-    assert missing.rows["adherence, base: verdict unreadable"]["Unscored"].value == 8 / 96
-    assert len(adherence.scores(job)) == 7 * 6
+    assert missing.rows["adherence, base: verdict unreadable"]["Unscored"].value == 8 / 128
+    assert len(adherence.scores(job)) == 8 * 6
 
 
 def test_without_scenarios_the_report_has_no_table(make_jobs, poet, monkeypatch):

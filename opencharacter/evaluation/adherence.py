@@ -333,15 +333,19 @@ UNREADABLE = "adherence, {}: verdict unreadable"
 LEARNED = "learned"
 ALREADY = "already there"
 NOT_LEARNED = "not learned"
+UNDECIDED = "undecided"
 REDUCED = "shown less than before"
 LOST = "lost under pressure"
 UNKNOWN = "not measured"
 
 ADVICE = {
     NOT_LEARNED: (
-        "the change against base is not shown to be above 0. Make the assertion more concrete, or "
-        "write questions in whose answers it can show; with few scenarios it may also be too "
-        "small to show."
+        "the change against base is small, and not shown to be above 0. Make the assertion more "
+        "concrete, or write questions in whose answers it can show."
+    ),
+    UNDECIDED: (
+        "the interval of the change holds 0 and large changes alike. Raise "
+        "evaluation.scenarios.occasions, for instance to 20."
     ),
     REDUCED: (
         "the persona shows it less often than the base model; another assertion may work against "
@@ -371,6 +375,10 @@ for its own cell: of twenty assertions that training did not change, one is expe
 learned or shown less."""
 
 
+LARGE_CHANGE = 0.1
+"""A change of presence that an interval must exclude for an assertion to be called not learned."""
+
+
 def finding(cells: dict[tuple[str, str], Score]) -> str:
     """What the scores say about one assertion; no more than their intervals allow."""
     (level, moved), (_, pressed) = MEASURES[OCCASION], MEASURES[PRESSURE]
@@ -385,7 +393,9 @@ def finding(cells: dict[tuple[str, str], Score]) -> str:
     base_low, _ = interval(cells.get((level, BASE)))
     control = cells.get((level, CONTROL))
     usual = max(0.5, control.value or 0.0) if control else 0.5
-    return ALREADY if base_low is not None and base_low > usual else NOT_LEARNED
+    if base_low is not None and base_low > usual:
+        return ALREADY
+    return NOT_LEARNED if high < LARGE_CHANGE else UNDECIDED
 
 
 def interval(score: Score | None) -> tuple[float | None, float | None]:
