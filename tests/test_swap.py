@@ -225,9 +225,8 @@ def test_outputs_after_a_swap_equal_those_of_a_fresh_engine_even_if_one_is_kille
     assert 0 < swapped["swap_seconds"] < started["starting_seconds"]
 
     # The engine hangs during the next swap, and its actor is killed.
-    (core,) = processes("EngineCore", raylets())
+    core, actor = only_process("EngineCore"), only_process("ray::EngineActor")
     assert processes("VLLM::Worker", raylets()) == []  # the engine runs the model itself
-    (actor,) = processes("ray::EngineActor", raylets())
     core.suspend()
 
     def kill(preparation: str) -> None:
@@ -241,6 +240,16 @@ def test_outputs_after_a_swap_equal_those_of_a_fresh_engine_even_if_one_is_kille
     with contextlib.suppress(psutil.NoSuchProcess):
         core.resume()
     allocation.stop_unused_engines()
+
+
+def only_process(title: str) -> psutil.Process:
+    """The process of Ray with a title, of which there is one, if not always at the first look."""
+    deadline = time.monotonic() + 20
+    while len(found := processes(title, raylets())) != 1 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    running = list(psutil.process_iter(["pid", "ppid", "cmdline"]))
+    assert len(found) == 1, f"{title}: {found} of {raylets()}; {[p.info for p in running]}"
+    return found[0]
 
 
 def raylets() -> list[int]:
