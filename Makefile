@@ -1,5 +1,5 @@
 # make demo    run the whole method on this machine's CPU and print the path of the report
-# make test    run the tests (under 10 minutes)
+# make test    run the tests (10 to 20 minutes on two cores)
 # make docs    build the documentation into docs/_build/html
 # Each target creates .venv if it is missing or the lock has changed. PYTHON names the interpreter: 3.11 to 3.13.
 
@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-slow check docs lock clean
+.PHONY: demo test test-slow test-benchmarks check docs lock clean
 
 demo: $(READY)
 	$(BIN)/opencharacter run demo --constitution poeticism
@@ -17,7 +17,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/test_benchmarks.py
+
+test-benchmarks: $(READY)
+	$(BIN)/python -m pytest tests/test_benchmarks.py
 
 check: $(READY)
 	$(BIN)/ruff check .
