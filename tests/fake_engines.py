@@ -66,6 +66,11 @@ class FakeEngine:
         self.core.wait()
 
 
+async def start_engine(spec: EngineSpec) -> FakeEngine:
+    """Replaces the function that starts vLLM."""
+    return FakeEngine(spec)
+
+
 def weights_name(spec: EngineSpec) -> str:
     return "full" if spec.weights else "base"
 
@@ -105,7 +110,7 @@ def start_cluster():
 def main(disturbance: str, *arguments: str) -> None:
     SWAPS.mkdir()
     # Ray sends the class of the actor to its processes by value, with the names that it refers to.
-    replicas.VllmEngine = FakeEngine  # type: ignore
+    replicas.start_engine = start_engine  # type: ignore
     cluster = start_cluster() if disturbance == "node" else None
     if disturbance in ("engine", "actor", "node"):
         threading.Thread(target=disturb, args=(disturbance, cluster), daemon=True).start()
