@@ -247,8 +247,11 @@ def only_process(title: str) -> psutil.Process:
     deadline = time.monotonic() + 20
     while len(found := processes(title, raylets())) != 1 and time.monotonic() < deadline:
         time.sleep(0.5)
-    running = list(psutil.process_iter(["pid", "ppid", "cmdline"]))
-    assert len(found) == 1, f"{title}: {found} of {raylets()}; {[p.info for p in running]}"
+    assert len(found) == 1, (
+        title,
+        raylets(),
+        [process.info for process in psutil.process_iter(["pid", "ppid", "cmdline"])],
+    )
     return found[0]
 
 
