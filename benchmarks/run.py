@@ -3,7 +3,8 @@
 Ways:
 - `opencharacter`: the run as the command line makes it.
 - `restarts`: the same without replacing the weights of running engines, so that each merged adapter
-  starts an engine, as before version 0.2.
+  starts an engine, one engine and one condition after another, and none before it is needed, as
+  before version 0.2.
 - `runtime` (only if `--ways` names it): adapters are applied during generation, so that one engine
   serves all conditions but the steered student.
 
@@ -11,7 +12,8 @@ All make everything anew from the same recipe and seed. The environment variable
 replaces the recipe's model, for instance by the folder of local weights.
 
 Figures: `wall_s`; `idle_share`, the part of the time in which engines and training workers were
-held (of the GPU time, with a GPU) without a request or a training step; the parts of all jobs'
+held (of the GPU time, with a GPU) without a request or a training step; `wall_idle_share`, the part
+of the wall time in which no job has a request or a step under way; the parts of all jobs'
 wall time by cause: `share_working`, `share_starting` (engines), `share_swapping` (weights),
 `share_driver` (jobs without engines and workers), `share_training` (what a training takes beside
 its steps: workers that start and end, the model that is loaded) and `share_generating` (the same of
@@ -41,7 +43,8 @@ from opencharacter.config.files import load_recipe
 from opencharacter.config.recipe import Recipe
 from opencharacter.config.roles import Roles
 from opencharacter.constitution import schema
-from opencharacter.engines import allocation
+from opencharacter.engines import allocation, generate, leases
+from opencharacter.engines.leases import Allocation, Interval, covered_seconds
 from opencharacter.runtime import cluster
 from opencharacter.runtime.manifests import held_time
 from opencharacter.runtime.schedule import requests_of
@@ -134,14 +137,31 @@ def run_all(settings: Settings, series: str) -> Iterator[Run]:
     """Run the method and summarize its manifests."""
     if series == "restarts":
         allocation.swap_sources = lambda *_: {}
+        pipeline.may_start_early = lambda: False
+        for module in (allocation, generate):
+            module.run_side_by_side = lambda calls: [call() for call in calls]
     for _ in range(settings["repeats"]):
         with tempfile.TemporaryDirectory() as folder:
             adapters = "runtime" if series == "runtime" else "merged"
             jobs = make_jobs(settings, Path(folder), adapters)
+            working = record_work()
             began = time.monotonic()
             cluster.connect(jobs[0].placement)
             manifests = [manifest | {"rest": rest_of(job)} for job, manifest in pipeline.run(jobs)]
-            yield summarize(manifests, series, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            yield summarize(manifests, series, seconds, working)
+
+
+def record_work() -> list[Interval]:
+    """Return a list that grows with the intervals in which jobs have work under way."""
+    working: list[Interval] = []
+
+    def usage(allocations: list[Allocation]) -> dict[str, Any]:
+        working.extend(one.work for one in allocations)
+        return leases.usage(allocations)
+
+    allocation.usage = usage
+    return working
 
 
 def rest_of(job: Job) -> str:
@@ -152,8 +172,17 @@ def rest_of(job: Job) -> str:
     return training if trains else generating if requests else driver
 
 
-def summarize(manifests: list[dict[str, Any]], series: str, seconds: float) -> Run:
-    """Return the sums over all manifests of a run, each with the figure that shows its `rest`."""
+def summarize(
+    manifests: list[dict[str, Any]], series: str, seconds: float, working: list[Interval]
+) -> Run:
+    """Return the sums over all manifests of a run.
+
+    Args:
+        manifests: with the figure that shows what is left of a job's time, as `rest`.
+        series: name of the way.
+        seconds: wall time of the run.
+        working: when its jobs had work under way.
+    """
     names = ("seconds", "tokens_out", *WALL_PARTS.values())
     sums = {name: sum(manifest[name] for manifest in manifests) for name in names}
     return {
@@ -161,6 +190,7 @@ def summarize(manifests: list[dict[str, Any]], series: str, seconds: float) -> R
         "seconds": seconds,
         "tokens": sums["tokens_out"],
         "idle_share": held_time(manifests).idle_share,
+        "wall_idle_share": 1 - covered_seconds(working) / seconds,
         "job_seconds": sums["seconds"],
         **{name: sums[name] for name in WALL_PARTS.values()},
         **{name: sum(rest_seconds(m) for m in manifests if m["rest"] == name) for name in REST},
@@ -181,7 +211,7 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     for name, runs in series.items():
         prefix = "" if name == SUBJECT else f"{name}_"
         result[f"{prefix}wall_s"] = figure([run["seconds"] for run in runs])
-        for count in ("idle_share", "engine_starts", "weight_swaps"):
+        for count in ("idle_share", "wall_idle_share", "engine_starts", "weight_swaps"):
             result[f"{prefix}{count}"] = figure([run[count] for run in runs])
         for share, part in {**WALL_PARTS, **{name: name for name in REST}}.items():
             result[f"{prefix}{share}"] = figure([run[part] / run["job_seconds"] for run in runs])

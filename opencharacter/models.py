@@ -55,6 +55,8 @@ CONTENT_FILES = (
 )
 """Patterns of the files that decide what a model or an adapter computes."""
 HASHING_THREADS = 8
+MERGING_THREADS = 4
+"""Threads that add updates to weights. Each has a float32 copy of one weight."""
 
 
 def missing_requirement(role: Role) -> str | None:
@@ -460,11 +462,11 @@ def _merge_shard(source: Path, target: Path, updates: dict[str, Any], factor: fl
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    tensors = {}
     with lora.explain_damage(source):
         file = safe_open(source, "pt")
-    with file as shard:
-        for name in shard.keys():  # noqa: SIM118 (not a dict)
+    with file as shard, ThreadPoolExecutor(MERGING_THREADS) as pool:
+
+        def merged(name: str) -> Any:
             weight = shard.get_tensor(name)
             if name in updates:
                 a, b = (t.to(torch.float32) for t in updates[name])
@@ -473,8 +475,12 @@ def _merge_shard(source: Path, target: Path, updates: dict[str, Any], factor: fl
                         f"{source}: {name} has shape {tuple(weight.shape)}, and the adapter's "
                         f"update {(len(b), a.shape[1])}; use an adapter of this model"
                     )
-                weight = (weight.to(torch.float32) + factor * (b @ a)).to(weight.dtype)
-            tensors[name] = weight.contiguous()
+                update = (b @ a).mul_(factor)
+                weight = update.add_(weight).to(weight.dtype)
+            return weight.contiguous()
+
+        names = list(shard.keys())
+        tensors = dict(zip(names, pool.map(merged, names), strict=True))
         save_file(tensors, target, metadata=shard.metadata())
 
 

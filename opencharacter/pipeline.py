@@ -20,16 +20,19 @@ from typing import Any
 
 from rich.markup import escape
 
-from opencharacter.config.placement import Placement
+from opencharacter.config.placement import Placement, Resources
 from opencharacter.config.recipe import Recipe
 from opencharacter.constitution.schema import Constitution
 from opencharacter.engines.allocation import (
     capacity,
     delete_applications,
+    may_start_early,
     resource_usage,
     running_engines,
+    start_early,
     stop_unused_engines,
 )
+from opencharacter.engines.early import engine_to_start
 from opencharacter.errors import OpenCharacterError, StaleError, UserError, one_line_message
 from opencharacter.evaluation.conditions import TRAINED
 from opencharacter.runtime import manifests
@@ -273,6 +276,7 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
                 waiting.remove(job)
                 running.append(job)
                 threading.Thread(target=build_in_thread, args=(job, results), daemon=True).start()
+            start_engines_early(waiting, running)
             job, result = results.get()
             running.remove(job)
             if isinstance(result, Exception):
@@ -301,6 +305,15 @@ def next_job(waiting: list[Job], running: list[Job]) -> Job | None:
         return unused  # writes its manifest and nothing else
     available = capacity(unfinished[0].placement.autoscaling_resources)
     return choose(startable, running, running_engines(), available)
+
+
+def start_engines_early(waiting: list[Job], running: list[Job]) -> None:
+    """Start engines that waiting jobs will need and that fit beside everything until then."""
+    available = capacity(Resources())
+    while may_start_early() and (
+        spec := engine_to_start(waiting, running, running_engines(), available)
+    ):
+        start_early(spec)
 
 
 def depends_on(job: Job, other: Job) -> bool:

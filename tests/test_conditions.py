@@ -43,7 +43,7 @@ def played(cpu_ray, make_jobs, monkeypatch):
         recipe = recipe_of(SLOW, name="streamed" if streamed else "apart")
         jobs = make_jobs(recipe, FEW)
         (_, job) = (j for j in jobs if j.stage.name == "evaluation/preferences")
-        monkeypatch.setattr(generate, "can_run_together", lambda *_: streamed)
+        monkeypatch.setattr(generate, "fit_together", lambda *_: streamed)
         requests = [{"id": f"{n:02}", "prompt": f"number {n}"} for n in range(16)]
         table = under_each_condition(job, requests, answer, FIELDS, conditions, judged, JUDGED)
         job.store.delete(job.dataset)

@@ -174,8 +174,7 @@ def run_here(monkeypatch):
         return SimpleNamespace(table=lambda: table)
 
     monkeypatch.setattr("opencharacter.engines.generate.generate", generate)
-    monkeypatch.setattr("opencharacter.engines.generate.can_run_together", lambda *_: True)
-    monkeypatch.setattr("opencharacter.engines.generate.effort", lambda *_: 0)
+    monkeypatch.setattr("opencharacter.engines.generate.fit_together", lambda *_: True)
     monkeypatch.setattr("opencharacter.evaluation.drift.acquire", lambda *_: nullcontext())
     return engines["judge"]
 

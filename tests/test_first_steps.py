@@ -167,6 +167,11 @@ def test_the_dashboard_reads_the_progress_of_an_attempt_and_notices_when_it_stop
     later = now + datetime.timedelta(seconds=watch.SILENT_SECONDS + 1)
     assert watch.partial_progress(job.dataset, [last], later).state == "interrupted"
     assert watch.progress(job, {}, now).done == 30
+    other = last | {"part": "full", "done": 10, "total": 50, "kept": 0}
+    both = watch.partial_progress(job.dataset, [last, other], now)
+    assert (both.state, both.done, both.total) == ("running", 40, 100)
+    ended = other | {"updated": (now - datetime.timedelta(days=1)).isoformat()}
+    assert watch.partial_progress(job.dataset, [ended, last], now) == shown
 
 
 def test_the_idle_share_is_that_of_gpus_if_any_job_held_one():

@@ -36,8 +36,10 @@ def test_the_shares_of_the_wall_time_add_up_to_one(benchmark):
     driver = {**MANIFEST, **parts, "seconds": 40.0, "rest": "share_driver"}
     driver |= {"held_seconds": 0.0, "busy_seconds": 0.0, "engines_started": []}
     driver |= {"engines_swapped": []}
-    first = benchmark.summarize([MANIFEST, MANIFEST, driver], "opencharacter", 150)
-    second = benchmark.summarize([{**MANIFEST, "engines_swapped": []}], "restarts", 300)
+    first = benchmark.summarize(
+        [MANIFEST, MANIFEST, driver], "opencharacter", 150, [(0, 40), (20, 60)]
+    )
+    second = benchmark.summarize([{**MANIFEST, "engines_swapped": []}], "restarts", 300, [])
     figures = benchmark.figures(
         {"opencharacter": [first], "restarts": [second]}, benchmark.SETTINGS, {}
     )
@@ -49,13 +51,16 @@ def test_the_shares_of_the_wall_time_add_up_to_one(benchmark):
     assert shares["share_driver"] == pytest.approx(40 / 240, rel=1e-4)
     assert shares["share_training"] == 0
     assert medians["idle_share"] == pytest.approx(0.25)
+    assert medians["wall_idle_share"] == pytest.approx(0.6)
     assert medians["speedup"] == pytest.approx(2)
     assert medians["weight_swaps"] == 2 and medians["restarts_weight_swaps"] == 0
 
 
 def test_idle_time_is_that_of_gpus_where_there_are_some(benchmark):
     manifest = {**MANIFEST, "gpu_seconds": 40.0, "gpu_busy_seconds": 10.0}
-    assert benchmark.summarize([manifest], "opencharacter", 1)["idle_share"] == pytest.approx(0.75)
+    assert benchmark.summarize([manifest], "opencharacter", 1, [])["idle_share"] == pytest.approx(
+        0.75
+    )
 
 
 def test_the_benchmark_runs_every_stage_of_its_recipe_with_one_model(benchmark, tmp_path):

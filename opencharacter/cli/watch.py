@@ -123,23 +123,31 @@ def progress(
 def partial_progress(
     dataset: str, attempts: Sequence[Mapping[str, Any]], now: datetime.datetime
 ) -> StageProgress:
-    """Return the progress of an unfinished dataset from its last attempt.
+    """Return the progress of an unfinished dataset: that of the parts that are under way.
 
     Args:
         dataset: the dataset.
         attempts: see `AttemptLog`.
         now: the current time.
     """
-    last = attempts[-1]
-    began = datetime.datetime.fromisoformat(last["at"])
-    updated = datetime.datetime.fromisoformat(last.get("updated", last["at"]))
-    seconds = (updated - began).total_seconds()
-    done, total = last.get("done", last["reached"]), last.get("total")
-    if (now - updated).total_seconds() > SILENT_SECONDS:
+    last_by_part = {attempt["part"]: attempt for attempt in attempts}.values()
+    alive = [a for a in last_by_part if (now - updated_at(a)).total_seconds() <= SILENT_SECONDS]
+    shown = alive or attempts[-1:]
+    began = min(datetime.datetime.fromisoformat(attempt["at"]) for attempt in shown)
+    seconds = (max(map(updated_at, shown)) - began).total_seconds()
+    done = sum(attempt.get("done", attempt["reached"]) for attempt in shown)
+    totals = [attempt.get("total") for attempt in shown]
+    total = None if None in totals else sum(filter(None, totals))
+    if not alive:
         return StageProgress(dataset, "interrupted", done, total, seconds)
-    made = done - last["kept"]
+    made = done - sum(attempt["kept"] for attempt in shown)
     remaining = (total - done) * seconds / made if total and made > 0 else None
     return StageProgress(dataset, "running", done, total, seconds, remaining)
+
+
+def updated_at(attempt: Mapping[str, Any]) -> datetime.datetime:
+    """Return when an attempt last reported its progress."""
+    return datetime.datetime.fromisoformat(attempt.get("updated", attempt["at"]))
 
 
 def remaining_line(run: Run, stages: list[StageProgress], speeds: Speeds | None) -> str:

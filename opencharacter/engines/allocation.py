@@ -3,22 +3,26 @@
 An engine outlives the job that started it, so that the next job with the same weights need not
 start it again. If the next job needs the same model with another adapter merged into its weights,
 the weights of an idle engine are replaced, which takes seconds where a start takes minutes. An
-engine is stopped only when another job needs its resources.
+engine is stopped only when another job needs its resources. Where there is room, engines that jobs
+will need later are started while others run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import ray
 import ray.exceptions
 
-from opencharacter.config.placement import Resources, fits
+from opencharacter.config.placement import Pool, Resources, fits
 from opencharacter.engines.leases import Allocation, Lease, charge, session, usage
 from opencharacter.engines.replicas import PLACEMENT_TIMEOUT_S, EngineReplicas, create_actors
 from opencharacter.engines.served import RunningApp, ServedSpec, start_app
@@ -27,6 +31,7 @@ from opencharacter.errors import StageFailed, UserError
 from opencharacter.runtime.progress import console
 from opencharacter.runtime.schedule import swap_sources
 from opencharacter.runtime.stage import ResourceRequest, TrainingWorkers
+from opencharacter.runtime.threads import run_side_by_side
 
 _leases: dict[str, Lease] = {}
 """Leases by key, the least recently requested first."""
@@ -38,6 +43,15 @@ _waking = threading.Lock()
 """Held while engines are woken, so that each is woken once."""
 _failed_swaps: set[str] = set()
 """Swap groups in which a replacement of weights has failed; their engines are started instead."""
+_failed_early: set[str] = set()
+"""Keys of the engines whose early start has failed; a job that needs one starts it."""
+_needed: set[str] = set()
+"""Keys of the engines that unfinished jobs need; the weights of others are replaced first."""
+_kept: Counter[str] = Counter()
+"""Keys of the engines that running jobs are about to use, by the number of those jobs."""
+_spares = itertools.count()
+_measuring_memory = threading.Lock()
+"""Held while an engine starts that measures the free memory of a GPU that it shares."""
 
 
 @contextlib.contextmanager
@@ -71,18 +85,32 @@ def acquire(
     try:
         if _trains(requests.values()):
             _put_engines_to_sleep()
-        for spec in to_start:
-            _prepare_engine(allocation, spec, report)
+        run_side_by_side([partial(_prepare_engine, allocation, s, report) for s in to_start])
         report(STARTING)
         for request in requests.values():
             if isinstance(request, EngineSpec):
                 _await_engine(allocation.leases[request.key()], request)
-        allocation.starting_seconds = time.monotonic() - start_time - allocation.swap_seconds
+        allocation.preparation = (start_time, time.monotonic())
+        _report_starts(allocation)
         with _measuring_share(allocation):
             yield allocation
     finally:
+        allocation.released_at = time.monotonic()
         _release(allocation)
         _released.setdefault(job, []).append(allocation)
+
+
+@contextlib.contextmanager
+def kept_from_swaps(engines: Iterable[EngineSpec]) -> Iterator[None]:
+    """Let no other engine be made of these while the block runs, though they may be stopped."""
+    keys = {spec.key() for spec in engines}
+    with _leases_changed:
+        _kept.update(keys)
+    try:
+        yield
+    finally:
+        with _leases_changed:
+            _kept.subtract(keys)
 
 
 @contextlib.contextmanager
@@ -144,12 +172,17 @@ def _new_lease(request: ResourceRequest, now: float, source: str | None) -> Leas
     if source is None:
         return Lease(request, now)
     old = _leases.pop(source)
-    return Lease(request, old.charged_until, swapped_from=old)
+    return Lease(request, old.charged_until, swapped_from=old, starts=old.starts)
 
 
 def _swap_sources(requests: Iterable[ResourceRequest]) -> dict[str, str]:
     """Return the idle engines whose weights can be replaced to fulfil requests, by request."""
-    idle = {key: lease.request for key, lease in _leases.items() if not lease.users}
+    unneeded_first = sorted(_leases, key=_needed.__contains__)
+    idle = {
+        key: _leases[key].request
+        for key in unneeded_first
+        if _leases[key].is_idle and not _kept[key]
+    }
     sources = swap_sources(requests, _leases, idle)
     return {
         key: source
@@ -183,7 +216,7 @@ def _make_room(
             _stop_pending_replicas(_leases[key])
     requested = [request.resources for request in resource_requests.values()]
     while not fits([*requested, *(_leases[key].request.resources for key in others)], available):
-        idle = [key for key in others if not _leases[key].users]
+        idle = [key for key in others if _leases[key].is_idle]
         if not idle:
             return not others  # if it does not fit alone, Ray refuses it or scales the cluster up
         stopped = min(idle, key=lambda key: not _leases[key].request.swap_group)
@@ -206,7 +239,7 @@ def _release(allocation: Allocation) -> None:
 
 def _stop_pending_replicas(lease: Lease) -> None:
     """Stop the replicas that an idle engine has beyond its pool's fixed number."""
-    if not lease.users and isinstance(lease.request, EngineSpec):
+    if lease.is_idle and isinstance(lease.request, EngineSpec):
         lease.replicas.result().stop_pending()
 
 
@@ -236,7 +269,7 @@ def _must_wait_for_sleep(requests: Iterable[ResourceRequest]) -> bool:
     """Whether training must wait for engines that should sleep, or such engines for training."""
     requested = list(requests)
     if _trains(requested):
-        return any(lease.users for lease in _leases.values() if lease.request.sleeps)
+        return any(not lease.is_idle for lease in _leases.values() if lease.request.sleeps)
     training = _trains(lease.request for lease in _leases.values())
     return training and any(request.sleeps for request in requested)
 
@@ -300,11 +333,35 @@ def _prepare_engine(
         report(SWAPPING)
         if _swap_engine(lease, lease.swapped_from, spec):
             allocation.engines_swapped.append(spec.label)
-            allocation.swap_seconds += time.monotonic() - start_time
+            allocation.swaps.append((start_time, time.monotonic()))
             return
     report(STARTING)
-    _start_engine(lease, spec)
-    allocation.engines_started.append(spec.label)
+    _start_and_record(lease, spec)
+
+
+def _start_and_record(lease: Lease, spec: EngineSpec) -> None:
+    """Start an engine and record how long it took."""
+    start_time = time.monotonic()
+    with _measuring_memory if shares_gpu(spec.pool) else contextlib.nullcontext():
+        _start_engine(lease, spec)
+    lease.starts.append((spec.label, time.monotonic() - start_time))
+
+
+def shares_gpu(pool: Pool) -> bool:
+    """Whether engines of a pool measure the free memory of a GPU that others may use meanwhile.
+
+    With a fixed size of the key-value cache, vLLM does not depend on that measurement.
+    """
+    return 0 < pool.gpus < 1 and "kv_cache_memory_bytes" not in pool.engine_kwargs
+
+
+def _report_starts(allocation: Allocation) -> None:
+    """Move the starts of an allocation's engines to it, unless another one has reported them."""
+    with _leases_changed:
+        for lease in allocation.leases.values():
+            allocation.engines_started += [label for label, _ in lease.starts]
+            allocation.start_seconds += sum(seconds for _, seconds in lease.starts)
+            lease.starts.clear()
 
 
 def _swap_engine(lease: Lease, old: Lease, spec: EngineSpec) -> bool:
@@ -353,7 +410,8 @@ def _start_engine(lease: Lease, spec: EngineSpec) -> None:
             ray.kill(actor)
         cause = getattr(error, "cause", None) or error
         with _leases_changed:
-            _leases.pop(spec.key(), None)
+            for key in [key for key, other in _leases.items() if other is lease]:
+                del _leases[key]
         failure = StageFailed(f"engine for {spec.role.model} did not start: {cause}")
         lease.replicas.set_exception(cause if isinstance(cause, UserError) else failure)
 
@@ -368,9 +426,36 @@ def _await_placement(actors: list[Any]) -> None:
         placed
     ):
         with _leases_changed:
-            idle = [key for key, lease in _leases.items() if not lease.users]
+            idle = [key for key, lease in _leases.items() if lease.is_idle]
             if idle:
                 _stop_engine(idle[0])
+
+
+def start_early(spec: EngineSpec) -> None:
+    """Start an engine in the background that no job uses yet.
+
+    If an engine of this spec runs, the new one is a spare: its weights are replaced for the next
+    job that needs others.
+    """
+    with _locked():
+        is_spare = spec.key() in _leases
+        key = f"spare {next(_spares)} of {spec.key()}" if is_spare else spec.key()
+        lease = _leases[key] = Lease(spec, time.monotonic())
+
+    def start() -> None:
+        try:
+            _start_and_record(lease, spec)
+        except Exception:  # raised by the jobs that wait for it, if any
+            _failed_early.add(spec.key())
+        with _leases_changed:
+            _leases_changed.notify_all()
+
+    threading.Thread(target=start, daemon=True).start()
+
+
+def may_start_early() -> bool:
+    """Whether early starts make sense: none has failed, and neither has a swap, for the spares."""
+    return not _failed_early and not _failed_swaps
 
 
 def resource_usage(job: str) -> dict[str, Any]:
@@ -419,7 +504,9 @@ def stop_unused_engines(requests: Iterable[ResourceRequest] = ()) -> None:
     keys = {request.key() for request in requested}
     groups = {request.swap_group for request in requested} - {"", *_failed_swaps}
     with _locked():
-        idle = [key for key, lease in _leases.items() if not lease.users]
+        _needed.clear()
+        _needed.update(keys)
+        idle = [key for key, lease in _leases.items() if lease.is_idle]
         for key in idle:
             if key not in keys and _leases[key].request.swap_group not in groups:
                 _stop_engine(key)

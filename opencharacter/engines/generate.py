@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -48,7 +48,10 @@ from opencharacter.runtime.progress import (
 )
 from opencharacter.runtime.stage import Job
 from opencharacter.runtime.store import SHARDS, RemoteDir, Shards
+from opencharacter.runtime.threads import run_side_by_side
 
+K = TypeVar("K")
+T = TypeVar("T")
 MAX_BLOCK_ROWS = 25_000
 """Requests per task at most, which bounds the memory of a task."""
 
@@ -140,19 +143,36 @@ def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def effort(job: Job, role: str, adapter: RemoteDir | Role | None) -> int:
-    """Rank what it takes until the engine that a job uses for a role is ready, as `effort` does."""
-    return allocation.effort(engine_spec(job, role, adapter))
+def generate_side_by_side(
+    job: Job,
+    function: Callable[[K], T],
+    engines: Mapping[K, EngineSpec],
+    others: Sequence[EngineSpec] = (),
+) -> dict[K, T]:
+    """Call a function that generates for each of several engines.
+
+    If all engines fit into the cluster, it is called at the same time for all of them, otherwise
+    first for those that are ready soonest. Several calls would exceed the request limit of an
+    endpoint, so they follow each other if there is one.
+
+    Args:
+        job: the job that generates.
+        function: called with each key.
+        engines: the engine that the function uses, by key.
+        others: engines that it uses in addition with every key.
+    """
+    used = [*engines.values(), *others]
+    together = fit_together(job, used) and not any(spec.role.endpoint for spec in used)
+    with allocation.kept_from_swaps(engines.values() if together else ()):
+        soonest_first = sorted(engines, key=lambda key: allocation.effort(engines[key]))
+        calls = [partial(function, key) for key in soonest_first]
+        results = run_side_by_side(calls) if together else [call() for call in calls]
+    return dict(zip(soonest_first, results, strict=True))
 
 
-def can_run_together(
-    job: Job, role: str, adapter: RemoteDir | Role | None, other_role: str
-) -> bool:
-    """Whether the engines of two roles fit into the cluster side by side."""
-    resources = {
-        spec.key(): spec.resources
-        for spec in (engine_spec(job, role, adapter), engine_spec(job, other_role))
-    }
+def fit_together(job: Job, engines: Iterable[EngineSpec]) -> bool:
+    """Whether engines fit into the cluster side by side."""
+    resources = {spec.key(): spec.resources for spec in engines}
     return fits(resources.values(), allocation.capacity(job.placement.autoscaling_resources))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ from opencharacter.engines.replicas import EngineReplicas
 from opencharacter.engines.served import RunningApp
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.runtime.stage import ResourceRequest
+
+Interval = tuple[float, float]
+"""Beginning and end of something, in seconds of the monotonic clock."""
 
 
 @dataclass(eq=False)
@@ -26,9 +30,11 @@ class Allocation:
         work_seconds: wall-clock seconds in which work was under way, set by the caller.
         engine_share: fraction of its engines' time that the job had; below 1 if other jobs used
             them at the same time.
-        starting_seconds: wall-clock seconds until all engines had started.
-        engines_started: labels of the engines that were started for this allocation.
-        swap_seconds: wall-clock seconds in which weights were replaced.
+        preparation: when it waited until all engines were ready.
+        swaps: when weights were replaced for it.
+        released_at: monotonic time at which it was released.
+        engines_started: labels of the engines that were started for it, or early for a later job.
+        start_seconds: seconds that those starts took, each by itself.
         engines_swapped: labels of the engines that got their weights by a replacement.
     """
 
@@ -38,10 +44,17 @@ class Allocation:
     gpu_seconds: float = 0
     work_seconds: float = 0
     engine_share: float = 1
-    starting_seconds: float = 0
+    preparation: Interval = (0, 0)
+    swaps: list[Interval] = field(default_factory=list)
+    released_at: float = 0
     engines_started: list[str] = field(default_factory=list)
-    swap_seconds: float = 0
+    start_seconds: float = 0
     engines_swapped: list[str] = field(default_factory=list)
+
+    @property
+    def work(self) -> Interval:
+        """When work was under way, if it lasted until the release."""
+        return self.released_at - self.work_seconds, self.released_at
 
     def replicas(self, spec: EngineSpec) -> EngineReplicas | RunningApp | None:
         """Return the running replicas of an engine, or None for an engine without weights."""
@@ -60,6 +73,7 @@ class Lease:
         swapped_from: the lease of an idle engine whose weights are to be replaced; None to start
             an engine.
         asleep: whether the engine sleeps, because an adapter was trained since its last use.
+        starts: labels of the engine and seconds of its start, until a job reports them.
         session: the connection to Ray for which it was made.
     """
 
@@ -69,7 +83,13 @@ class Lease:
     replicas: Future[EngineReplicas | RunningApp] = field(default_factory=Future)
     swapped_from: Lease | None = None
     asleep: bool = False
+    starts: list[tuple[str, float]] = field(default_factory=list)
     session: tuple[str, str] | None = field(default_factory=lambda: session())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether an engine has started and no job uses it."""
+        return not self.users and self.replicas.done()
 
 
 def session() -> tuple[str, str] | None:
@@ -102,23 +122,30 @@ def usage(allocations: list[Allocation]) -> dict[str, Any]:
 
     Returns:
         `held_seconds`, `busy_seconds`, `gpu_seconds`, `gpu_busy_seconds`: sums as above.
-        `starting_seconds`: wall-clock seconds in which engines started.
         `work_seconds`: wall-clock seconds with work under way.
-        `engine_share`: mean fraction of its engines' time that the job had during that work.
+        `swap_seconds`: others in which weights of running engines were replaced.
+        `starting_seconds`: others in which the job waited for engines to start.
+        `engine_share`: mean fraction of its engines' time that the job had during that work; above
+            1 if several of its engines worked at the same time.
         `phases`: number of allocations.
         `engines_started`: labels of the engines that were started for the job.
-        `swap_seconds`: wall-clock seconds in which weights of running engines were replaced.
+        `engine_start_seconds`: seconds that those starts took, each by itself.
         `engines_swapped`: labels of the engines that got their weights by a replacement.
     """
-    work = sum(a.work_seconds for a in allocations)
+    working = [a.work for a in allocations]
+    swapping = [interval for a in allocations for interval in a.swaps]
+    work = covered_seconds(working)
+    work_and_swaps = covered_seconds(working + swapping)
+    all_seconds = covered_seconds(working + swapping + [a.preparation for a in allocations])
     shared_work = sum(a.work_seconds * a.engine_share for a in allocations)
     seconds = {
         "held_seconds": sum(a.held_seconds for a in allocations),
         "busy_seconds": sum(_busy_seconds(a) for a in allocations),
         "gpu_seconds": sum(a.gpu_seconds for a in allocations),
         "gpu_busy_seconds": sum(_gpu_busy_seconds(a) for a in allocations),
-        "starting_seconds": sum(a.starting_seconds for a in allocations),
-        "swap_seconds": sum(a.swap_seconds for a in allocations),
+        "starting_seconds": all_seconds - work_and_swaps,
+        "engine_start_seconds": sum(a.start_seconds for a in allocations),
+        "swap_seconds": work_and_swaps - work,
         "work_seconds": work,
     }
     return {
@@ -128,6 +155,15 @@ def usage(allocations: list[Allocation]) -> dict[str, Any]:
         "engines_started": [label for a in allocations for label in a.engines_started],
         "engines_swapped": [label for a in allocations for label in a.engines_swapped],
     }
+
+
+def covered_seconds(intervals: Iterable[Interval]) -> float:
+    """Return the seconds in which at least one interval lasts."""
+    covered, end = 0.0, float("-inf")
+    for began, ended in sorted(intervals):
+        covered += max(0.0, ended - max(began, end))
+        end = max(end, ended)
+    return covered
 
 
 def _busy_seconds(allocation: Allocation) -> float:

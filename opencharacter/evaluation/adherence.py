@@ -24,11 +24,10 @@ from opencharacter.config.roles import Sampling
 from opencharacter.constitution.schema import Constitution, Trait
 from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
-from opencharacter.engines.spec import engine_spec
 from opencharacter.errors import RowFailed
 from opencharacter.evaluation import dialogue, judge
 from opencharacter.evaluation.conditions import (
-    engines,
+    answer_phases,
     in_order,
     kept_rows,
     missing_shares,
@@ -172,7 +171,7 @@ def is_enabled(job: Job) -> bool:
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     if not is_enabled(job):
         return []
-    return [(spec, engine_spec(job, "judge")) for spec in engines(job, job.config.conditions)]
+    return answer_phases(job, job.config.conditions, judged=True)
 
 
 def estimate(job: Job) -> Estimate:

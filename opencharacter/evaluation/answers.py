@@ -25,7 +25,7 @@ from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation.conditions import (
-    engines,
+    answer_phases,
     of_scope,
     prefix_tokens,
     under_each_condition,
@@ -122,7 +122,7 @@ def check(job: Job) -> None:
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(engine,) for engine in engines(job, of_scope(job, job.config.conditions))]
+    return answer_phases(job, of_scope(job, job.config.conditions))
 
 
 def estimate(job: Job) -> Estimate:

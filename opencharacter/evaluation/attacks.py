@@ -24,7 +24,7 @@ from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.evaluation.answers import held_out, untrained_by
 from opencharacter.evaluation.conditions import (
-    engines,
+    answer_phases,
     of_scope,
     prefix_tokens,
     under_each_condition,
@@ -114,7 +114,7 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
-    return [(engine,) for engine in engines(job, of_scope(job, job.config.conditions))]
+    return answer_phases(job, of_scope(job, job.config.conditions))
 
 
 def estimate(job: Job) -> Estimate:

@@ -24,7 +24,7 @@ from opencharacter.distillation import teacher
 from opencharacter.engines.conversations import Conversation, Row, RowFn
 from opencharacter.engines.spec import EngineSpec, engine_spec
 from opencharacter.evaluation.scores import Score, wilson
-from opencharacter.runtime.stage import Job, without_dropped
+from opencharacter.runtime.stage import Job, ResourceRequest, without_dropped
 from opencharacter.runtime.store import RemoteDir
 from opencharacter.text.chat import Message, row_id, system
 
@@ -106,6 +106,20 @@ def engines(job: Job, conditions: Sequence[Condition]) -> list[EngineSpec]:
     return list({spec.key(): spec for spec in specs}.values())
 
 
+def answer_phases(
+    job: Job, conditions: Sequence[Condition], judged: bool = False
+) -> list[tuple[ResourceRequest, ...]]:
+    """The requests of a job whose conditions answer side by side, if there is room for that.
+
+    Args:
+        job: the stage's job.
+        conditions: the conditions to compare.
+        judged: whether a judge gets the answers.
+    """
+    judge = [engine_spec(job, "judge")] if judged else []
+    return [(*engines(job, conditions), *judge)] if conditions else []
+
+
 def prefix_messages(job: Job, condition: Condition) -> list[Message]:
     """The messages that precede a conversation under a condition."""
     if condition != "prompted":
@@ -145,9 +159,10 @@ def under_each_condition(
 ) -> pa.Table:
     """Answer each request once under every condition, with the condition's own weights.
 
-    If the engines of student and judge fit beside each other, the judge gets each answer as soon
-    as it is finished, while others are still being generated. Otherwise the judge starts after all
-    conditions have answered, so that its engine starts only once.
+    If the engines of all conditions fit beside each other, they answer at the same time, otherwise
+    one after another. If the engines of student and judge fit beside each other, the judge gets
+    each answer as soon as it is finished, while others are still being generated. Otherwise the
+    judge starts after all conditions have answered, so that its engine starts only once.
 
     Args:
         job: the stage's job.
@@ -158,35 +173,42 @@ def under_each_condition(
         judge_fn: row function of the judge, which gets the row with its answer.
         judge_fields: columns that the judge adds.
     """
-    from opencharacter.engines.generate import can_run_together, effort, generate
+    from opencharacter.engines.generate import fit_together, generate, generate_side_by_side
 
-    cheapest_first = sorted(
-        conditions, key=lambda c: effort(job, "student", condition_adapter(job, c))
-    )
+    specs: dict[Condition, EngineSpec] = {
+        c: engine_spec(job, "student", condition_adapter(job, c)) for c in conditions
+    }
+    judge = [engine_spec(job, "judge")] if judge_fn else []
     all_fields = [*fields, *judge_fields]
-    tables, unjudged = [], dict[str, pa.Table]()
-    for condition in cheapest_first:
+
+    def answers(condition: Condition) -> tuple[pa.Table, bool]:
+        """Return the answers under a condition and whether they have been judged, if needed."""
         adapter = condition_adapter(job, condition)
         answer = partial(answer_fn, prefix=prefix_messages(job, condition))
         rows = with_condition(requests, condition)
         if judge_fn is None:
             shards = generate(job, rows, answer, "student", fields, condition, adapter)
-            tables.append(shards.table())
-        elif can_run_together(job, "student", adapter, "judge"):
+        elif fit_together(job, [specs[condition], *judge]):
             both = partial(answer_and_judge, answer_fn=answer, judge_fn=judge_fn)
             shards = generate(
                 job, rows, both, "student", all_fields, condition, adapter, partner="judge"
             )
-            tables.append(shards.table())
         else:
             phase = f"{condition}-answers"
             shards = generate(job, rows, answer, "student", fields, phase, adapter)
-            unjudged[condition] = shards.table()
-    for condition, answers in unjudged.items():
+            return shards.table(), False
+        return shards.table(), True
+
+    tables = []
+    answered = generate_side_by_side(job, answers, specs, judge)
+    for condition, (table, complete) in answered.items():
+        if complete:
+            tables.append(table)
+            continue
         assert judge_fn is not None
-        rows = without_dropped(answers).to_pylist()
+        rows = without_dropped(table).to_pylist()
         tables.append(generate(job, rows, judge_fn, "judge", all_fields, condition).table())
-        tables.append(answers.filter(pc.is_valid(answers["drop_reason"])))
+        tables.append(table.filter(pc.is_valid(table["drop_reason"])))
     return pa.concat_tables(tables, promote_options="default").sort_by("id")
 
 

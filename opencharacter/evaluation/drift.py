@@ -30,11 +30,10 @@ from opencharacter.config.roles import Sampling
 from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.allocation import acquire
 from opencharacter.engines.conversations import Conversation, Row
-from opencharacter.engines.spec import engine_spec
 from opencharacter.evaluation import classifiers, dialogue, drift_report, judge
 from opencharacter.evaluation.answers import unseen
 from opencharacter.evaluation.conditions import (
-    engines,
+    answer_phases,
     kept_rows,
     prefix_tokens,
     under_each_condition,
@@ -251,9 +250,8 @@ def classifier_workers(job: Job) -> list[ResourceRequest]:
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     if not is_enabled(job):
         return []
-    specs = engines(job, job.config.conditions)
     workers = classifier_workers(job)
-    judged = [(spec, engine_spec(job, "judge")) for spec in specs]
+    judged = answer_phases(job, job.config.conditions, judged=True)
     return [*judged, *([tuple(workers)] if workers else [])]
 
 

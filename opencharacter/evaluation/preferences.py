@@ -32,7 +32,7 @@ from opencharacter.engines.spec import engine_spec
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import answers, judge
 from opencharacter.evaluation.conditions import (
-    engines,
+    answer_phases,
     in_order,
     kept_rows,
     missing_shares,
@@ -151,7 +151,7 @@ def identity(job: Job) -> dict[str, Any]:
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     panel = job.recipe.evaluation.judge.panel
     return [
-        *((engine, engine_spec(job, "judge")) for engine in engines(job, conditions(job))),
+        *answer_phases(job, conditions(job), judged=True),
         *((engine_spec(job, "judge", model=role),) for role in panel),
     ]
 

@@ -26,10 +26,9 @@ from opencharacter.config.files import resource
 from opencharacter.config.roles import Sampling
 from opencharacter.distillation.teacher import expected_tokens
 from opencharacter.engines.conversations import Conversation, Row
-from opencharacter.engines.spec import engine_spec
 from opencharacter.evaluation import judge
 from opencharacter.evaluation.conditions import (
-    engines,
+    answer_phases,
     in_order,
     kept_rows,
     missing_shares,
@@ -242,7 +241,7 @@ def identity(job: Job) -> dict[str, Any]:
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
     if not is_enabled(job):
         return []
-    return [(spec, engine_spec(job, "judge")) for spec in engines(job, job.config.conditions)]
+    return answer_phases(job, job.config.conditions, judged=True)
 
 
 def estimate(job: Job) -> Estimate:

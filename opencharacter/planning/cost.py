@@ -8,13 +8,14 @@ and the number of workers. Processing prompts is part of the measured speed of g
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from opencharacter.config.placement import Placement, Resources
 from opencharacter.planning.speeds import Speeds
 from opencharacter.runtime.cluster import local_cpus
 from opencharacter.runtime.schedule import peak, phases, smallest_cluster
-from opencharacter.runtime.stage import Estimate, Job, TrainingWorkers
+from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, TrainingWorkers
 
 RAY_MEMORY_SHARE = 0.7
 """Share of a machine's memory that Ray gives to tasks and actors."""
@@ -59,13 +60,23 @@ def cost(job: Job, estimate: Estimate, speeds: Speeds, available: Resources) -> 
 
     role, tokens = first.role_name, estimate.tokens_out
     fixed = speeds.pass_start * len(job_phases)
+    engines = [request for request in job_phases[0] if request.role_name == role]
     generating = seconds(role, tokens - estimate.judged, getattr(speeds, role))
+    generating /= speedup(engines)
     judging = seconds("judge", estimate.judged, speeds.judge)
-    side_by_side = any(len(phase) > 1 for phase in job_phases)
-    work = max(generating, judging) if side_by_side else generating + judging
-    if job.stage.name in speeds.stages:
-        work = seconds(role, tokens, speeds.stages[job.stage.name])
-    return Cost(fixed, work, gpus, side_by_side and judging > generating)
+    judged_at_once = any(phase[-1].role_name != phase[0].role_name for phase in job_phases)
+    work = max(generating, judging) if judged_at_once else generating + judging
+    if job.stage.name in speeds.stages:  # measured for each of the engines
+        work = seconds(role, tokens, speeds.stages[job.stage.name]) / len(engines)
+    return Cost(fixed, work, gpus, judged_at_once and judging > generating)
+
+
+def speedup(engines: Sequence[ResourceRequest]) -> float:
+    """Return how much faster than one of them engines generate side by side.
+
+    Those that share a GPU, or the CPUs of a machine, are as fast as one that has it for itself.
+    """
+    return max(1.0, sum(min(1.0, engine.resources.gpus) for engine in engines))
 
 
 def planning_resources(placement: Placement) -> Resources:

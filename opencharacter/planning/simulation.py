@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from opencharacter.config.placement import Resources, fits
+from opencharacter.engines.early import engine_to_start
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.planning.cost import Cost, cost, planning_resources
 from opencharacter.planning.speeds import Speeds
@@ -132,6 +133,8 @@ class WarmEngines:
         ready_at: when an engine has started, by key.
         held: keys of the engines that a running job has, by dataset. A job of several phases may
             replace the weights of one engine for each of them; it has the last ones.
+        needed: keys of the engines that unfinished jobs need.
+        started_early: keys of the engines that were started early and that no job has used yet.
     """
 
     start_seconds: float
@@ -140,26 +143,29 @@ class WarmEngines:
     idle_since: dict[str, float] = field(default_factory=dict)
     ready_at: dict[str, float] = field(default_factory=dict)
     held: dict[str, set[str]] = field(default_factory=dict)
+    needed: set[str] = field(default_factory=set)
+    started_early: set[str] = field(default_factory=set)
 
     def acquire(
         self, job: Job, running: Sequence[Job], available: Resources, now: float
     ) -> Acquisition:
-        """Prepare the engines that a job needs, one after another: by a swap or a start."""
+        """Prepare the engines that a job needs, those of a phase side by side."""
         in_use = self._in_use(running)
         training = worker_resources([*running, job])
         starts, swaps, all_ready, idle = 0, 0, now, 0.0
         for phase in phases(job, available):
-            unused = {key: spec for key, spec in self.engines.items() if key not in in_use}
+            began, unused = all_ready, self._unused(in_use, now)
             sources = swap_sources(phase, self.engines, unused)
             for spec in (r for r in phase if isinstance(r, EngineSpec) and r.has_weights):
                 key = spec.key()
                 previous = sources.get(key, key)
                 if key in sources:
-                    swaps, all_ready = swaps + 1, all_ready + self.swap_seconds
-                    self.ready_at[key] = all_ready
+                    swaps, self.ready_at[key] = swaps + 1, began + self.swap_seconds
                 elif key not in self.engines:
-                    starts, all_ready = starts + 1, all_ready + self.start_seconds
-                    self.ready_at[key] = all_ready
+                    starts, self.ready_at[key] = starts + 1, began + self.start_seconds
+                if previous in self.started_early:
+                    self.started_early.remove(previous)
+                    starts += 1
                 all_ready = max(all_ready, self.ready_at[key])
                 idle += spec.resources.gpus * (now - self.idle_since.pop(previous, now))
                 self.engines.pop(previous, None)
@@ -167,6 +173,18 @@ class WarmEngines:
             self._make_room(in_use | {r.key() for r in phase}, training, available)
         self.held[job.dataset] = keys(job) & self.engines.keys()
         return Acquisition(starts, swaps, all_ready - now, idle)
+
+    def _unused(self, in_use: set[str], now: float) -> dict[str, EngineSpec]:
+        """The engines whose weights can be replaced, first those that no unfinished job needs."""
+        keys = [key for key in self.engines if key not in in_use and self.ready_at[key] <= now]
+        return {key: self.engines[key] for key in sorted(keys, key=self.needed.__contains__)}
+
+    def start_early(self, spec: EngineSpec, now: float) -> None:
+        """Start an engine that no job uses yet; a spare if there is one of this kind."""
+        key = f"spare of {spec.key()}" if spec.key() in self.engines else spec.key()
+        self.engines[key], self.idle_since[key] = spec, now
+        self.ready_at[key] = now + self.start_seconds
+        self.started_early.add(key)
 
     def _in_use(self, running: Iterable[Job]) -> set[str]:
         return {key for job in running for key in self.held[job.dataset]}
@@ -181,11 +199,12 @@ class WarmEngines:
     def _stop(self, key: str) -> None:
         del self.engines[key]
         self.idle_since.pop(key, None)
+        self.started_early.discard(key)
 
     def release(self, unfinished: Iterable[Job], running: Iterable[Job], now: float) -> None:
         """Stop engines that no unfinished job can use, and note which of the others are idle."""
         requests = requests_of(unfinished)
-        needed = {request.key() for request in requests}
+        self.needed = needed = {request.key() for request in requests}
         groups = {request.swap_group for request in requests} - {""}
         in_use = self._in_use(running)
         for key, spec in list(self.engines.items()):
@@ -236,6 +255,8 @@ def simulate(
                 )
             )
             running_jobs.append(job)
+        while spec := engine_to_start(waiting, running_jobs, engines.engines, available):
+            engines.start_early(spec, now)
         shares = engine_shares(running, available)
         seconds = min(map(PlannedJob.remaining, running, shares))
         now += seconds
@@ -264,12 +285,17 @@ def engine_shares(running: Sequence[PlannedJob], available: Resources) -> list[f
 
 
 def limiting_engines(planned: PlannedJob, available: Resources) -> list[str]:
-    """Return for each phase the key of the engine that determines a job's speed.
+    """Return for each phase the keys of the engines that determine a job's speed.
 
     Engines without weights are left out, because their jobs do not slow each other down.
     """
     slowest = -1 if planned.cost.judging else 0
-    requests = [phase[slowest] for phase in phases(planned.job, available)]
+    requests = [
+        request
+        for phase in phases(planned.job, available)
+        for request in phase
+        if request.role_name == phase[slowest].role_name
+    ]
     return [r.key() for r in requests if isinstance(r, EngineSpec) and r.has_weights]
 
 

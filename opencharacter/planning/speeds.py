@@ -100,7 +100,7 @@ def measure_speeds(storage: str) -> Speeds:
             stage: generation_speed(group, group[0]["writer"])
             for stage, group in group_by(generated, "stage").items()
         },
-        engine_start=sum(m["starting_seconds"] for m in started)
+        engine_start=sum(m.get("engine_start_seconds", m["starting_seconds"]) for m in started)
         / max(1, sum(len(m["engines_started"]) for m in started)),
         **({"weight_swap": weight_swap} if swapped else {}),
         pass_start=median(map(overhead_seconds, generated)),

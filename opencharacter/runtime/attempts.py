@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import threading
 from typing import Any
 
 from opencharacter.runtime.stage import Job
 from opencharacter.runtime.store import ATTEMPTS, FORMAT_VERSION, SHARDS
+
+_writing = threading.Lock()
+"""Held while the record of a stage is changed, of which several parts may be under way."""
 
 
 class AttemptLog:
@@ -23,13 +27,15 @@ class AttemptLog:
     def __init__(self, job: Job, kept: int, part: str = ""):
         self.job, self.kept = job, kept
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.history = [*job.store.attempts(job.dataset), {"at": now, "part": part, "kept": kept}]
-        self.history[-1]["reached"] = kept
-        self.touch()
+        self.attempt: dict[str, Any] = {"at": now, "part": part, "kept": kept, "reached": kept}
+        with _writing:
+            history = job.store.attempts(job.dataset)
+            self.number = len(history)
+            self._write([*history, self.attempt])
 
     def touch(self) -> None:
         """Record that this attempt is alive, although it has not progressed."""
-        self.note(self.history[-1]["reached"])
+        self.note(self.attempt["reached"])
 
     def note(self, reached: int, kept: int | None = None, **shown: int) -> None:
         """Write the progress of this attempt.
@@ -41,14 +47,19 @@ class AttemptLog:
         """
         self.kept = self.kept if kept is None else kept
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.history[-1] |= {"reached": reached, "kept": self.kept, "updated": now, **shown}
+        self.attempt |= {"reached": reached, "kept": self.kept, "updated": now, **shown}
+        with _writing:
+            history = self.job.store.attempts(self.job.dataset)
+            self._write([*history[: self.number], self.attempt, *history[self.number + 1 :]])
+
+    def _write(self, history: list[dict[str, Any]]) -> None:
         self.job.store.write_json(
             f"{self.job.dataset}/{SHARDS}/{ATTEMPTS}",
             {
                 "format_version": FORMAT_VERSION,
                 "fingerprint": self.job.fingerprint,
                 "payload": self.job.payload,
-                "attempts": self.history,
+                "attempts": history,
             },
         )
 

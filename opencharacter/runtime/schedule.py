@@ -135,13 +135,35 @@ def held_resources(jobs: Iterable[Job], available: Resources) -> list[Resources]
 
 
 def phases(job: Job, available: Resources) -> list[tuple[ResourceRequest, ...]]:
-    """Return the distinct phases of a job; a phase that does not fit at once is split in turns."""
+    """Return the distinct phases of a job; one that does not fit at once is split into turns."""
     distinct: dict[tuple[str, ...], tuple[ResourceRequest, ...]] = {}
     for phase in job.resource_requests:
-        fits_at_once = fits((request.resources for request in phase), available)
-        for part in [phase] if fits_at_once else [(request,) for request in phase]:
+        for part in turns(phase, available):
             distinct[tuple(request.key() for request in part)] = part
     return list(distinct.values())
+
+
+def turns(
+    phase: tuple[ResourceRequest, ...], available: Resources
+) -> list[tuple[ResourceRequest, ...]]:
+    """Split a phase that does not fit at once.
+
+    Each request has a turn of its own, together with the last one if that is for another role,
+    such as a judge, and fits beside it.
+    """
+    if fits_at_once(phase, available):
+        return [phase]
+    *others, last = phase
+    pairs = [(request, last) for request in others if request.role_name != last.role_name]
+    fitting = [pair for pair in pairs if fits_at_once(pair, available)]
+    paired = {request.key() for pair in fitting for request in pair}
+    return [*fitting, *((request,) for request in phase if request.key() not in paired)]
+
+
+def fits_at_once(phase: Iterable[ResourceRequest], available: Resources) -> bool:
+    """Whether the distinct requests of a phase fit into the cluster together."""
+    distinct = {request.key(): request.resources for request in phase}
+    return fits(distinct.values(), available)
 
 
 def peak(phases: Iterable[tuple[ResourceRequest, ...]], exclude: Iterable[str] = ()) -> Resources:
