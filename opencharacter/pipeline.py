@@ -270,6 +270,8 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
     running: list[Job] = []
     errors: list[Exception] = []
     results: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]] = queue.SimpleQueue()
+    if any(request.resources != Resources() for request in requests_of(waiting)):
+        threading.Thread(target=import_ahead, daemon=True).start()
     try:
         while waiting or running:
             while job := next_job(waiting, running):
@@ -292,6 +294,13 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
         raise errors[-1]
     if marker:
         selected[0].store.delete(marker)
+
+
+def import_ahead() -> None:
+    """Import what jobs on the driver need and what takes seconds, while the first engine starts."""
+    from transformers import AutoTokenizer
+
+    del AutoTokenizer
 
 
 def next_job(waiting: list[Job], running: list[Job]) -> Job | None:
