@@ -11,7 +11,7 @@ import torch
 from samples import ECHO_ROLE, RULES, recipe_of
 from transformers import AutoModelForCausalLM
 
-from opencharacter.config.placement import Training
+from opencharacter.config.placement import Placement, Training
 from opencharacter.config.recipe import Dpo, Lora, Prompts, Student, Teacher
 from opencharacter.config.roles import Role, Sampling
 from opencharacter.distillation import dpo, pairs, prompts, reference, sources, student, teacher
@@ -560,3 +560,29 @@ def test_the_echo_engine_repeats_its_prompt():
         )
     )
     assert reply.text == "Echo 4: Say this."
+
+
+class BlockSize:
+    """Takes the place of the reference model; returns the size of each block."""
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, table):
+        return pa.table({"size": [len(table)]})
+
+
+def test_each_actor_of_the_reference_model_gets_its_pairs_in_one_block(
+    cpu_ray, make_jobs, monkeypatch
+):
+    monkeypatch.setattr(reference, "ReferenceModel", BlockSize)
+    table = pa.table({"id": [f"{n}" for n in range(301)]})
+
+    def rows(gpus):
+        placement = {"training": {"workers": 2, "cpus": 0.5, "gpus": gpus}}
+        jobs = make_jobs(recipe_of(ECHO_ROLE), Placement.model_validate(placement))
+        (job,) = (job for job in jobs if job.stage.name == "distillation/reference")
+        return reference.reference_rows(job, table, counters=None)
+
+    assert sorted(row["size"] for row in rows(0).take_all()) == [150, 151]
+    rows(0.2)  # is not run, but Ray Data checks the arguments of functions that need a GPU
