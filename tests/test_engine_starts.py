@@ -15,13 +15,15 @@ from opencharacter.runtime import cluster
 
 def test_compiled_graphs_are_kept_in_the_cache_of_the_package(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENCHARACTER_CACHE", str(tmp_path))
-    for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"):
-        monkeypatch.delenv(name, raising=False)
-    assert cache_environment() == {
+    folders = {
         "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torchinductor"),
         "FLASHINFER_WORKSPACE_BASE": str(tmp_path / "flashinfer"),
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
     }
+    for name in folders:
+        monkeypatch.delenv(name, raising=False)
+    assert cache_environment() == folders
 
 
 def test_folders_that_the_environment_sets_are_used(monkeypatch):

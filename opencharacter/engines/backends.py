@@ -207,7 +207,7 @@ def environment(spec: EngineSpec) -> dict[str, str]:
 
 
 def cache_environment() -> dict[str, str]:
-    """Return where vLLM, torch and FlashInfer keep what they have compiled.
+    """Return where vLLM, torch, FlashInfer and Triton keep what they have compiled.
 
     A first start on a GPU host compiles for minutes, later ones do not.
 
@@ -217,6 +217,7 @@ def cache_environment() -> dict[str, str]:
         "VLLM_CACHE_ROOT": "vllm",
         "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
         "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+        "TRITON_CACHE_DIR": "triton",
     }
     return {
         name: os.environ.get(name) or str(cache_dir() / folder) for name, folder in folders.items()
