@@ -2,6 +2,8 @@
 #   docker build -f docker/cpu.Dockerfile -t opencharacter:cpu .
 FROM python:3.11.14-slim-bookworm AS build
 WORKDIR /source
+# The user of the image cannot write bytecode beside the modules; without it, each process compiles them for half a minute.
+ENV UV_COMPILE_BYTECODE=1
 RUN python -m venv /opt/venv
 COPY requirements/cpu.txt requirements/
 # uv finds the CPU build of torch; the lock is complete, so nothing else is resolved.
