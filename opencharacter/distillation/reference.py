@@ -185,8 +185,8 @@ def actor_layout(placement: Training, max_gpus_per_node: float) -> tuple[int, fl
 def reference_rows(job: Job, pairs: pa.Table, counters: Any) -> ray.data.Dataset:
     """Return the dataset that computes rows of `SCHEMA` for all pairs when it is iterated over.
 
-    Each actor gets its pairs in one block, or in a few large ones. With a block for each batch, Ray
-    Data collected the results on H200s only every six seconds.
+    Each actor gets its pairs in one block, or in a few large ones. With a block for each batch, an
+    H200 sometimes waited about six seconds between two batches.
     """
     placement = job.placement.training
     count, gpus = actor_layout(placement, cluster.max_gpus_per_node(job.placement))
