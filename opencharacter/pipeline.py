@@ -11,6 +11,7 @@ stages that read it stale, and those of every stage that follows. Everything els
 
 from __future__ import annotations
 
+import importlib
 import queue
 import threading
 import time
@@ -298,9 +299,7 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
 
 def import_ahead() -> None:
     """Import what jobs on the driver need and what takes seconds, while the first engine starts."""
-    from transformers import AutoTokenizer
-
-    del AutoTokenizer
+    _ = importlib.import_module("transformers").AutoTokenizer  # transformers imports it lazily
 
 
 def next_job(waiting: list[Job], running: list[Job]) -> Job | None:

@@ -42,6 +42,15 @@ def test_an_engine_starts_while_another_job_runs_and_there_is_room_for_the_train
     assert chosen([student, teacher], [], both, MANY) is None
 
 
+def test_an_engine_that_sleeps_during_training_does_not_start_then(tmp_path):
+    pools = {role: {"gpus": 1, "sleep_for_training": True} for role in ("teacher", "student")}
+    placement = PLACEMENT.model_copy(update={"pools": PLACEMENT.pools.model_validate(pools)})
+    jobs = jobs_of(tmp_path, placement)
+    student, dpo = jobs["small/distillation/student"], jobs[DPO]
+    assert chosen([student], [], {}, MANY) == ("org/student", False)
+    assert chosen([student], [dpo], {}, MANY) is None
+
+
 def test_an_engine_whose_adapter_is_not_trained_yet_starts_as_a_spare(jobs):
     dpo, reflection = jobs[DPO], jobs["small/humor/introspection/reflection"]
     student = request(jobs["small/distillation/student"])

@@ -446,7 +446,8 @@ def start_early(spec: EngineSpec) -> None:
         try:
             _start_and_record(lease, spec)
         except Exception:  # raised by the jobs that wait for it, if any
-            _failed_early.add(spec.key())
+            if lease.session == session():
+                _failed_early.add(spec.key())
         with _leases_changed:
             _leases_changed.notify_all()
 

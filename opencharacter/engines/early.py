@@ -42,6 +42,8 @@ def engine_to_start(
             continue
         if request.key() in engines or request.swap_group in spares:
             continue
+        if request.sleeps and worker_resources(running):
+            continue  # it would take the memory that sleeping engines leave to the training
         spec = request if is_trained(request, unfinished) else replace(request, adapter=None)
         if spec is not request and (not spec.swap_group or spec.swap_group != request.swap_group):
             continue  # an engine that cannot get the adapter later: steering vectors, for instance
