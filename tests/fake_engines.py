@@ -23,7 +23,7 @@ import one_stage
 import psutil
 import ray
 
-from opencharacter.engines import replicas
+from opencharacter.engines import generate, replicas
 from opencharacter.engines.spec import EngineSpec, Reply
 
 SWAPS = Path.cwd() / "swaps"
@@ -111,6 +111,7 @@ def main(disturbance: str, *arguments: str) -> None:
     SWAPS.mkdir()
     # Ray sends the class of the actor to its processes by value, with the names that it refers to.
     replicas.start_engine = start_engine  # type: ignore
+    generate.fit_together = lambda *_: False  # so that weights are swapped although both would fit
     cluster = start_cluster() if disturbance == "node" else None
     if disturbance in ("engine", "actor", "node"):
         threading.Thread(target=disturb, args=(disturbance, cluster), daemon=True).start()
