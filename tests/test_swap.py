@@ -292,8 +292,9 @@ class Answering:
         self.environment = {"OPENCHARACTER_CACHE": str(self.cache), "VLLM_CACHE_ROOT": compiled}
 
     def start(self, placement: dict, **environment: str) -> subprocess.Popen[str]:
-        # One conversation at a time, so that a repeated run has the same ones in each step.
-        placement = {"pools": {"student": {"max_num_seqs": 1}}, **placement}
+        # One conversation at a time, so that a repeated run has the same ones in each step, and
+        # room for one engine, so that its weights are replaced.
+        placement = {"pools": {"student": {"max_num_seqs": 1, "cpus": 1.2}}, **placement}
         (self.folder / "few.yaml").write_text(yaml.safe_dump(placement))
         environment = {**self.environment, **environment}
         return start(self.folder, f"{self.job.stage.name}@persona", "few.yaml", **environment)
