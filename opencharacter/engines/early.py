@@ -9,7 +9,7 @@ from operator import or_
 
 from opencharacter.config.placement import Resources, fits
 from opencharacter.engines.spec import EngineSpec
-from opencharacter.runtime.schedule import keys, requests_of, worker_resources
+from opencharacter.runtime.schedule import requests_of, worker_resources
 from opencharacter.runtime.stage import Job, ResourceRequest
 
 
@@ -32,22 +32,24 @@ def engine_to_start(
         available: resources of the cluster.
     """
     unfinished = [*waiting, *running]
-    needed = {key for job in unfinished for key in keys(job)}
+    wanted = requests_of(waiting)
+    needed = {request.key() for request in [*wanted, *requests_of(running)]}
     spares = {engine.swap_group for key, engine in engines.items() if key not in needed} - {""}
-    held = [engine.resources for engine in engines.values()] + worker_resources(running)
-    training = reduce(or_, worker_resources(waiting), Resources())
-    for request in requests_of(waiting):
+    training_now = worker_resources(running)
+    training_later = reduce(or_, worker_resources(waiting), Resources())
+    held = [engine.resources for engine in engines.values()] + training_now + [training_later]
+    for request in wanted:
         # An application has all adapters, and deploys itself for the first job that needs it.
         if type(request) is not EngineSpec or not request.has_weights:
             continue
         if request.key() in engines or request.swap_group in spares:
             continue
-        if request.sleeps and worker_resources(running):
+        if request.sleeps and training_now:
             continue  # it would take the memory that sleeping engines leave to the training
         spec = request if is_trained(request, unfinished) else replace(request, adapter=None)
         if spec is not request and (not spec.swap_group or spec.swap_group != request.swap_group):
             continue  # an engine that cannot get the adapter later: steering vectors, for instance
-        if fits([*held, training, spec.resources], available):
+        if fits([*held, spec.resources], available):
             return spec
     return None
 

@@ -23,7 +23,7 @@ import ray
 import ray.data
 from ray.data.read_api import from_blocks
 
-from opencharacter.config.placement import LIGHT_TASK_CPUS, fits
+from opencharacter.config.placement import LIGHT_TASK_CPUS
 from opencharacter.config.roles import Role
 from opencharacter.engines import allocation
 from opencharacter.engines.allocation import acquire
@@ -46,6 +46,7 @@ from opencharacter.runtime.progress import (
     console,
     start_counters,
 )
+from opencharacter.runtime.schedule import fits_at_once
 from opencharacter.runtime.stage import Job
 from opencharacter.runtime.store import SHARDS, RemoteDir, Shards
 from opencharacter.runtime.threads import run_side_by_side
@@ -172,8 +173,7 @@ def generate_side_by_side(
 
 def fit_together(job: Job, engines: Iterable[EngineSpec]) -> bool:
     """Whether engines fit into the cluster side by side."""
-    resources = {spec.key(): spec.resources for spec in engines}
-    return fits(resources.values(), allocation.capacity(job.placement.autoscaling_resources))
+    return fits_at_once(engines, allocation.capacity(job.placement.autoscaling_resources))
 
 
 def _stream(
