@@ -177,13 +177,8 @@ def _new_lease(request: ResourceRequest, now: float, source: str | None) -> Leas
 
 def _swap_sources(requests: Iterable[ResourceRequest]) -> dict[str, str]:
     """Return the idle engines whose weights can be replaced to fulfil requests, by request."""
-    unneeded_first = sorted(_leases, key=_needed.__contains__)
-    idle = {
-        key: _leases[key].request
-        for key in unneeded_first
-        if _leases[key].is_idle and not _kept[key]
-    }
-    sources = swap_sources(requests, _leases, idle)
+    idle = {k: lease.request for k, lease in _leases.items() if lease.is_idle and not _kept[k]}
+    sources = swap_sources(requests, _leases, idle, _needed)
     return {
         key: source
         for key, source in sources.items()

@@ -155,7 +155,7 @@ class WarmEngines:
         starts, swaps, all_ready, idle = 0, 0, now, 0.0
         for phase in phases(job, available):
             began, unused = all_ready, self._unused(in_use, now)
-            sources = swap_sources(phase, self.engines, unused)
+            sources = swap_sources(phase, self.engines, unused, self.needed)
             for spec in (r for r in phase if isinstance(r, EngineSpec) and r.has_weights):
                 key = spec.key()
                 previous = sources.get(key, key)
@@ -175,9 +175,12 @@ class WarmEngines:
         return Acquisition(starts, swaps, all_ready - now, idle)
 
     def _unused(self, in_use: set[str], now: float) -> dict[str, EngineSpec]:
-        """The engines whose weights can be replaced, first those that no unfinished job needs."""
-        keys = [key for key in self.engines if key not in in_use and self.ready_at[key] <= now]
-        return {key: self.engines[key] for key in sorted(keys, key=self.needed.__contains__)}
+        """The engines that have started and that no job uses."""
+        return {
+            key: spec
+            for key, spec in self.engines.items()
+            if key not in in_use and self.ready_at[key] <= now
+        }
 
     def start_early(self, spec: EngineSpec, now: float) -> None:
         """Start an engine that no job uses yet; a spare if there is one of this kind."""

@@ -56,6 +56,7 @@ def swap_sources(
     requests: Iterable[ResourceRequest],
     running: Container[str],
     idle: Mapping[str, ResourceRequest],
+    needed: Container[str] = (),
 ) -> dict[str, str]:
     """Assign to engines that do not run idle ones whose weights can be replaced.
 
@@ -63,17 +64,19 @@ def swap_sources(
         requests: what is requested.
         running: keys of all running engines.
         idle: the idle engines by key; the first suitable one is taken.
+        needed: keys of engines that jobs will need as they are, which are taken last.
 
     Returns:
         The key of an idle engine by the key of the request for which its weights are replaced.
     """
     distinct = {request.key(): request for request in requests}
+    unneeded_first = sorted(idle, key=needed.__contains__)
     sources: dict[str, str] = {}
     for key, request in distinct.items():
         suitable = (
             other
-            for other, engine in idle.items()
-            if engine.swap_group == request.swap_group
+            for other in unneeded_first
+            if idle[other].swap_group == request.swap_group
             and other not in distinct
             and other not in sources.values()
         )
