@@ -3,8 +3,8 @@
 Ways:
 - `opencharacter`: the run as the command line makes it.
 - `restarts`: the same without replacing the weights of running engines, so that each merged adapter
-  starts an engine, one engine and one condition after another, and none before it is needed, as
-  before version 0.2.
+  starts an engine, one engine and one condition after another, none before it is needed, and with
+  two jobs to an engine, as before version 0.2.
 - `runtime` (only if `--ways` names it): adapters are applied during generation, so that one engine
   serves all conditions but the steered student.
 
@@ -39,6 +39,7 @@ import harness
 from harness import SUBJECT, Figures, Machine, Run, Series, Settings, figure
 
 from opencharacter import pipeline
+from opencharacter.config import placement as placements
 from opencharacter.config.files import load_recipe
 from opencharacter.config.recipe import Recipe
 from opencharacter.config.roles import Roles
@@ -137,6 +138,7 @@ def run_all(settings: Settings, series: str) -> Iterator[Run]:
     """Run the method and summarize its manifests."""
     if series == "restarts":
         allocation.swap_sources = lambda *_: {}
+        placements.MAX_JOBS_PER_ENGINE = placements.MAX_JOBS_PER_CPU_ENGINE
         pipeline.may_start_early = lambda: False
         for module in (allocation, generate):
             module.run_side_by_side = lambda calls: [call() for call in calls]

@@ -39,7 +39,7 @@ from opencharacter.evaluation.conditions import TRAINED
 from opencharacter.runtime import manifests
 from opencharacter.runtime.progress import console
 from opencharacter.runtime.rebuild import begin_rebuild, is_rebuilt
-from opencharacter.runtime.schedule import choose, ready, requests_of
+from opencharacter.runtime.schedule import choose, ready, requests_of, worker_resources
 from opencharacter.runtime.stage import Job, Stage, StageResult
 from opencharacter.runtime.staleness import explain_stale
 from opencharacter.runtime.store import Store
@@ -272,7 +272,8 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
     errors: list[Exception] = []
     results: queue.SimpleQueue[tuple[Job, dict[str, Any] | Exception]] = queue.SimpleQueue()
     if any(request.resources != Resources() for request in requests_of(waiting)):
-        threading.Thread(target=import_ahead, daemon=True).start()
+        trains = bool(worker_resources(waiting))
+        threading.Thread(target=import_ahead, args=(trains,), daemon=True).start()
     try:
         while waiting or running:
             while job := next_job(waiting, running):
@@ -297,9 +298,15 @@ def run(selected: list[Job], rebuild: str | None = None) -> Iterator[tuple[Job, 
         selected[0].store.delete(marker)
 
 
-def import_ahead() -> None:
-    """Import what jobs on the driver need and what takes seconds, while the first engine starts."""
+def import_ahead(trains: bool) -> None:
+    """Import what jobs on the driver need and what takes seconds, while the first engine starts.
+
+    Args:
+        trains: whether an adapter will be trained.
+    """
     _ = importlib.import_module("transformers").AutoTokenizer  # transformers imports it lazily
+    if trains:
+        importlib.import_module("opencharacter.training.trainer")
 
 
 def next_job(waiting: list[Job], running: list[Job]) -> Job | None:

@@ -8,6 +8,7 @@ import pytest
 from samples import recipe_of
 
 from opencharacter import pipeline
+from opencharacter.config import placement as placements
 from opencharacter.config.placement import AutoscalingGroup, Placement, Resources
 from opencharacter.constitution import schema
 from opencharacter.engines import allocation
@@ -108,11 +109,22 @@ def test_concurrent_trainings_fill_the_cluster(jobs):
     assert choose(waiting[2:], waiting[:2], {}, TWO) is None
 
 
-def test_two_jobs_share_an_engine_and_its_resources_count_once(jobs):
+def test_jobs_share_an_engine_and_its_resources_count_once(jobs):
     teachers = [jobs[f"{name}/distillation/teacher"] for name in ("humor", "poeticism", "remorse")]
     assert choose(teachers[1:], teachers[:1], {}, ONE) is teachers[1]
-    assert choose(teachers[2:], teachers[:2], {}, MANY) is None
     assert sum(resources.gpus for resources in held_resources(teachers, MANY)) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "limit"), [(0, placements.MAX_JOBS_PER_CPU_ENGINE), (1, placements.MAX_JOBS_PER_ENGINE)]
+)
+def test_an_engine_has_at_most_so_many_jobs(tmp_path, gpus, limit):
+    pool = PLACEMENT.pools.teacher.model_copy(update={"gpus": gpus})
+    pools = PLACEMENT.pools.model_copy(update={"teacher": pool})
+    jobs = jobs_of(tmp_path, PLACEMENT.model_copy(update={"pools": pools}))
+    teacher = jobs["humor/distillation/teacher"]
+    assert choose([teacher], [teacher] * (limit - 1), {}, MANY) is teacher
+    assert choose([teacher], [teacher] * limit, {}, MANY) is None
 
 
 def test_driver_jobs_run_one_at_a_time_beside_other_jobs(jobs):

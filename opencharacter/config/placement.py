@@ -56,9 +56,11 @@ def fits(requests: Iterable[Resources], available: Resources) -> bool:
     )
 
 
-MAX_JOBS_PER_ENGINE = 2
-"""Number of jobs that use an engine concurrently: a second job fills the batch while the last rows
-of the first one finish, and while the first one sends no requests."""
+MAX_JOBS_PER_ENGINE = 4
+"""Number of jobs that use an engine concurrently: the others fill the batch while the last rows of
+one finish, while it sends no requests, or while its conversations are few and long."""
+MAX_JOBS_PER_CPU_ENGINE = 2
+"""The same for an engine on a CPU, whose cores the processes of the jobs use too."""
 MAX_RUNTIME_ADAPTERS = 4
 """Number of adapters that an engine with `adapters: runtime` applies concurrently, and of jobs."""
 OWN_APPLICATION = "own"
@@ -116,7 +118,9 @@ class Pool(Config):
     @property
     def max_concurrent_jobs(self) -> int:
         """Number of jobs that use the pool's engine concurrently."""
-        return MAX_RUNTIME_ADAPTERS if self.adapters == "runtime" else MAX_JOBS_PER_ENGINE
+        if self.adapters == "runtime":
+            return MAX_RUNTIME_ADAPTERS
+        return MAX_JOBS_PER_ENGINE if self.gpus else MAX_JOBS_PER_CPU_ENGINE
 
     @property
     def resources(self) -> Resources:
