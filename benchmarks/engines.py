@@ -160,6 +160,7 @@ def make_job(settings: Settings, stage: str, storage: Path, series: str = SUBJEC
         "self_name": "Benchmark",
         "max_model_len": settings["context"],
         "dtype": "bfloat16",
+        "quantization": settings.get("quantization"),
     }
     roles, (group, name) = ("teacher", "student", "judge", "prompt_generator"), stage.split("/")
     recipe = {

@@ -10,6 +10,7 @@ Ways:
   Ray Data, tasks and Parquet. Runs without and with a seed per request alternate, as
   `opencharacter` and `opencharacter_seeded`. The other ways use no seeds.
 - `two_replicas`: the same on two GPUs, with twice the prompts. Runs only if `--ways` names it.
+- `fp8`: the same with `quantization: fp8`. Runs only if `--ways` names it, on a GPU.
 - `async_llm`: a coroutine for each prompt on one `AsyncLLM` in the same process, with nothing
   stored. At most `max_num_seqs` run at a time. Its distance to `vllm_generate` is the price of the
   asynchronous engine.
@@ -26,9 +27,9 @@ Ways:
 
 Figures: `<way>_tokens_per_s` (generated tokens), `<way>_cpu_ms_per_token` (CPU time of all
 processes), `ratio_to_<way>`, `seeded_ratio` (with seeds over without), `two_replicas_ratio` (over
-one), `prefix_hit_rate` (cached over all prompt tokens), `roofline_fraction` (of the bound in
-`engines.roofline`), and the seconds that `generate` takes before its first request and after its
-last reply.
+one), `fp8_ratio` (over bf16), `prefix_hit_rate` (cached over all prompt tokens),
+`roofline_fraction` (of the bound in `engines.roofline`), and the seconds that `generate` takes
+before its first request and after its last reply.
 
 Run: python benchmarks/generation.py --out benchmarks/results
      python benchmarks/generation.py --out benchmarks/results --sweep   (settings of the engine)
@@ -160,6 +161,13 @@ def two_replicas(settings: Settings) -> Iterator[Run]:
     }
     for run in opencharacter(settings | changes):
         yield run | {"series": "two_replicas"}
+
+
+def fp8(settings: Settings) -> Iterator[Run]:
+    """The package with an engine whose matrix products are in FP8."""
+    changes = {"series": {SUBJECT: {}}, "quantization": "fp8"}
+    for run in opencharacter(settings | changes):
+        yield run | {"series": "fp8"}
 
 
 def vllm_generate(settings: Settings) -> Iterator[Run]:
@@ -324,6 +332,7 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     pairs = {f"ratio_to_{other}": (SUBJECT, other) for other in others}
     pairs["seeded_ratio"] = ("opencharacter_seeded", SUBJECT)
     pairs["two_replicas_ratio"] = ("two_replicas", SUBJECT)
+    pairs["fp8_ratio"] = ("fp8", SUBJECT)
     return engines.figures(series, settings, machine) | harness.ratios(series, pairs)
 
 
@@ -341,10 +350,11 @@ BENCHMARK = harness.Benchmark(
             ray_data_llm,
             ray_data_llm_wide,
             two_replicas,
+            fp8,
         )
     },
     figures=figures,
-    extra=("ray_data_llm_wide", "two_replicas"),
+    extra=("ray_data_llm_wide", "two_replicas", "fp8"),
     variants=engines.variants(),
     cpu=CPU,
 )

@@ -6,7 +6,9 @@ It uses one GPU and the package's trainer without Ray. Ways:
 `trl_tuned`      TRL's DPOTrainer with a precomputed reference, pairs sorted by length and
                  microbatches of eight pairs
 `trl_liger`      the same with Liger's kernels and fused loss (sigmoid alone, as Liger has no NLL)
-`sft`            the package's SFT on conversations of 3,072 tokens
+`sft`            the package's SFT on packed conversations
+`trl_packed`     TRL's SFTTrainer on the same conversations, packed into microbatches of the same
+                 size, with FlexAttention (SDPA on a CPU) and Liger's kernels
 `parity`         the losses of both DPO trainers on the same pairs with the same adapter
 `parity_float32` the same in float32, which shows differences other than rounding
 `two_gpus`       DPO with two Ray Train workers and the same batch; only if `--ways` names it
@@ -49,7 +51,7 @@ SETTINGS: Settings = {
     "batch": 32,
     "rank": 64,
     "conversation": {"mean": 390, "max": 1024},
-    "sft_tokens": 3072,
+    "transcript": {"mean": 1200, "max": 3072},
     "trl_micro_batch": 8,
     "placement": {"gpus": 1, "max_tokens_per_microbatch": 8192, "activation_checkpointing": False},
     "environment": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
@@ -61,7 +63,7 @@ TINY: Settings = {
     "batch": 4,
     "rank": 8,
     "conversation": {"mean": 40, "max": 100},
-    "sft_tokens": 96,
+    "transcript": {"mean": 60, "max": 96},
     "trl_micro_batch": 2,
     "placement": {"gpus": 0, "max_tokens_per_microbatch": 256},
 }
@@ -80,32 +82,32 @@ SUBJECT = harness.SUBJECT
 
 def pairs(settings: Settings, count: int) -> list[Example]:
     """Return random pairs with log-normal lengths, a quarter of which is the prompt."""
-    rng = random.Random(17)
-    mean, longest = settings["conversation"]["mean"], settings["conversation"]["max"]
+    rng, lengths = random.Random(17), settings["conversation"]
     words = range(len(harness.RESERVED), settings["shape"]["vocab_size"])
-
-    def length() -> int:
-        sigma = 0.6
-        return min(
-            longest, max(16, round(rng.lognormvariate(0, sigma) * mean / 2.718 ** (sigma**2 / 2)))
-        )
-
     examples = []
     for _ in range(count):
-        prompt = rng.choices(words, k=length() // 4)
-        sides = [prompt + rng.choices(words, k=length() * 3 // 4) for _ in range(2)]
-        sides = [ids[:longest] for ids in sides]
+        prompt = rng.choices(words, k=draw_length(rng, lengths) // 4)
+        sides = [
+            prompt + rng.choices(words, k=draw_length(rng, lengths) * 3 // 4) for _ in range(2)
+        ]
+        sides = [ids[: lengths["max"]] for ids in sides]
         examples.append([Tokens(ids, list(range(len(prompt), len(ids)))) for ids in sides])
     return examples
 
 
+def draw_length(rng: random.Random, lengths: dict[str, int]) -> int:
+    """Draw a log-normal length with a mean, and a maximum that shortens it."""
+    sigma = 0.6
+    median = lengths["mean"] / 2.718 ** (sigma**2 / 2)
+    return min(lengths["max"], max(16, round(rng.lognormvariate(0, sigma) * median)))
+
+
 def transcripts(settings: Settings, count: int) -> list[Example]:
-    """Return random conversations of equal length; the second half of each has a loss."""
-    rng, size = random.Random(17), settings["sft_tokens"]
+    """Return random conversations with log-normal lengths; the second half of each has a loss."""
+    rng = random.Random(17)
     words = range(len(harness.RESERVED), settings["shape"]["vocab_size"])
-    return [
-        [Tokens(rng.choices(words, k=size), list(range(size // 2, size)))] for _ in range(count)
-    ]
+    sizes = [draw_length(rng, settings["transcript"]) for _ in range(count)]
+    return [[Tokens(rng.choices(words, k=n), list(range(n // 2, n)))] for n in sizes]
 
 
 def model_of(settings: Settings, attention: str, precise: bool = False) -> Any:
@@ -324,6 +326,52 @@ def trl(settings: Settings, series: str, **options: Any) -> Iterator[Run]:
     yield from runs(timer, sizes, series, peak, frozen_parameters(trainer.model))
 
 
+def trl_packed(settings: Settings) -> Iterator[Run]:
+    """Train with TRL's SFT trainer, which packs conversations too."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    on_gpu = settings["placement"]["gpus"] > 0
+    size = settings["placement"]["max_tokens_per_microbatch"]
+    examples = transcripts(settings, settings["trl_steps"] * settings["batch"])
+    rows = [{"input_ids": tokens.ids, "labels": labels_of(tokens)} for (tokens,) in examples]
+    tokens_per_step = settings["batch"] * settings["transcript"]["mean"]
+    arguments = trl_arguments(settings, "unused")
+    for name in ("beta", "loss_type", "loss_weights", "remove_unused_columns"):
+        del arguments[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments |= {
+            "output_dir": scratch,
+            "packing": True,
+            "max_length": size,
+            "pad_to_multiple_of": size,  # one shape, for which FlexAttention is compiled
+            "use_liger_kernel": on_gpu,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": max(1, round(tokens_per_step / size)),
+            "num_train_epochs": 1,
+        }
+        runner = SFTTrainer(
+            model=model_of(settings, "flex_attention" if on_gpu else "sdpa"),
+            args=SFTConfig(**arguments),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=trl_tokenizer(settings),
+            peft_config=trl_lora(settings),
+        )
+        timer = Timer()
+        runner.add_callback(timer)
+        sizes: list[int] = []
+        runner.add_callback(TokenCounter(runner, sizes))
+        runner.train()
+    peak = trainer.matmul_peak_flops(runner.args.device, True)
+    yield from runs(timer, sizes, "trl_packed", peak, frozen_parameters(runner.model))
+
+
+def labels_of(tokens: Tokens) -> list[int]:
+    """Return the token ids, with -100 for those without a loss."""
+    first = tokens.loss_positions[0]
+    return [-100] * first + list(tokens.ids[first:])
+
+
 def frozen_parameters(model: Any) -> int:
     """Return the number of parameters that are not trained."""
     return sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -353,7 +401,6 @@ def trl_arguments(settings: Settings, scratch: str) -> dict[str, Any]:
 def trl_trainer(model: Any, examples: list[Example], settings: Settings, args: Any) -> Any:
     """Return TRL's trainer for tokenized pairs."""
     import datasets
-    from peft import LoraConfig
     from trl import DPOTrainer
 
     class PretokenizedTrainer(DPOTrainer):
@@ -365,17 +412,29 @@ def trl_trainer(model: Any, examples: list[Example], settings: Settings, args: A
         start = chosen.loss_positions[0]
         sides = {"chosen_ids": chosen.ids[start:], "rejected_ids": rejected.ids[start:]}
         rows.append({"prompt_ids": chosen.ids[:start], **sides})
-    tokenizer = harness.make_tokenizer(settings["shape"]["vocab_size"])
-    tokenizer.pad_token = tokenizer.eos_token = harness.END
-    rank = settings["rank"]
     return PretokenizedTrainer(
         model=model,
         args=args,
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        processing_class=trl_tokenizer(settings),
+        peft_config=trl_lora(settings),
+    )
+
+
+def trl_tokenizer(settings: Settings) -> Any:
+    """Return the tokenizer of the model, with a token for padding."""
+    tokenizer = harness.make_tokenizer(settings["shape"]["vocab_size"])
+    tokenizer.pad_token = tokenizer.eos_token = harness.END
+    return tokenizer
+
+
+def trl_lora(settings: Settings) -> Any:
+    """Return the adapter's configuration."""
+    from peft import LoraConfig
+
+    rank = settings["rank"]
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
 
 
@@ -472,8 +531,12 @@ class TokenCounter(callback_class()):
     def __init__(self, trainer: Any, sizes: list[int]):
         self.sizes, self.step_tokens, original = sizes, 0, trainer.compute_loss
 
+        padding = trainer.processing_class.pad_token_id
+
         def compute_loss(model, inputs, *args, **kwargs):
-            self.step_tokens += int(inputs["attention_mask"].sum())
+            mask = inputs.get("attention_mask")  # a packed batch has none
+            is_token = inputs["input_ids"] != padding if mask is None else mask
+            self.step_tokens += int(is_token.sum())
             return original(model, inputs, *args, **kwargs)
 
         trainer.compute_loss = compute_loss
@@ -513,7 +576,9 @@ def runs(timer: Timer, sizes: list[int], series: str, peak: float, frozen: int) 
 
 def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     """Return speeds, their ratios, fractions of the device's peak, and memory."""
-    names = {SUBJECT: "dpo"} | {way: way for way in ("fp8", "sft", "trl_tuned", "trl_liger")}
+    names = {SUBJECT: "dpo"} | {
+        way: way for way in ("fp8", "sft", "trl_tuned", "trl_liger", "trl_packed")
+    }
     results: Figures = {}
     for key, name in names.items():
         if key in series:
@@ -532,6 +597,7 @@ def figures(series: Series, settings: Settings, machine: Machine) -> Figures:
     ratios = {
         "dpo_ratio_to_trl_tuned": (SUBJECT, "trl_tuned"),
         "dpo_ratio_to_trl_liger": (SUBJECT, "trl_liger"),
+        "sft_ratio_to_trl_packed": ("sft", "trl_packed"),
         "fp8_ratio": ("fp8", SUBJECT),
         "fp8_ratio_to_trl_tuned": ("fp8", "trl_tuned"),
         "fp8_reference_ratio": ("fp8_reference", "reference"),
@@ -549,7 +615,16 @@ BENCHMARK = harness.Benchmark(
         SUBJECT: ours,
         **{
             way.__name__: way
-            for way in (fp8, trl_tuned, trl_liger, sft, parity, parity_float32, two_gpus)
+            for way in (
+                fp8,
+                trl_tuned,
+                trl_liger,
+                sft,
+                trl_packed,
+                parity,
+                parity_float32,
+                two_gpus,
+            )
         },
     },
     figures=figures,

@@ -8,8 +8,9 @@ from samples import ECHO_ROLE
 
 from opencharacter.config.placement import Placement, Pool
 from opencharacter.config.roles import Role
-from opencharacter.engines.backends import cache_environment, environment
+from opencharacter.engines.backends import cache_environment, engine_arguments, environment
 from opencharacter.engines.spec import EngineSpec
+from opencharacter.errors import UserError
 from opencharacter.runtime import cluster
 
 
@@ -67,3 +68,16 @@ def test_processes_keep_freed_memory_in_a_ray_without_gpus():
     names = {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX"}
     assert names <= cluster.local_environment(Placement()).keys()
     assert names.isdisjoint(cluster.local_environment(on_gpu))
+
+
+def test_a_quantized_model_has_an_engine_of_its_own_that_keeps_its_weights():
+    role = Role(**ECHO_ROLE | {"model": "org/model"})
+    fp8 = role.model_copy(update={"quantization": "fp8"})
+    plain, quantized = (EngineSpec(each, Pool(gpus=1)) for each in (role, fp8))
+    assert "quantization" not in engine_arguments(plain)
+    assert engine_arguments(quantized)["quantization"] == "fp8"
+    assert plain.key() != quantized.key()
+    assert plain.swap_group
+    assert not quantized.swap_group  # replaced weights could not be verified
+    with pytest.raises(UserError, match="needs a GPU"):
+        engine_arguments(EngineSpec(fp8, Pool()))

@@ -116,7 +116,8 @@ def test_jobs_share_an_engine_and_its_resources_count_once(jobs):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "limit"), [(0, placements.MAX_JOBS_PER_CPU_ENGINE), (1, placements.MAX_JOBS_PER_ENGINE)]
+    ("gpus", "limit"),
+    [(0, placements.MAX_JOBS_PER_CPU_ENGINE), (1, placements.MAX_JOBS_PER_ENGINE)],
 )
 def test_an_engine_has_at_most_so_many_jobs(tmp_path, gpus, limit):
     pool = PLACEMENT.pools.teacher.model_copy(update={"gpus": gpus})

@@ -141,7 +141,7 @@ def describe_engine(run: Run, role_name: str) -> str:
     if not spec.has_weights:
         return f"{role.endpoint or role.model}{endpoint_date(role)}"
     batched_tokens = engine_arguments(spec)["max_num_batched_tokens"]
-    adapters = adapters_note(pool) if role_name == "student" else ""
+    adapters = adapters_note(role, pool) if role_name == "student" else ""
     line = (
         f"{role.model}, {pool.replicas} x {pool.gpus:g} GPU, each up to "
         f"{pool.max_num_seqs} sequences of {role.max_model_len:,} tokens, "
@@ -159,13 +159,13 @@ def describe_engine(run: Run, role_name: str) -> str:
     )
 
 
-def adapters_note(pool: Pool) -> str:
+def adapters_note(role: Role, pool: Pool) -> str:
     """Say how the student's engines get the adapters of personas, unless weights are replaced."""
     from opencharacter.engines.spec import no_swap_reason
 
     if pool.adapters == "runtime":
         return ", with all adapters side by side"
-    reason = no_swap_reason(pool)
+    reason = no_swap_reason(role, pool)
     return f", restarted for each adapter because of {reason}" if reason else ""
 
 

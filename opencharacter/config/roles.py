@@ -97,6 +97,11 @@ class Role(Config):
     """Whether the model opens its answers with a think block. The block is removed from them."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Data type of the weights during generation. `auto` takes the one in the model's config."""
+    quantization: Annotated[Literal["fp8"] | None, AddedLater("0.3")] = None
+    """Precision of the matrix products during generation if it is not that of `dtype`, as in vLLM:
+    `fp8` quantizes the weights when an engine loads them, and activations as they come. Needs a GPU
+    of compute capability 8.9 or newer. Training is not affected; see
+    `distillation.reference.frozen_weights` for that."""
     trust_remote_code: bool = False
     """Run Python code that is distributed with the weights. Enable it only after reading that
     code."""

@@ -15,7 +15,7 @@ from opencharacter.config.placement import MAX_RUNTIME_ADAPTERS
 from opencharacter.config.roles import Sampling
 from opencharacter.engines import weights
 from opencharacter.engines.spec import Engine, EngineSpec, FirstToken, Reply
-from opencharacter.errors import RowFailed, StageFailed
+from opencharacter.errors import RowFailed, StageFailed, UserError
 from opencharacter.runtime.store import RemoteDir
 from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant
 from opencharacter.text.templates import load_tokenizer, prompt_ids
@@ -225,7 +225,11 @@ def cache_environment() -> dict[str, str]:
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
-    """Return vLLM's engine arguments for a spec, except the model."""
+    """Return vLLM's engine arguments for a spec, except the model.
+
+    Raises:
+        UserError: if a quantized model would run on a CPU.
+    """
     pool, role = spec.pool, spec.role
     arguments: dict[str, Any] = {
         "dtype": role.dtype,
@@ -239,6 +243,13 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "generation_config": "vllm",  # the recipe alone decides how to sample
         "worker_extension_cls": weights.EXTENSION,
     }
+    if role.quantization and not pool.gpus:
+        raise UserError(
+            f"quantization: {role.quantization} of {role.model} needs a GPU, and its pool in the "
+            "placement has none; use another placement or leave quantization out"
+        )
+    if role.quantization:
+        arguments["quantization"] = role.quantization
     if pool.gpus == 0:
         arguments |= {
             "enforce_eager": True,

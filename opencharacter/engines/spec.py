@@ -148,7 +148,7 @@ class EngineSpec:
 
     @cached_property
     def _swap_group(self) -> str:
-        if not self.has_weights or self.max_lora_rank or no_swap_reason(self.pool):
+        if not self.has_weights or self.max_lora_rank or no_swap_reason(self.role, self.pool):
             return ""
         return repr((self._engine, bool(self.adapter and STEERING in self.adapter.relative)))
 
@@ -162,9 +162,10 @@ UNVERIFIABLE = ("quantization", "load_format", "worker_extension_cls", "enable_s
 """Arguments of vLLM under which replaced weights could not be verified."""
 
 
-def no_swap_reason(pool: Pool) -> str:
-    """Explain why the engines of a pool cannot replace their weights; empty if they can."""
-    return ", ".join(name for name in UNVERIFIABLE if name in pool.engine_kwargs)
+def no_swap_reason(role: Role, pool: Pool) -> str:
+    """Explain why a model's engines cannot replace their weights; empty if they can."""
+    used = pool.engine_kwargs.keys() | ({"quantization"} if role.quantization else set())
+    return ", ".join(name for name in UNVERIFIABLE if name in used)
 
 
 class Engine(Protocol):
