@@ -502,7 +502,9 @@ def stop_unused_engines(requests: Iterable[ResourceRequest] = ()) -> None:
     with _locked():
         _needed.clear()
         _needed.update(keys)
-        idle = [key for key, lease in _leases.items() if lease.is_idle]
-        for key in idle:
-            if key not in keys and _leases[key].request.swap_group not in groups:
-                _stop_engine(key)
+        unused = [
+            key
+            for key, lease in _leases.items()
+            if lease.is_idle and key not in keys and lease.request.swap_group not in groups
+        ]
+        run_side_by_side([partial(_stop_engine, key) for key in unused])
