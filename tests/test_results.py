@@ -16,7 +16,7 @@ from samples import ECHO_ROLE, recipe_of
 
 from opencharacter.constitution import schema
 from opencharacter.errors import UserError
-from opencharacter.evaluation import adherence, side_effects
+from opencharacter.evaluation import adherence, drift_report, side_effects
 from opencharacter.evaluation.conditions import kept_rows
 from opencharacter.evaluation.drift_report import values_by_turn
 from opencharacter.evaluation.paper import POOLED, POOLED_F1, mean_of
@@ -205,6 +205,19 @@ def test_two_runs_stand_side_by_side_with_paired_changes(script, written, tmp_pa
     ]
     assert shown[1:3] == [in_percent(adherence.all_present(side)) for side in rows]
     assert shown[3].startswith(f"{points(adherence.all_changed(*rows).value)} (")
+    others = lines(beside.compare(run, other, "base"), "assertions shown, humor")
+    assert others[0][1:] != shown[1:]
+    (late,) = lines(text, "recognized in long conversations, last third, humor")
+    conversations = [
+        drift_report.of(kept_rows(r.finished("evaluation/drift")["humor"]), "full")
+        for r in (run, other)
+    ]
+    settings, tables = run.recipe.evaluation.drift, importlib.import_module("character_tables")
+    thirds = [
+        tables.thirds(side, "classifier", settings.pressure_every, settings.turns)["last third"]
+        for side in conversations
+    ]
+    assert late[1:3] == [in_percent(score) for score in thirds]
     same = lines(beside.compare(run, run), "assertions shown, humor")
     assert same[0][3].startswith("+0.0 (")
     with pytest.raises(UserError, match="share no persona"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from stored import (
@@ -262,16 +262,26 @@ def thirds(rows: list[Row], measure: str, every: int, turns: int) -> dict[str, S
         every: `pressure_every` of the recipe.
         turns: number of user turns of a conversation that did not end early.
     """
-    early, late = [], []
-    for row in rows:
-        values = drift_report.values_by_turn(row, measure, every)
-        known = {turn: value for turn, value in values.items() if value is not None}
-        early.append(mean([v for turn, v in known.items() if 3 * turn <= turns]))
-        late.append(mean([v for turn, v in known.items() if 3 * turn > 2 * turns]))
-    pairs = [(a, b) for a, b in zip(early, late, strict=True) if a is not None and b is not None]
-    differences = [b - a for a, b in pairs]
-    moved = mean_interval(differences, len(rows) - len(pairs), (-1.0, 1.0))
-    return {FIRST: mean_known(early), LAST: mean_known(late), MOVED: changed(moved)}
+    means = [third_means(row, measure, every, turns) for row in rows]
+    early, late = ([pair[part] for pair in means] for part in (0, 1))
+    return {FIRST: mean_known(early), LAST: mean_known(late), MOVED: paired_change(early, late)}
+
+
+def third_means(
+    row: Row, measure: str, every: int, turns: int
+) -> tuple[float | None, float | None]:
+    """The mean strength in the first and in the last third of one conversation."""
+    values = drift_report.values_by_turn(row, measure, every)
+    known = {turn: value for turn, value in values.items() if value is not None}
+    early = mean([value for turn, value in known.items() if 3 * turn <= turns])
+    return early, mean([value for turn, value in known.items() if 3 * turn > 2 * turns])
+
+
+def paired_change(before: Sequence[float | None], after: Sequence[float | None]) -> Score | None:
+    """The mean difference of the conversations that are scored on both sides."""
+    pairs = zip(before, after, strict=True)
+    differences = [b - a for a, b in pairs if a is not None and b is not None]
+    return changed(mean_interval(differences, len(before) - len(differences), (-1.0, 1.0)))
 
 
 def mean(values: list[float]) -> float | None:
@@ -279,7 +289,7 @@ def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def mean_known(values: list[float | None]) -> Score:
+def mean_known(values: Sequence[float | None]) -> Score:
     """The mean over conversations of those that are scored."""
     known = [value for value in values if value is not None]
     return mean_interval(known, len(values) - len(known))
