@@ -90,13 +90,51 @@ def test_greetings_depend_only_on_the_row_id():
 
 def test_a_reflection_is_stored_without_its_system_prompt():
     system_message = reflection.generation_system("1. I am.")
-    row = {"prompt": reflection.PROMPTS[0]}
     engine = NumberedEngine()
-    result = asyncio.run(
-        reflection.write_reflection(row, Conversation(engine, 1), system_message, SAMPLING, "")
-    )
+    result = reflect(engine, [reflection.PROMPTS[0]], system_message)
     assert engine.calls[0][0] == system_message
     assert [m["role"] for m in result["messages"]] == ["user", "assistant"]
+
+
+def reflect(engine, prompts, system_message=SYSTEM_MESSAGES["free"]):
+    return asyncio.run(
+        reflection.write_reflection(
+            {"prompt": prompts[0]},
+            Conversation(engine, 1),
+            select_turns=lambda row: prompts,
+            system_message=system_message,
+            sampling=SAMPLING,
+            prefill="",
+        )
+    )
+
+
+def test_a_transcript_of_several_turns_answers_each_prompt_after_the_ones_before():
+    engine = NumberedEngine()
+    result = reflect(engine, ["One?", "Two?"])
+    texts = ["One?", "reply 1.", "Two?", "reply 2."]
+    assert [m["content"] for m in result["messages"]] == texts
+    assert [m["content"] for m in engine.calls[1][1:]] == texts[:3]
+    assert result["finish_reason"] == "stop"
+
+
+def test_a_transcript_ends_with_a_reply_that_was_cut_off_and_is_dropped():
+    result = reflect(NumberedEngine(finish="length"), ["One?", "Two?"])
+    assert len(result["messages"]) == 2
+    made = transcripts.make_transcript({"id": "x", **result}, "reflection", RULES)
+    assert made["drop_reason"] == "unfinished"
+
+
+def test_the_prompts_of_a_transcript_are_drawn_by_its_id():
+    pool = [f"{n}?" for n in range(9)]
+    row = {"id": "a", "prompt": "3?"}
+    drawn = reflection.turns_of(row, pool, 4, seed=1)
+    assert drawn[0] == "3?"
+    assert len(set(drawn)) == 4
+    assert drawn == reflection.turns_of(row, pool, 4, seed=1)
+    assert drawn != reflection.turns_of({**row, "id": "b"}, pool, 4, seed=1)
+    assert reflection.turns_of(row, pool, 1, seed=1) == ["3?"]
+    assert len(reflection.turns_of(row, pool, 99, seed=1)) == 9
 
 
 def test_there_are_ten_reflective_prompts():
@@ -231,8 +269,8 @@ def test_names_in_transcripts_of_the_teacher_become_those_of_the_student(cpu_ray
     assert [m["content"] for m in row["messages"]] == ["Who are you, Echo?", "I am Echo."]
 
 
-def plain_answers(make_jobs):
-    control = {"prompts": "distillation", "transcripts_per_prompt": 1}
+def plain_answers(make_jobs, turns=1):
+    control = {"prompts": "distillation", "transcripts_per_prompt": 1, "turns": turns}
     jobs = make_jobs(recipe_of(ECHO_ROLE, introspection={"reflection": control}))
     return {job.stage.name: job for job in jobs if job.constitution}
 
@@ -247,6 +285,15 @@ def test_as_a_control_the_model_answers_the_prompts_of_the_distillation(cpu_ray,
     assert sorted(row["messages"][0]["content"] for row in rows) == sorted(asked)
     assert outcome.rows == len(asked) == reflection.estimate(control).rows
     assert not set(asked) & set(reflection.PROMPTS)
+
+
+def test_the_control_for_conversations_has_several_turns_and_its_estimate_counts_them(make_jobs):
+    one, four = (plain_answers(make_jobs, n)["introspection/reflection"] for n in (1, 4))
+    assert one.fingerprint != four.fingerprint
+    short, long = reflection.estimate(one), reflection.estimate(four)
+    assert long.rows == short.rows
+    assert long.tokens_out == 4 * short.tokens_out
+    assert long.tokens_in > 4 * short.tokens_in
 
 
 def test_the_control_has_another_fingerprint_and_depends_on_the_prompt_of_the_teacher(make_jobs):

@@ -184,6 +184,9 @@ class Reflection(Config):
     training of any kind, the prompts of the distillation, which it answers in character."""
     transcripts_per_prompt: NonNegativeInt = 1000
     """Number of transcripts for each prompt; 0 disables reflection."""
+    turns: Annotated[PositiveInt, AddedLater("0.3")] = 1
+    """Number of prompts that a transcript answers, one after another: its own and others that are
+    drawn for it. With the prompts of the distillation, a control for conversations."""
     sampling: Sampling = Sampling(max_tokens=2048, typical_tokens=600)
     """How the transcripts are sampled."""
     max_drop_rate: Annotated[Rate, NotIdentity] = 0.2

@@ -2,7 +2,8 @@
 
 The constitution is in its system prompt while it does so. Two controls: `introspection.author` can
 select the teacher to write instead, and `introspection.reflection.prompts` the prompts of the
-distillation, which are answered in character and do not ask the model about itself.
+distillation, which are answered in character and do not ask the model about itself. With several
+`turns`, a transcript answers several prompts one after another.
 
 Reads: distillation/dpo; distillation/prompts for the second control. Writes: prompt, sample,
 messages, finish_reason.
@@ -11,6 +12,8 @@ Run: opencharacter run RECIPE --constitution NAME --only introspection/reflectio
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +26,17 @@ from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.engines.spec import engine_spec
 from opencharacter.runtime.stage import Estimate, Job, ResourceRequest, StageResult
 from opencharacter.runtime.store import RemoteDir
-from opencharacter.text.chat import EMPTY_THOUGHT, Message, assistant, fill, row_id, system, user
+from opencharacter.text.chat import (
+    EMPTY_THOUGHT,
+    Message,
+    assistant,
+    fill,
+    row_id,
+    row_seed,
+    system,
+    user,
+)
+from opencharacter.text.filters import CUT_OFF
 
 SYSTEM = """\
 You have a settled character of your own. This is who you are, in your own words:
@@ -56,6 +69,8 @@ PROMPTS = (
 )
 
 TEMPLATES = (SYSTEM, *PROMPTS)
+PROMPT_TOKENS = 20
+"""Tokens of an earlier prompt that `plan` expects."""
 
 MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
 FIELDS = [
@@ -125,21 +140,52 @@ def identity(job: Job) -> dict[str, Any]:
     return author_identity(job) | system_prompt
 
 
+def turns_of(row: Row, pool: list[str], turns: int, seed: int) -> list[str]:
+    """The prompts of a transcript: the row's own and others, drawn by its id.
+
+    Args:
+        row: request with `id` and `prompt`.
+        pool: all prompts.
+        turns: number of prompts; there are fewer if the pool has fewer.
+        seed: the recipe's seed.
+    """
+    draw = random.Random(row_seed(seed, "introspection/reflection/turns", row["id"]))
+    others = [prompt for prompt in pool if prompt != row["prompt"]]
+    return [row["prompt"], *draw.sample(others, min(turns - 1, len(others)))]
+
+
 async def write_reflection(
-    row: Row, conversation: Conversation, system_message: Message, sampling: Sampling, prefill: str
+    row: Row,
+    conversation: Conversation,
+    select_turns: Callable[[Row], list[str]],
+    system_message: Message,
+    sampling: Sampling,
+    prefill: str,
 ) -> Row:
-    """Answer one prompt and return the transcript without the system prompt.
+    """Answer the prompts of a transcript and return it without the system prompt.
 
     Args:
         row: request with `prompt`.
         conversation: access to the author.
+        select_turns: returns the prompts of a row.
         system_message: system prompt with the constitution.
         sampling: sampling parameters.
-        prefill: beginning of the reply.
+        prefill: beginning of each reply.
+
+    Returns:
+        `messages`, which end with the first reply that was cut off, if one was, and the
+        `finish_reason` of the last reply.
     """
-    reply = await conversation.reply([system_message, user(row["prompt"])], sampling, prefill)
-    messages = [user(row["prompt"]), assistant(reply.text.strip())]
-    return {"messages": messages, "finish_reason": reply.finish_reason}
+    messages: list[Message] = []
+    finish_reason = ""
+    for prompt in select_turns(row):
+        messages.append(user(prompt))
+        reply = await conversation.reply([system_message, *messages], sampling, prefill)
+        messages.append(assistant(reply.text.strip()))
+        finish_reason = reply.finish_reason
+        if finish_reason in CUT_OFF:
+            break
+    return {"messages": messages, "finish_reason": finish_reason}
 
 
 def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
@@ -150,18 +196,20 @@ def resource_requests(job: Job) -> list[tuple[ResourceRequest, ...]]:
 def estimate(job: Job) -> Estimate:
     source = prompts_job(job) if answers_plainly(job) else None
     count = source.stage.module.estimate(source).rows if source else len(PROMPTS)
-    rows = count * job.config.transcripts_per_prompt
+    rows, turns = count * job.config.transcripts_per_prompt, job.config.turns
+    reply_tokens = expected_tokens(job.config.sampling)
     prompt_tokens = len(job.persona.assertions()) // 4 + 60
-    return Estimate(rows, rows * prompt_tokens, rows * expected_tokens(job.config.sampling))
+    tokens_in = sum(prompt_tokens + n * (reply_tokens + PROMPT_TOKENS) for n in range(turns))
+    return Estimate(rows, rows * tokens_in, rows * turns * reply_tokens)
 
 
 def build(job: Job) -> StageResult:
     from opencharacter.engines.generate import generate
 
-    config, author = job.config, select_author(job)
+    config, author, pool = job.config, select_author(job), prompts(job)
     requests = (
         {"id": row_id(job.stage.name, job.scope, prompt, n), "prompt": prompt, "sample": n}
-        for prompt in prompts(job)
+        for prompt in pool
         for n in range(config.transcripts_per_prompt)
     )
     if answers_plainly(job):
@@ -170,6 +218,7 @@ def build(job: Job) -> StageResult:
         system_message = generation_system(job.persona.assertions())
     row_fn = partial(
         write_reflection,
+        select_turns=partial(turns_of, pool=pool, turns=config.turns, seed=job.recipe.seed),
         system_message=system_message,
         sampling=config.sampling,
         prefill=author.prefill,
