@@ -301,12 +301,12 @@ def trl(settings: Settings, series: str, **options: Any) -> Iterator[Run]:
     model = model_of(settings, "sdpa")
     micro = settings["trl_micro_batch"]
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = trl_trainer(
+        runner = trl_trainer(
             model,
             examples,
             settings,
             DPOConfig(
-                **trl_arguments(settings, scratch) | options,
+                **dpo_arguments(settings, scratch) | options,
                 per_device_train_batch_size=micro,
                 gradient_accumulation_steps=settings["batch"] // micro,
                 num_train_epochs=1,
@@ -315,15 +315,7 @@ def trl(settings: Settings, series: str, **options: Any) -> Iterator[Run]:
                 train_sampling_strategy="sequential",
             ),
         )
-        timer = Timer()
-        trainer.add_callback(timer)
-        sizes: list[int] = []
-        trainer.add_callback(TokenCounter(trainer, sizes))
-        trainer.train()
-    from opencharacter.training.trainer import matmul_peak_flops
-
-    peak = matmul_peak_flops(trainer.args.device, True)
-    yield from runs(timer, sizes, series, peak, frozen_parameters(trainer.model))
+        yield from trl_runs(runner, series)
 
 
 def trl_packed(settings: Settings) -> Iterator[Run]:
@@ -336,12 +328,8 @@ def trl_packed(settings: Settings) -> Iterator[Run]:
     examples = transcripts(settings, settings["trl_steps"] * settings["batch"])
     rows = [{"input_ids": tokens.ids, "labels": labels_of(tokens)} for (tokens,) in examples]
     tokens_per_step = settings["batch"] * settings["transcript"]["mean"]
-    arguments = trl_arguments(settings, "unused")
-    for name in ("beta", "loss_type", "loss_weights", "remove_unused_columns"):
-        del arguments[name]
     with tempfile.TemporaryDirectory() as scratch:
-        arguments |= {
-            "output_dir": scratch,
+        arguments = trl_arguments(settings, scratch) | {
             "packing": True,
             "max_length": size,
             "pad_to_multiple_of": size,  # one shape, for which FlexAttention is compiled
@@ -357,13 +345,17 @@ def trl_packed(settings: Settings) -> Iterator[Run]:
             processing_class=trl_tokenizer(settings),
             peft_config=trl_lora(settings),
         )
-        timer = Timer()
-        runner.add_callback(timer)
-        sizes: list[int] = []
-        runner.add_callback(TokenCounter(runner, sizes))
-        runner.train()
+        yield from trl_runs(runner, "trl_packed")
+
+
+def trl_runs(runner: Any, series: str) -> Iterator[Run]:
+    """Train with one of TRL's trainers and yield one run per step after the warmup steps."""
+    timer, sizes = Timer(), list[int]()
+    runner.add_callback(timer)
+    runner.add_callback(TokenCounter(runner, sizes))
+    runner.train()
     peak = trainer.matmul_peak_flops(runner.args.device, True)
-    yield from runs(timer, sizes, "trl_packed", peak, frozen_parameters(runner.model))
+    yield from runs(timer, sizes, series, peak, frozen_parameters(runner.model))
 
 
 def labels_of(tokens: Tokens) -> list[int]:
@@ -377,23 +369,30 @@ def frozen_parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
+def dpo_arguments(settings: Settings, scratch: str) -> dict[str, Any]:
+    """Return the arguments of TRL's DPO trainer."""
+    return trl_arguments(settings, scratch) | {
+        "beta": 0.1,
+        "loss_type": ["sigmoid", "sft"],
+        "loss_weights": [1.0, 0.1],
+        "max_length": None,
+        "remove_unused_columns": False,
+    }
+
+
 def trl_arguments(settings: Settings, scratch: str) -> dict[str, Any]:
+    """Return the arguments that TRL's trainers share."""
     on_gpu = settings["placement"]["gpus"] > 0
     return {
         "output_dir": scratch,
         "bf16": on_gpu,
         "use_cpu": not on_gpu,
         "gradient_checkpointing": False,
-        "beta": 0.1,
-        "loss_type": ["sigmoid", "sft"],
-        "loss_weights": [1.0, 0.1],
-        "max_length": None,
         "learning_rate": 5e-5,
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "remove_unused_columns": False,
         "seed": 0,
     }
 
@@ -458,7 +457,7 @@ def losses_of_both(settings: Settings, series: str, precise: bool) -> Iterator[R
 
     examples, micro = pairs(settings, settings["batch"]), settings["trl_micro_batch"]
     model = model_of(settings, "sdpa", precise)
-    arguments = trl_arguments(settings, "unused")
+    arguments = dpo_arguments(settings, "unused")
     arguments["bf16"] &= not precise
     with tempfile.TemporaryDirectory() as scratch:
         arguments["output_dir"] = scratch
