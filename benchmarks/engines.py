@@ -253,7 +253,8 @@ def set_environment(settings: Settings) -> None:
 
 def engine_arguments(settings: Settings) -> dict[str, Any]:
     """Return the package's engine arguments, except one that only the asynchronous engine has."""
-    arguments = backends.engine_arguments(make_spec(settings))
+    model = model_folder(settings["shape"])
+    arguments = backends.engine_arguments(make_spec(settings), model)
     return {k: v for k, v in arguments.items() if k != "enable_log_requests"}
 
 

@@ -186,6 +186,13 @@ def memory_footprint(model: Path) -> MemoryFootprint:
     return MemoryFootprint(weights, per_token=2 * 2 * config["num_hidden_layers"] * keys)
 
 
+def fast_bf16() -> bool:
+    """Return whether this CPU multiplies bf16 in hardware; others are twice as fast in float32."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def resolve(model: str, revision: str | None = None) -> Path:
     """Return a directory with config, safetensors and tokenizer; download or convert if needed.
 

@@ -6,12 +6,14 @@ import pytest
 import ray
 from samples import ECHO_ROLE
 
+from opencharacter import models
 from opencharacter.config.placement import Placement, Pool
 from opencharacter.config.roles import Role
 from opencharacter.engines.backends import cache_environment, engine_arguments, environment
 from opencharacter.engines.spec import EngineSpec
 from opencharacter.errors import UserError
 from opencharacter.runtime import cluster
+from opencharacter.runtime.cluster import GIB
 
 
 def test_compiled_graphs_are_kept_in_the_cache_of_the_package(monkeypatch, tmp_path):
@@ -68,6 +70,36 @@ def test_processes_keep_freed_memory_in_a_ray_without_gpus():
     names = {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX"}
     assert names <= cluster.local_environment(Placement()).keys()
     assert names.isdisjoint(cluster.local_environment(on_gpu))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpus", "fast", "memory_gib", "expected"),
+    [
+        ("auto", 0, False, 2, "float32"),
+        ("auto", 0, True, 2, "auto"),  # bf16 is faster where the hardware multiplies it
+        ("auto", 0, False, 1, "auto"),  # float32 would not fit
+        ("auto", 1, False, 2, "auto"),
+        ("bfloat16", 0, False, 2, "bfloat16"),
+    ],
+)
+def test_engines_take_the_faster_data_type_of_a_cpu(
+    monkeypatch, tmp_path, dtype, gpus, fast, memory_gib, expected
+):
+    monkeypatch.setattr(models, "fast_bf16", lambda: fast)
+    footprint = models.MemoryFootprint(weights=GIB, per_token=1)
+    monkeypatch.setattr(models, "memory_footprint", lambda _: footprint)
+    role = Role(**ECHO_ROLE | {"model": "org/model", "dtype": dtype})
+    spec = EngineSpec(role, Pool(gpus=gpus, memory_gib=memory_gib))
+    assert engine_arguments(spec, tmp_path)["dtype"] == expected
+    assert engine_arguments(spec)["dtype"] == dtype  # for `plan`, which knows no machine
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (3, 1), (8, 4), (64, 8)])
+def test_an_engine_on_a_cpu_has_a_thread_for_every_second_core(monkeypatch, cores, threads):
+    monkeypatch.setattr("joblib.cpu_count", lambda: cores)
+    role = Role(**ECHO_ROLE)
+    assert environment(EngineSpec(role, Pool()))["OMP_NUM_THREADS"] == str(threads)
+    assert "OMP_NUM_THREADS" not in environment(EngineSpec(role, Pool(gpus=1)))
 
 
 def test_a_quantized_model_has_an_engine_of_its_own_that_keeps_its_weights():

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import server as servers
 
+from opencharacter import models
 from opencharacter.config import files
 from opencharacter.config.placement import Pool, Serving
 from opencharacter.engines.backends import engine_arguments
@@ -60,7 +61,8 @@ def test_the_serving_engine_uses_the_shared_spec_and_autoscales_with_the_placeme
         spec = EngineSpec(role, pool)
         made = replica.build_llm_config(spec, Serving(), 64)
         arguments = made.get_engine_config().engine_kwargs
-        same = {k: v for k, v in engine_arguments(spec).items() if k != "disable_log_stats"}
+        chosen = engine_arguments(spec, models.local_weights(role.model))
+        same = {k: v for k, v in chosen.items() if k != "disable_log_stats"}
         assert same.items() <= arguments.items()
         assert arguments["max_lora_rank"] == 64
     assert made.get_engine_config().placement_bundles == [{"CPU": 4, "GPU": 1}] * 2

@@ -105,7 +105,9 @@ def build_llm_config(spec: EngineSpec, serving: Serving, max_rank: int | None) -
         max_rank: largest LoRA rank of the adapters; None for a model without adapters.
     """
     pool, role = spec.pool, spec.role
-    arguments = {k: v for k, v in engine_arguments(spec).items() if k != "disable_log_stats"}
+    weights = models.local_weights(role.model, role.revision)
+    arguments = engine_arguments(spec, weights)
+    arguments = {k: v for k, v in arguments.items() if k != "disable_log_stats"}
     # The default for requests without max_tokens; vLLM lowers it to what the context leaves.
     arguments["override_generation_config"] = {"max_new_tokens": serving.max_tokens}
     arguments.setdefault("structured_outputs_config", GRAMMARS)

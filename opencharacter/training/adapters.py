@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from opencharacter import models
 from opencharacter.config.placement import Training
 from opencharacter.config.recipe import Lora
 from opencharacter.config.roles import Role
@@ -253,12 +254,7 @@ def activation_bytes(config: Any) -> int:
     return 2 * config.num_hidden_layers * (15 * config.hidden_size + 4 * config.intermediate_size)
 
 
-def fast_bf16() -> bool:
-    """Return whether this CPU multiplies bf16 in hardware, which is over twice as fast."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def autocast(device: torch.device) -> torch.autocast:
     """Return the autocast context of training, for forward passes outside of a trainer."""
-    enabled = device.type == "cuda" or fast_bf16()
+    enabled = device.type == "cuda" or models.fast_bf16()
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

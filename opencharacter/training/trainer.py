@@ -53,7 +53,6 @@ from opencharacter.training.adapters import (
     add_lora,
     autocast,
     decoder_blocks,
-    fast_bf16,
     load,
     plan_memory,
     select_kernels,
@@ -336,7 +335,7 @@ def fuse_frozen(model: Any, task: TrainingTask) -> None:
             )
     elif fp8 or kernels == "liger":
         fuse_lora(model, fp8)
-    elif placement.kernels is None and not placement.gpus and fast_bf16():
+    elif placement.kernels is None and not placement.gpus and models.fast_bf16():
         fuse_lora(model, fp8, keep_in=torch.bfloat16)
 
 
@@ -357,7 +356,7 @@ def trainer_arguments(task: TrainingTask, scratch: str, on_gpu: bool, model: Any
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": optimizer.min_lr_ratio},
         "warmup_steps": optimizer.warmup_ratio,
-        "bf16": on_gpu or fast_bf16(),
+        "bf16": on_gpu or models.fast_bf16(),
         "use_cpu": not on_gpu,
         "fsdp": placement.strategy == "fsdp",
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": blocks},
