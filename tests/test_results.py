@@ -190,10 +190,16 @@ def test_a_p_value_agrees_with_the_interval_of_the_change(script):
     assert tables.p_value(Score(None, None, None, 0)) != tables.p_value(edge)
 
 
+def write_humor(storage: Path) -> Path:
+    """Write a run of one persona."""
+    stored_run.write(RECIPE, schema.load_all(["humor"]), Store(str(storage)), seed=1)
+    return storage
+
+
 def test_two_runs_stand_side_by_side_with_paired_changes(script, written, tmp_path):
     run, _, _ = written
     beside = importlib.import_module("side_by_side")
-    stored_run.write(RECIPE, schema.load_all(["humor"]), Store(str(tmp_path / "runs")), seed=1)
+    write_humor(tmp_path / "runs")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.model_dump_json())
     other = script.open_run(str(tmp_path / "runs"), str(recipe))
@@ -222,6 +228,31 @@ def test_two_runs_stand_side_by_side_with_paired_changes(script, written, tmp_pa
     assert same[0][3].startswith("+0.0 (")
     with pytest.raises(UserError, match="share no persona"):
         beside.compare(run, replace(other, personas=[]))
+
+
+def test_runs_that_share_their_dpo_adapter_are_compared(script, written, tmp_path):
+    run, _, _ = written
+    ablations = importlib.import_module("ablations")
+    beside = importlib.import_module("side_by_side")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.model_dump_json())
+    write_humor(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    one, two = (script.open_run(str(tmp_path / name), str(recipe)) for name in ("one", "two"))
+    text = ablations.compare({"introspection": one, "plain answers": two})
+    (trained, late) = lines(text, "plain answers")
+    assert trained[1:3] == ["10", "500"]
+    before, after = (beside.conversation_thirds(two, "humor", c) for c in ("distilled", "full"))
+    changes = [after[at][1] - before[at][1] for at in before]
+    assert late[3].startswith(f"{points(sum(changes) / len(changes))} (")
+    (shown,) = lines(text, "assertions shown")
+    assert shown[1].startswith("+0.0 (")
+    with pytest.raises(UserError, match="give one's"):
+        ablations.compare({"introspection": run})
+    earlier = {name: m | {"finished": "2026-01-01T00:00:00"} for name, m in two.manifests.items()}
+    other = replace(two, manifests=earlier)
+    with pytest.raises(UserError, match="several DPO adapters"):
+        ablations.compare({"introspection": one, "plain answers": other})
 
 
 def test_figures_are_svg_files_that_say_their_numbers(written):

@@ -131,29 +131,30 @@ def paired_rows(
 
 def drift_rows(runs: Sequence[StoredRun], persona: str, condition: str) -> dict[str, Cells]:
     """How much of long conversations the classifier recognizes, paired by conversation."""
-    jobs = [run.finished("evaluation/drift").get(persona) for run in runs]
-    sides = []
-    for run, job in zip(runs, jobs, strict=True):
-        settings = run.recipe.evaluation.drift
-        rows = drift_report.of(kept_rows(job), condition) if job else []
-        every, turns = settings.pressure_every, settings.turns
-        sides.append(
-            {
-                row["conversation"]: third_means(row, drift_report.CLASSIFIER, every, turns)
-                for row in rows
-            }
-        )
-    before, after = sides
+    before, after = (conversation_thirds(run, persona, condition) for run in runs)
     shared = sorted(before.keys() & after.keys())
     cells: dict[str, Cells] = {}
     for part, third in enumerate((FIRST_THIRD, LAST_THIRD)) if shared else ():
-        values = [[side[number][part] for number in shared] for side in sides]
+        values = [[side[number][part] for number in shared] for side in (before, after)]
         cells[f"recognized in long conversations, {third}, {persona}"] = {
             FIRST: mean_known(values[0]),
             SECOND: mean_known(values[1]),
             CHANGE: paired_change(*values),
         }
     return cells
+
+
+def conversation_thirds(
+    run: StoredRun, persona: str, condition: str
+) -> dict[Any, tuple[float | None, float | None]]:
+    """The share of replies that the classifier recognizes, by conversation and third of it."""
+    job = run.finished("evaluation/drift").get(persona)
+    settings = run.recipe.evaluation.drift
+    every, turns = settings.pressure_every, settings.turns
+    return {
+        row["conversation"]: third_means(row, drift_report.CLASSIFIER, every, turns)
+        for row in (drift_report.of(kept_rows(job), condition) if job else [])
+    }
 
 
 def main() -> None:
