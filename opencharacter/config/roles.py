@@ -96,7 +96,8 @@ class Role(Config):
     thinks: bool = False
     """Whether the model opens its answers with a think block. The block is removed from them."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Data type of the weights during generation. `auto` takes the one in the model's config."""
+    """Data type of the weights during generation. `auto` takes the one in the model's config, or
+    float32 on a CPU that does not multiply bf16 in hardware, if the memory of the pool allows."""
     quantization: Annotated[Literal["fp8"] | None, AddedLater("0.3")] = None
     """Precision of the matrix products during generation if it is not that of `dtype`, as in vLLM:
     `fp8` quantizes the weights when an engine loads them, and activations as they come. Needs a GPU
