@@ -49,7 +49,7 @@ class RunningServer:
         return OpenAI(base_url=f"{self.url}/v1", **options)
 
     def post(self, path: str = "/v1/chat/completions", **options) -> httpx.Response:
-        return httpx.post(self.url + path, headers=self.headers, timeout=60, **options)
+        return httpx.post(self.url + path, headers=self.headers, timeout=300, **options)
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, headers=self.headers, timeout=60)
