@@ -190,10 +190,9 @@ def test_a_p_value_agrees_with_the_interval_of_the_change(script):
     assert tables.p_value(Score(None, None, None, 0)) != tables.p_value(edge)
 
 
-def write_humor(storage: Path) -> Path:
+def write_humor(storage: Path) -> None:
     """Write a run of one persona."""
     stored_run.write(RECIPE, schema.load_all(["humor"]), Store(str(storage)), seed=1)
-    return storage
 
 
 def test_two_runs_stand_side_by_side_with_paired_changes(script, written, tmp_path):

@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
-from character_tables import mean_known, paired_change
+from character_tables import FIRST, LAST, mean, mean_known, paired_change
 from side_by_side import CHANGE, PAIRED, conversation_thirds, paired_rows
 from stored import DISTILLED, FULL, Cells, StoredRun, grid, joined, open_run, table
 from tables import digest
@@ -23,9 +22,9 @@ from tables import digest
 from opencharacter.errors import UserError
 from opencharacter.evaluation.scores import Score
 
-FIRST, LAST = "first third", "last third"
 AGAINST = "last third, against distilled"
 SHARED = "distillation/dpo"
+Thirds = tuple[float | None, float | None]
 
 
 def compare(runs: Mapping[str, StoredRun]) -> str:
@@ -80,21 +79,12 @@ def conversation_table(runs: Mapping[str, StoredRun], persona: str) -> str:
     """How much of long conversations a classifier recognizes, by run."""
     distilled = [conversation_thirds(run, persona, DISTILLED) for run in runs.values()]
     before = averaged(distilled)
-    cells: dict[str, Cells] = {
-        f"`{DISTILLED}`, mean of {len(distilled)}": {
-            part: mean_known([thirds[number] for thirds in before.values()])
-            for number, part in enumerate((FIRST, LAST))
-        }
-    }
+    cells: dict[str, Cells] = {f"`{DISTILLED}`, mean of {len(distilled)}": levels(before)}
     for name, run in runs.items():
         after = conversation_thirds(run, persona, FULL)
         shared = sorted(before.keys() & after.keys())
-        cells[name] = {
-            part: mean_known([thirds[number] for thirds in after.values()])
-            for number, part in enumerate((FIRST, LAST))
-        } | {
-            AGAINST: paired_change(*([side[at][1] for at in shared] for side in (before, after))),
-        }
+        last = ([side[at][1] for at in shared] for side in (before, after))
+        cells[name] = levels(after) | {AGAINST: paired_change(*last)}
     caption = (
         f"Share of {persona}'s replies in long conversations that a classifier takes for the "
         "persona's; changes are paired by conversation, in percentage points."
@@ -102,19 +92,20 @@ def conversation_table(runs: Mapping[str, StoredRun], persona: str) -> str:
     return table(caption, cells, [FIRST, LAST, AGAINST], f"`{FULL}` after SFT on")
 
 
-Thirds = tuple[float | None, float | None]
+def levels(conversations: Mapping[str, Thirds]) -> dict[str, Score | None]:
+    """The mean over conversations of each third."""
+    first, last = zip(*conversations.values(), strict=True)
+    return {FIRST: mean_known(first), LAST: mean_known(last)}
 
 
 def averaged(sides: Sequence[Mapping[str, Thirds]]) -> dict[str, Thirds]:
     """The mean thirds of each conversation over several measurements of it."""
     shared = set.intersection(*(set(side) for side in sides))
-    return {at: (mean(sides, at, 0), mean(sides, at, 1)) for at in sorted(shared)}
 
+    def known(conversation: str, third: int) -> list[float]:
+        return [v for side in sides if (v := side[conversation][third]) is not None]
 
-def mean(sides: Sequence[Mapping[str, Thirds]], conversation: str, third: int) -> float | None:
-    """The mean of what is known of a third of a conversation."""
-    known = [value for side in sides if (value := side[conversation][third]) is not None]
-    return fmean(known) if known else None
+    return {at: (mean(known(at, 0)), mean(known(at, 1))) for at in sorted(shared)}
 
 
 def answer_table(runs: Mapping[str, StoredRun], persona: str) -> str:

@@ -29,6 +29,7 @@ from opencharacter.planning import cost, simulation
 from opencharacter.planning.preflight import asks_teacher
 from opencharacter.planning.savings import savings
 from opencharacter.planning.speeds import Speeds, load_speeds
+from opencharacter.runtime.cluster import GIB
 from opencharacter.runtime.progress import console, duration
 from opencharacter.runtime.stage import Job
 from opencharacter.runtime.staleness import explain_stale
@@ -36,7 +37,6 @@ from opencharacter.runtime.staleness import explain_stale
 if TYPE_CHECKING:
     from opencharacter.engines.spec import EngineSpec
 
-GIB = 2**30
 COUNTS = ("rows", "tokens read", "generated", "trained")
 COSTS = ("hours", "GPU-hours", "idle", "price")
 
