@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 import yaml
 from openai import OpenAI
+from process_tree import descendants
 from samples import ECHO_ROLE
 
 KEY = "a-key-for-the-tests-0123"
@@ -35,9 +35,9 @@ class RunningServer:
 
     def ray_logs(self) -> Path:
         """The log folder of the Ray session that the server started."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        arguments = (argument for child in children for argument in child.cmdline())
         prefix = "--log_dir="
+        children = descendants(self.process.pid, prefix)
+        arguments = (argument for child in children for argument in child.cmdline())
         return Path(next(a for a in arguments if a.startswith(prefix)).removeprefix(prefix))
 
     @property

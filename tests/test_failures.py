@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from process_tree import descendants
 from samples import ECHO_ROLE, TINY, embedded_recipe
 from test_training import write_pairs
 
@@ -102,14 +103,7 @@ def shard_files(folder: Path, dataset: str) -> list[Path]:
 
 def processes(title: str, ancestors: Iterable[int]) -> list[psutil.Process]:
     """Descendants of some processes whose command line contains a title."""
-    matches = []
-    for process in (p for pid in ancestors for p in psutil.Process(pid).children(recursive=True)):
-        try:
-            if title in " ".join(process.cmdline()):
-                matches.append(process)
-        except psutil.Error:
-            continue
-    return matches
+    return [process for pid in ancestors for process in descendants(pid, title)]
 
 
 def raylets(cluster) -> dict:

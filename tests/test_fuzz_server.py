@@ -18,6 +18,7 @@ import server as servers
 from bad_requests import BAD_REQUESTS, ENGINE_BAD_REQUESTS, PATHS, VALID
 from client_requests import CLIENT_REQUESTS
 from fuzz import Fuzzer, FuzzRequest
+from process_tree import descendants
 
 from opencharacter.config import files
 from opencharacter.runtime.store import Store
@@ -118,12 +119,7 @@ def check_client_requests(server: servers.RunningServer, model: str, tools: bool
 
 def replicas(server: servers.RunningServer) -> set[int]:
     """Return the process ids of the ingress, the models and their engines."""
-    names = ("ServeReplica", "EngineCore")
-    return {
-        process.pid
-        for process in psutil.Process(server.process.pid).children(recursive=True)
-        if any(name in process.name() + " ".join(process.cmdline()) for name in names)
-    }
+    return {p.pid for p in descendants(server.process.pid, "ServeReplica", "EngineCore")}
 
 
 def memory_mb(server: servers.RunningServer) -> int:

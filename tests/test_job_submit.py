@@ -10,9 +10,9 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
+from process_tree import kill_tree
 from samples import ECHO_ROLE, TINY, cli, embedded_recipe
 
 from opencharacter.runtime.store import Store
@@ -34,13 +34,6 @@ def start_head(environment: dict[str, str]) -> subprocess.Popen:
     return node
 
 
-def kill_head(node: subprocess.Popen) -> None:
-    """Kill all processes of the node, including its jobs."""
-    for process in [*psutil.Process(node.pid).children(recursive=True), node]:
-        process.kill()
-    node.wait()
-
-
 @pytest.fixture
 def environment():
     """The environment of a Ray cluster that only this module uses."""
@@ -57,7 +50,7 @@ def environment():
 def head(environment):
     node = start_head(environment)
     yield environment
-    kill_head(node)
+    kill_tree(node)
 
 
 def wait_until_up() -> None:
@@ -153,11 +146,11 @@ def test_stored_rows_survive_the_loss_of_the_client_and_of_the_head_node(environ
     client.kill()
     before = num_shards(dataset)
     wait_for(lambda: num_shards(dataset) > before)  # the job continues without the client
-    kill_head(node)
+    kill_tree(node)
     assert not (dataset / "manifest.json").exists()
     node = start_head(environment)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    kill_head(node)
+    kill_tree(node)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     first, second = json.loads((dataset / "manifest.json").read_text())["attempts"]
     assert first["kept"] == 0

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 import ray
+from process_tree import kill_tree
 from ray import serve
 from ray.serve.exceptions import BackPressureError
 from samples import ECHO_ROLE, recipe_of
@@ -456,8 +456,7 @@ def test_rows_are_complete_when_replicas_and_the_client_are_killed_on_two_nodes(
         output, _ = process.communicate(timeout=TWO_NODES_S)
     finally:
         if process.poll() is None:  # its Ray processes would outlive it
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.kill()
+            kill_tree(process)
     assert process.returncode == 0, output
     served_way, batch_way = (
         rows_of(trained_jobs(tmp_path / way, Placement())) for way in ("served", "batch")

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import canary
 import openai
-import psutil
 import pytest
 import server as servers
+from process_tree import descendants
 
 from opencharacter import models
 from opencharacter.config import files
@@ -165,8 +165,7 @@ def test_concurrent_clients_of_three_personas_get_their_own_answers(server):
 
 
 def test_a_killed_engine_restarts_with_its_adapters(server):
-    processes = psutil.Process(server.process.pid).children(recursive=True)
-    engines = [p for p in processes if "EngineCore" in p.name() + " ".join(p.cmdline())]
+    engines = descendants(server.process.pid, "EngineCore")
     assert engines
     engines[0].kill()
     until = time.monotonic() + 180

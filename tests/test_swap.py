@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from process_tree import descendants
 from samples import embedded_recipe
 from test_failures import check_complete, processes, shard_files, start
 from torch import nn
@@ -256,11 +257,7 @@ def only_process(title: str) -> psutil.Process:
 
 
 def raylets() -> list[int]:
-    return [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if process.name() == "raylet"
-    ]
+    return [process.pid for process in descendants(None, "raylet") if process.name() == "raylet"]
 
 
 class Answering:

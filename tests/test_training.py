@@ -9,11 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pytest
 import torch
 import transformers
+from process_tree import descendants
 from samples import ECHO_ROLE, recipe_of
 from trl.trainer import add_fused_lm_head
 
@@ -287,10 +287,9 @@ def test_a_killed_worker_does_not_change_the_result(cpu_ray, jobs):
         )
         while not (snapshot.is_file() and "checkpoint_" in snapshot.read_text()):
             time.sleep(0.05)
-        for process in psutil.Process().children(recursive=True):
-            if "RayTrainWorker" in process.name() or "RayTrainWorker" in "".join(process.cmdline()):
-                killed.append(process.pid)
-                process.kill()
+        for process in descendants(None, "RayTrainWorker"):
+            killed.append(process.pid)
+            process.kill()
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
