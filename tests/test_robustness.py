@@ -1,13 +1,15 @@
 """The classifier is never tested on training prompts, and its scores match the textbook."""
 
 import random
-from functools import partial
 from typing import get_args
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
-from opencharacter.config import evaluation, placement
+from opencharacter.config import evaluation
 from opencharacter.config.evaluation import Robustness
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import (
@@ -19,19 +21,16 @@ from opencharacter.evaluation import (
 )
 from opencharacter.evaluation.robustness import BASE, DEFAULT
 
-TFIDF = partial(
-    classifiers.predict,
-    "tfidf",
-    encoder=evaluation.Encoder(),
-    placement=placement.Training(),
-    seed=1,
-)
 VERSE = ["moon", "tide", "ember", "willow", "hush"]
 PROSE = ["thus", "system", "figure", "report", "process"]
 
 
 def sample_text(words, seed):
     return " ".join(random.Random(seed).choices(words, k=12))
+
+
+def tfidf(train, labels, test):
+    return classifiers.Tfidf([*train, *test]).predict(train, labels, test)
 
 
 def answers(prompts, condition, words, attack=DEFAULT, persona="poet"):
@@ -46,11 +45,30 @@ def both(prompts, attack=DEFAULT, full=VERSE):
     return answers(prompts, "base", PROSE, attack) + answers(prompts, "full", full, attack)
 
 
+def test_ngrams_that_are_counted_once_train_the_same_classifier(monkeypatch):
+    rows = [row["answer"] for row in both(20) + both(20, "stop", PROSE)]
+    train, test, labels = rows[:40], rows[40:], ["base", "full"] * 20
+    for features in (10**6, 300):
+        monkeypatch.setattr(classifiers, "FEATURES", features)
+        ngrams = TfidfVectorizer(
+            analyzer="char",
+            ngram_range=(1, 4),
+            lowercase=False,
+            sublinear_tf=True,
+            max_features=features,
+        )
+        regression = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
+        expected = make_pipeline(ngrams, regression).fit(train, labels).predict(test)
+        assert len(set(expected)) == 2
+        shared = classifiers.Tfidf([*rows[::-1], "texts that this classifier does not read"])
+        assert shared.predict(train, labels, test) == list(expected)
+
+
 def test_a_prompt_in_both_train_and_test_is_refused():
     rows = both(4)
     leaking = [{**rows[0], "prompt": "PROMPT 0!"}]
     with pytest.raises(StageFailed, match="1 prompts are in both training and test data"):
-        robustness.fit_and_predict(rows, leaking, TFIDF)
+        robustness.fit_and_predict(rows, leaking, tfidf)
 
 
 def test_the_classifier_is_never_tested_on_its_training_prompts(monkeypatch):
@@ -61,7 +79,7 @@ def test_the_classifier_is_never_tested_on_its_training_prompts(monkeypatch):
         return [BASE] * len(test)
 
     monkeypatch.setattr(robustness, "fit_and_predict", spy)
-    robustness.classify(both(10) + both(10, "plain"), "full", folds=5, predict=TFIDF)
+    robustness.classify(both(10) + both(10, "plain"), "full", folds=5, predict=tfidf)
     assert len(pairs) == 5
     assert all(not train & test for train, test in pairs)
     assert sorted(p for _, test in pairs for p in test) == sorted({p for _, t in pairs for p in t})
@@ -75,7 +93,7 @@ def test_the_classifier_is_never_trained_on_attacked_answers(monkeypatch):
         return [BASE] * len(test)
 
     monkeypatch.setattr(robustness, "fit_and_predict", spy)
-    robustness.classify(both(6) + both(6, "plain"), "full", folds=3, predict=TFIDF)
+    robustness.classify(both(6) + both(6, "plain"), "full", folds=3, predict=tfidf)
     assert set(attacks_seen) == {DEFAULT}
 
 
@@ -85,7 +103,7 @@ def by_measure(rows):
 
 def test_robust_and_fragile_personas_get_different_scores():
     rows = both(20) + both(20, "plain") + both(20, "stop", full=PROSE)
-    guessed = robustness.classify(rows, "full", folds=4, predict=TFIDF)
+    guessed = robustness.classify(rows, "full", folds=4, predict=tfidf)
     results = by_measure(robustness.score_classified(guessed, Robustness(resamples=200), seed=1))
     assert results["discriminability", DEFAULT, "poet"]["value"] > 0.95
     assert results["discriminability", DEFAULT, "poet"]["n"] == 20
@@ -107,13 +125,13 @@ def test_robust_and_fragile_personas_get_different_scores():
 def test_a_condition_that_was_not_attacked_has_no_score_under_attack():
     rows = both(6) + answers(6, "prompted", VERSE) + both(6, "plain")
     assert {
-        row["attack"] for row in robustness.classify(rows, "prompted", folds=3, predict=TFIDF)
+        row["attack"] for row in robustness.classify(rows, "prompted", folds=3, predict=tfidf)
     } == {DEFAULT}
 
 
 def test_identical_answers_have_no_discriminability():
     rows = answers(40, "base", VERSE) + answers(40, "full", VERSE)
-    score = robustness.discriminability(robustness.classify(rows, "full", folds=5, predict=TFIDF))
+    score = robustness.discriminability(robustness.classify(rows, "full", folds=5, predict=tfidf))
     assert score.low < 0.5 < score.high
 
 
@@ -155,14 +173,14 @@ def test_empty_answers_are_unscored():
     rows = both(6)
     rows[0]["answer"] = None
     rows[1]["answer"] = ""
-    guessed = robustness.classify(rows, "full", folds=3, predict=TFIDF)
+    guessed = robustness.classify(rows, "full", folds=3, predict=tfidf)
     assert sum(row["guess"] is None for row in guessed) == 2
     assert robustness.recognized(guessed).unscored == 2
 
 
 def test_the_classifier_separates_two_personas_and_base():
     rows = both(12) + answers(12, "full", ["boo", "ha", "joke", "pun"], persona="joker")
-    guessed = robustness.classify(rows, "full", folds=3, predict=TFIDF)
+    guessed = robustness.classify(rows, "full", folds=3, predict=tfidf)
     assert {row["label"] for row in guessed} == {BASE, "poet", "joker"}
     counts = macro_f1.confusions(guessed, [BASE, "joker", "poet"]).sum(0)
     assert macro_f1.macro_f1(counts) > 0.9
@@ -317,7 +335,7 @@ def test_a_pretrained_encoder_can_replace_the_linear_classifier(tmp_path, tokeni
 @pytest.mark.parametrize(("words", "kept"), [(VERSE, 1.0), (PROSE, 0.0)])
 def test_a_further_trained_persona_is_scored_with_its_original_classifier(words, kept):
     rows = both(20) + answers(20, "tuned", words)
-    guessed = robustness.classify(rows, "tuned", folds=4, predict=TFIDF)
+    guessed = robustness.classify(rows, "tuned", folds=4, predict=tfidf)
     tuned = [row for row in guessed if row["label"] != BASE]
     assert robustness.recognized(tuned).value == kept
     assert {row["condition"] for row in guessed} == {"tuned"}
@@ -327,7 +345,7 @@ def test_predictions_for_a_blend_are_split_among_its_personas():
     other = ["shout", "grin", "wink", "jest", "prank"]
     rows = both(30) + answers(30, "full", other, persona="joker")
     rows += answers(30, "blended", VERSE) + answers(30, "blended", other, persona="joker")
-    guessed = robustness.classify(rows, "blended", folds=4, predict=TFIDF)
+    guessed = robustness.classify(rows, "blended", folds=4, predict=tfidf)
     table = robustness.confusion_table("", "", guessed)
     assert table.columns == [BASE, "joker", "poet"]
     shares = {name: [cell.value for cell in cells.values()] for name, cells in table.rows.items()}
@@ -336,7 +354,7 @@ def test_predictions_for_a_blend_are_split_among_its_personas():
 
 def test_the_report_has_a_headline_per_persona_and_shares_its_other_tables():
     rows = robustness.score_classified(
-        robustness.classify(both(12) + both(12, "plain"), "full", folds=3, predict=TFIDF),
+        robustness.classify(both(12) + both(12, "plain"), "full", folds=3, predict=tfidf),
         Robustness(resamples=100),
         seed=1,
     )
@@ -365,7 +383,7 @@ def test_the_papers_measure_trains_one_classifier_of_personas_on_all_methods_and
 
     def spy(train, labels, test):
         fitted.append((len(train), sorted(set(labels)), len(test)))
-        return TFIDF(train, labels, test)
+        return tfidf(train, labels, test)
 
     classified = pooled_robustness.classify_pooled(two_personas(), DEFAULT, spy)
     assert fitted == [(2 * 2 * 6, ["clerk", "poet"], 2 * 2 * 2 * 6)]
@@ -388,7 +406,7 @@ def test_the_papers_measure_pools_the_instructions_into_one_confusion_matrix():
 
 
 def test_one_persona_has_no_value_of_the_papers_measure():
-    assert pooled_robustness.classify_pooled(both(6) + both(6, "stop"), DEFAULT, TFIDF) == []
+    assert pooled_robustness.classify_pooled(both(6) + both(6, "stop"), DEFAULT, tfidf) == []
 
 
 @pytest.mark.slow

@@ -3,63 +3,90 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from opencharacter import models
-from opencharacter.config.evaluation import Encoder
+from opencharacter.config.evaluation import Encoder, Robustness
 from opencharacter.config.placement import Training
 
 TFIDF = "tfidf"
 FEATURES = 200_000
 """Number of n-grams kept, the most frequent ones: bounds the memory of large runs."""
 
+Predict = Callable[[Sequence[str], Sequence[str], Sequence[str]], list[str]]
+"""Trains a classifier: training texts, their labels and test texts in; labels of the test texts
+out."""
 
-def predict(
-    name: str,
-    train: Sequence[str],
-    labels: Sequence[str],
-    test: Sequence[str],
-    encoder: Encoder,
-    placement: Training,
-    seed: int,
-) -> list[str]:
-    """Train a classifier and return its labels of the test texts.
+
+def classifier(
+    settings: Robustness, texts: Iterable[str], placement: Training, seed: int
+) -> Predict:
+    """Return the classifier of a recipe.
 
     Args:
-        name: `tfidf`, or a model that `models.resolve` knows.
-        train: training texts.
-        labels: labels of the training texts.
-        test: texts to label.
-        encoder: hyperparameters for fine-tuning an encoder.
+        settings: name the classifier: `tfidf`, or a model that `models.resolve` knows.
+        texts: all texts that it will be trained on or label.
         placement: resources for fine-tuning an encoder.
         seed: seed of an encoder's classification head and data order.
     """
+    name = settings.classifier
     if name == TFIDF:
-        return [str(label) for label in tfidf().fit(train, labels).predict(test)]
-    import ray
+        return Tfidf(texts).predict
 
-    task = ray.remote(fine_tune).options(num_cpus=placement.cpus, num_gpus=placement.gpus)
-    args = (name, list(train), list(labels), list(test), encoder, placement.gpus > 0, seed)
-    return ray.get(task.remote(*args))
+    def fine_tuned(train: Sequence[str], labels: Sequence[str], test: Sequence[str]) -> list[str]:
+        import ray
+
+        task = ray.remote(fine_tune).options(num_cpus=placement.cpus, num_gpus=placement.gpus)
+        data = (list(train), list(labels), list(test))
+        return ray.get(task.remote(name, *data, settings.encoder, placement.gpus > 0, seed))
+
+    return fine_tuned
 
 
-def tfidf() -> Any:
-    """Logistic regression on TF-IDF weights of character n-grams (1 to 4)."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+class Tfidf:
+    """Logistic regression on TF-IDF weights of character n-grams (1 to 4).
 
-    return make_pipeline(
-        TfidfVectorizer(
-            analyzer="char",
-            ngram_range=(1, 4),
-            lowercase=False,
-            sublinear_tf=True,
-            max_features=FEATURES,
-        ),
-        LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced"),
-    )
+    The n-grams of a text are counted once, however often it is used: most of the time of one
+    training would be spent on counting them.
+
+    Args:
+        texts: all texts that will be used.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        from sklearn.feature_extraction.text import CountVectorizer
+
+        self.row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        ngrams = CountVectorizer(analyzer="char", ngram_range=(1, 4), lowercase=False)
+        self.counts: Any = ngrams.fit_transform(self.row_of) if self.row_of else None
+
+    def predict(
+        self, train: Sequence[str], labels: Sequence[str], test: Sequence[str]
+    ) -> list[str]:
+        """Train on some of the texts and label others.
+
+        Only the n-grams of the training texts count, the `FEATURES` most frequent of them.
+        """
+        from sklearn.feature_extraction.text import TfidfTransformer
+        from sklearn.linear_model import LogisticRegression
+
+        known, unknown = (
+            self.counts[[self.row_of[text] for text in each]] for each in (train, test)
+        )
+        total = np.asarray(known.sum(axis=0)).ravel()
+        most_frequent = np.argsort(-total, kind="stable")[: min(FEATURES, np.count_nonzero(total))]
+        kept = np.sort(most_frequent)
+        weights = TfidfTransformer(sublinear_tf=True)
+        regression = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
+        regression.fit(weights.fit_transform(known[:, kept]), labels)
+        return [str(label) for label in regression.predict(weights.transform(unknown[:, kept]))]
+
+    def rows(self, texts: Sequence[str]) -> Any:
+        """Return the counts of some texts, a sparse matrix of shape (texts, n-grams)."""
+        return self.counts[[self.row_of[text] for text in texts]]
 
 
 def fine_tune(

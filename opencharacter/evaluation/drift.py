@@ -16,7 +16,6 @@ Run: opencharacter run RECIPE --constitution NAME --only evaluation/drift
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,6 +31,7 @@ from opencharacter.engines.allocation import acquire
 from opencharacter.engines.conversations import Conversation, Row
 from opencharacter.evaluation import classifiers, dialogue, drift_report, judge
 from opencharacter.evaluation.answers import unseen
+from opencharacter.evaluation.classifiers import Predict
 from opencharacter.evaluation.conditions import (
     answer_phases,
     kept_rows,
@@ -173,10 +173,6 @@ async def judge_turns(
     }
 
 
-Predict = Callable[[list[str], list[str], list[str]], list[str]]
-"""A classifier: training texts, their labels and test texts in; labels of the test texts out."""
-
-
 def recognize(rows: list[Row], answers: list[Row], predict: Predict) -> list[list[bool] | None]:
     """Say for each reply whether the classifier attributes it to the persona.
 
@@ -200,17 +196,16 @@ def recognize(rows: list[Row], answers: list[Row], predict: Predict) -> list[lis
 def with_recognized(job: Job, table: pa.Table) -> pa.Table:
     """Add the classifier's guesses to the conversations."""
     settings = job.recipe.evaluation.robustness
-    predict = partial(
-        classifiers.predict,
-        settings.classifier,
-        encoder=settings.encoder,
-        placement=job.placement.training.single,
-        seed=row_seed(job.recipe.seed, job.stage.name, "classifier"),
+    seed = row_seed(job.recipe.seed, job.stage.name, "classifier")
+    answers, rows = job.read("evaluation/answers").to_pylist(), table.to_pylist()
+    texts = chain(
+        (answer["answer"] for answer in answers if answer["answer"]),
+        (text for row in rows for text in row["replies"] or []),
     )
+    predict = classifiers.classifier(settings, texts, job.placement.training.single, seed)
     workers = classifier_workers(job)
     with acquire(job.dataset, workers, job.placement.autoscaling_resources):
-        answers = job.read("evaluation/answers").to_pylist()
-        guesses = recognize(table.to_pylist(), answers, predict)
+        guesses = recognize(rows, answers, predict)
     return table.append_column(RECOGNIZED, pa.array(guesses, type=RECOGNIZED.type))
 
 

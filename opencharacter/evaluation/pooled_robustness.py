@@ -9,12 +9,13 @@ their prompts, the classifier may recognize a topic; evaluation/robustness measu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from opencharacter.config.recipe import Recipe
 from opencharacter.evaluation import paper
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL
+from opencharacter.evaluation.classifiers import Predict
 from opencharacter.evaluation.conditions import VARIANTS, in_order
 from opencharacter.evaluation.paper import POOLED, POOLED_F1
 from opencharacter.evaluation.report.sections import ScoreTable
@@ -26,17 +27,13 @@ PROMPTS = paper.PROMPTS
 Row = dict[str, Any]
 
 
-def classify_pooled(
-    rows: list[Row],
-    plain: str,
-    predict: Callable[[list[str], list[str], list[str]], list[str]],
-) -> list[Row]:
+def classify_pooled(rows: list[Row], plain: str, predict: Predict) -> list[Row]:
     """Classify the attacked answers of all conditions but base with one classifier.
 
     Args:
         rows: persona, condition, attack, prompt, answer.
         plain: the name of unmodified prompts among the attacks.
-        predict: the classifier: training texts, their labels and test texts in; labels out.
+        predict: the classifier.
 
     Returns:
         The attacked rows with their label and guess, which is None for an empty answer. None at all

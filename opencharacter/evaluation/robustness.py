@@ -13,8 +13,7 @@ Run: opencharacter run RECIPE --constitution NAME --only evaluation/robustness
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from functools import partial
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from opencharacter.engines.conversations import Row
 from opencharacter.errors import StageFailed
 from opencharacter.evaluation import classifiers
 from opencharacter.evaluation.attacks import INSTRUCTIONS, PREFILL, TASKS
+from opencharacter.evaluation.classifiers import Predict
 from opencharacter.evaluation.conditions import VARIANTS, in_order
 from opencharacter.evaluation.macro_f1 import f1_change, f1_score
 from opencharacter.evaluation.paper import POOLED_F1
@@ -101,10 +101,6 @@ def check_disjoint(train: Iterable[str], test: Iterable[str]) -> None:
 def label(row: Row) -> str:
     """The class of an answer: its persona, or base."""
     return BASE if row["condition"] == BASE else row["persona"]
-
-
-Predict = Callable[[list[str], list[str], list[str]], list[str]]
-"""A classifier: training texts, their labels and test texts in; labels of the test texts out."""
 
 
 def fit_and_predict(train: list[Row], test: list[Row], predict: Predict) -> list[str]:
@@ -320,13 +316,8 @@ def build(job: Job) -> StageResult:
         c for c in in_order(row["condition"] for row in rows) if c != BASE
     ]
     seed = resampling_seed(job)
-    predict = partial(
-        classifiers.predict,
-        settings.classifier,
-        encoder=settings.encoder,
-        placement=job.placement.training.single,
-        seed=seed,
-    )
+    texts = [row["answer"] for row in rows if row["answer"]]
+    predict = classifiers.classifier(settings, texts, job.placement.training.single, seed)
     workers = [request for phase in resource_requests(job) for request in phase]
     with acquire(job.dataset, workers, job.placement.autoscaling_resources):
         classified = [row for c in conditions for row in classify(rows, c, settings.folds, predict)]
