@@ -96,7 +96,7 @@ def test_a_model_without_plain_weights_is_refused_before_training(tiny_gemma, tm
         make_examples=lambda *_: [],
     )
     with pytest.raises(UserError, match=r"no weight for model\.language_model\.layers\.0.*up_proj"):
-        trainer.train_loop_per_worker({"task": task})
+        trainer.train_loop_per_worker(task)
 
 
 def test_concurrent_requests_create_a_folder_once(tmp_path):

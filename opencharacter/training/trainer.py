@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +202,9 @@ def torch_trainer(task: TrainingTask) -> TorchTrainer:
     """Create the Ray trainer that runs a task on the workers of its placement."""
     placement, store = task.placement, task.store
     return TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={"task": task},
+        # Ray's controller would read the task from `train_loop_config`, and import this module and
+        # transformers before it starts the workers.
+        partial(train_loop_per_worker, task),
         scaling_config=ray.train.ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpus > 0,
@@ -243,9 +245,8 @@ def summarize_curves(curves: pa.Table) -> dict[str, float]:
     }
 
 
-def train_loop_per_worker(config: dict[str, Any]) -> None:
+def train_loop_per_worker(task: TrainingTask) -> None:
     """Train on one Ray Train worker; the worker of rank 0 stores the adapter and the curves."""
-    task: TrainingTask = config["task"]
     placement = task.placement
     on_gpu = placement.gpus > 0
     torch.set_num_threads(max(1, int(placement.cpus)))
@@ -335,8 +336,8 @@ def fuse_frozen(model: Any, task: TrainingTask) -> None:
             )
     elif fp8 or kernels == "liger":
         fuse_lora(model, fp8)
-    elif placement.kernels is None and not placement.gpus and models.fast_bf16():
-        fuse_lora(model, fp8, keep_in=torch.bfloat16)
+    elif placement.kernels is None and not placement.gpus:
+        fuse_lora(model, keep_in=torch.bfloat16 if models.fast_bf16() else None)
 
 
 def trainer_arguments(task: TrainingTask, scratch: str, on_gpu: bool, model: Any) -> dict[str, Any]:
