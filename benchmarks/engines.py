@@ -7,7 +7,6 @@ they are equal.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import random
 import time
@@ -83,9 +82,6 @@ CPU: Settings = TINY | {
 }
 """A model of the embedded model's shape on a CPU, sampled as in the demo."""
 
-SPREAD = 0.6
-"""Standard deviation of the logarithm of the answers' lengths."""
-
 MEASUREMENT_FIELDS = [pa.field(name, pa.float64()) for name in ("began", "ended", "context")]
 """Columns that `measurements` adds."""
 
@@ -126,21 +122,6 @@ def engine_with(**arguments: Any) -> Settings:
 
 
 # --------------------------------------------------------------------------------------- the work
-
-
-def lengths(draw: random.Random, count: int, mean: float, low: int, high: int) -> list[int]:
-    """Draw answer lengths in tokens from a log-normal distribution and clip them.
-
-    Args:
-        draw: source of randomness.
-        count: number of lengths.
-        mean: of the distribution, before clipping.
-        low: smallest length.
-        high: greatest length.
-    """
-    mu = math.log(mean) - SPREAD**2 / 2
-    drawn = (round(draw.lognormvariate(mu, SPREAD)) for _ in range(count))
-    return [min(max(length, low), high) for length in drawn]
 
 
 def words(draw: random.Random, count: int, settings: Settings) -> str:

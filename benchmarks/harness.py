@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import shlex
 import statistics
@@ -56,6 +57,8 @@ Figures = dict[str, Figure]
 SUBJECT = "opencharacter"
 """The way that is compared with all others, and the name of its first series."""
 
+SPREAD = 0.6
+"""Standard deviation of the logarithm of drawn lengths."""
 LOG_TAIL = 3000
 """Characters at the end of a failed process's log that its error quotes."""
 
@@ -593,6 +596,19 @@ TEMPLATE = (
 )
 OVERHEAD = 4
 """Tokens of a message in addition to its content."""
+
+
+def draw_length(draw: random.Random, mean: float, low: int, high: int) -> int:
+    """Draw a length in tokens from a log-normal distribution and clip it.
+
+    Args:
+        draw: source of randomness.
+        mean: of the distribution, before clipping.
+        low: smallest length.
+        high: greatest length.
+    """
+    drawn = draw.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD)
+    return min(max(round(drawn), low), high)
 
 
 def model_folder(shape: dict[str, Any]) -> Path:

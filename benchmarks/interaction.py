@@ -119,7 +119,7 @@ def workload(settings: Settings, repeat: str, count: int, turns: int) -> list[Ro
             "id": f"{at:06}",
             "kind": KINDS[at % 2],
             "lines": [engines.words(draw, settings["greeting_tokens"], settings) for _ in range(2)],
-            "lengths": engines.lengths(draw_length, settings["turns"], *limits)[:turns],
+            "lengths": [harness.draw_length(draw_length, *limits) for _ in range(turns)],
         }
         for at in range(count)
     ]

@@ -75,6 +75,8 @@ VARIANTS: dict[str, Settings] = {
     "recomputed": {"placement": {"activation_checkpointing": True}},
 }
 WARMUP_STEPS = 2
+SHORTEST = 16
+"""Tokens of the shortest conversation."""
 LORA_B_SCALE = 0.002
 """Size of the adapter weights in `parity`, which Adam reaches in 40 steps at 5e-5."""
 SUBJECT = harness.SUBJECT
@@ -82,31 +84,26 @@ SUBJECT = harness.SUBJECT
 
 def pairs(settings: Settings, count: int) -> list[Example]:
     """Return random pairs with log-normal lengths, a quarter of which is the prompt."""
-    rng, lengths = random.Random(17), settings["conversation"]
+    rng, longest = random.Random(17), settings["conversation"]["max"]
+    draw_length = partial(
+        harness.draw_length, rng, settings["conversation"]["mean"], SHORTEST, longest
+    )
     words = range(len(harness.RESERVED), settings["shape"]["vocab_size"])
     examples = []
     for _ in range(count):
-        prompt = rng.choices(words, k=draw_length(rng, lengths) // 4)
-        sides = [
-            prompt + rng.choices(words, k=draw_length(rng, lengths) * 3 // 4) for _ in range(2)
-        ]
-        sides = [ids[: lengths["max"]] for ids in sides]
+        prompt = rng.choices(words, k=draw_length() // 4)
+        sides = [prompt + rng.choices(words, k=draw_length() * 3 // 4) for _ in range(2)]
+        sides = [ids[:longest] for ids in sides]
         examples.append([Tokens(ids, list(range(len(prompt), len(ids)))) for ids in sides])
     return examples
-
-
-def draw_length(rng: random.Random, lengths: dict[str, int]) -> int:
-    """Draw a log-normal length with a mean, and a maximum that shortens it."""
-    sigma = 0.6
-    median = lengths["mean"] / 2.718 ** (sigma**2 / 2)
-    return min(lengths["max"], max(16, round(rng.lognormvariate(0, sigma) * median)))
 
 
 def transcripts(settings: Settings, count: int) -> list[Example]:
     """Return random conversations with log-normal lengths; the second half of each has a loss."""
     rng = random.Random(17)
     words = range(len(harness.RESERVED), settings["shape"]["vocab_size"])
-    sizes = [draw_length(rng, settings["transcript"]) for _ in range(count)]
+    mean, longest = settings["transcript"]["mean"], settings["transcript"]["max"]
+    sizes = [harness.draw_length(rng, mean, SHORTEST, longest) for _ in range(count)]
     return [[Tokens(rng.choices(words, k=n), list(range(n // 2, n)))] for n in sizes]
 
 
