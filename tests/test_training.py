@@ -4,7 +4,7 @@ import json
 import subprocess
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from process_tree import descendants
+from ray import cloudpickle
 from samples import ECHO_ROLE, recipe_of
 from trl.trainer import add_fused_lm_head
 
@@ -156,6 +157,14 @@ def test_a_loss_or_a_gradient_that_is_not_finite_is_an_error(loss, grad_norm):
     trainer.check_finite(2.0, 1.0, step=3)
     with pytest.raises(StageFailed, match="step 3"):
         trainer.check_finite(loss, grad_norm, step=3)
+
+
+def test_the_controller_of_ray_starts_without_the_training_code(store):
+    """It would import transformers before it starts the workers, which import it themselves."""
+    task = dict.fromkeys(field.name for field in fields(trainer.TrainingTask))
+    task |= {"store": store, "dataset": "dpo", "placement": Training()}
+    context = trainer.torch_trainer(trainer.TrainingTask(**task)).train_run_context
+    assert b"opencharacter.training" not in cloudpickle.dumps(context)
 
 
 def test_workers_with_different_free_memory_lay_out_the_same_packs(monkeypatch):
