@@ -5,8 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
+from collections.abc import Iterable
 
 import psutil
+
+LOOKS = 3
+"""How often processes are listed: one that runs was missing from a list now and then."""
 
 
 def descendants(pid: int | None = None, *titles: str) -> list[psutil.Process]:
@@ -14,12 +19,25 @@ def descendants(pid: int | None = None, *titles: str) -> list[psutil.Process]:
 
     A title is a part of a process's name or command line.
     """
-    found = []
-    for process in psutil.Process(pid or os.getpid()).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            line = process.name() + " ".join(process.cmdline())
-            if not titles or any(title in line for title in titles):
-                found.append(process)
+    found = {}
+    for look in range(LOOKS):
+        time.sleep(0.05 * (look > 0))
+        for process in psutil.Process(pid or os.getpid()).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                line = process.name() + " ".join(process.cmdline())
+                if not titles or any(title in line for title in titles):
+                    found[process.pid] = process
+    return [process for process in found.values() if process.is_running()]
+
+
+def wait_for_descendants(pids: Iterable[int], title: str, count: int = 1) -> list[psutil.Process]:
+    """Return the processes with a title below some others, once there are at least `count`."""
+    ancestors, deadline = [*pids], time.monotonic() + 20
+    while len(found := [p for pid in ancestors for p in descendants(pid, title)]) < count:
+        assert time.monotonic() < deadline, (
+            title,
+            [process.info for process in psutil.process_iter(["pid", "ppid", "cmdline"])],
+        )
     return found
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from process_tree import descendants
+from process_tree import descendants, wait_for_descendants
 from samples import ECHO_ROLE, TINY, embedded_recipe
 from test_training import write_pairs
 
@@ -136,7 +135,8 @@ def test_no_row_is_lost_with_a_node(cluster, tmp_path, announced):
     folder, dataset = echo_project(tmp_path), f"echo/poeticism/{STAGE}"
     process = start(folder, STAGE, "two.yaml", RAY_ADDRESS=cluster.address)
     wait_for(lambda: len(shard_files(folder, dataset)) >= 2, process, 120)
-    assert len(processes("ray::MapBatches(run_conversations)", raylets(cluster).values())) == 2
+    title = "ray::MapBatches(run_conversations)"
+    assert len(wait_for_descendants(raylets(cluster).values(), title, count=2)) == 2
     node = another_node(cluster)
     if announced:
         announce_preemption(cluster, node, seconds=5)
@@ -214,9 +214,7 @@ def test_no_row_is_lost_with_a_task_and_only_rows_in_flight_are_repeated(cluster
     folder, dataset = echo_project(tmp_path), f"echo/poeticism/{STAGE}"
     process = start(folder, STAGE, "two.yaml", RAY_ADDRESS=cluster.address)
     wait_for(lambda: len(shard_files(folder, dataset)) >= 2, process, 120)
-    processes("ray::MapBatches(run_conversations)", raylets(cluster).values())[0].send_signal(
-        signal.SIGKILL
-    )
+    wait_for_descendants(raylets(cluster).values(), "ray::MapBatches(run_conversations)")[0].kill()
     manifest = check_complete(folder, dataset, ROWS, process)
     assert (
         manifest["attempts"][0]["reached"] - ROWS <= 3 * NUM_SLOTS
@@ -232,5 +230,5 @@ def test_no_row_is_lost_with_an_engine_process(tmp_path):
     dataset = "smollm2-135m/distillation/student"
     process = start(tmp_path, "distillation/student", "few.yaml")
     wait_for(lambda: shard_files(tmp_path, dataset), process, 200)
-    processes("EngineCore", [process.pid])[0].send_signal(signal.SIGKILL)
+    wait_for_descendants([process.pid], "EngineCore")[0].kill()
     check_complete(tmp_path, dataset, 30, process)

@@ -15,7 +15,7 @@ import pytest
 import server as servers
 import yaml
 from openai import OpenAI
-from process_tree import descendants
+from process_tree import wait_for_descendants
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 from ray.serve.schema import ServeDeploySchema
@@ -575,7 +575,7 @@ def test_the_chat_page_may_connect_to_this_server_only(echo):
 
 def test_a_request_is_retried_if_its_replica_dies(echo):
     slow = {"model": "judge", "messages": HELLO}
-    replicas = descendants(echo.process.pid, "ServeReplica:opencharacter:slow")
+    replicas = wait_for_descendants([echo.process.pid], "ServeReplica:opencharacter:slow")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(echo.post, json=slow)
         wait_for(lambda: "requests_waiting 1.0" in echo.get("/metrics").text)

@@ -10,7 +10,7 @@ import canary
 import openai
 import pytest
 import server as servers
-from process_tree import descendants
+from process_tree import wait_for_descendants
 
 from opencharacter import models
 from opencharacter.config import files
@@ -165,9 +165,7 @@ def test_concurrent_clients_of_three_personas_get_their_own_answers(server):
 
 
 def test_a_killed_engine_restarts_with_its_adapters(server):
-    engines = descendants(server.process.pid, "EngineCore")
-    assert engines
-    engines[0].kill()
+    wait_for_descendants([server.process.pid], "EngineCore")[0].kill()
     until = time.monotonic() + 180
     while True:
         assert time.monotonic() < until

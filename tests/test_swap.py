@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from process_tree import descendants
+from process_tree import descendants, wait_for_descendants
 from samples import embedded_recipe
 from test_failures import check_complete, processes, shard_files, start
 from torch import nn
@@ -244,16 +244,9 @@ def test_outputs_after_a_swap_equal_those_of_a_fresh_engine_even_if_one_is_kille
 
 
 def only_process(title: str) -> psutil.Process:
-    """The process of Ray with a title, of which there is one, if not always at the first look."""
-    deadline = time.monotonic() + 20
-    while len(found := processes(title, raylets())) != 1 and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert len(found) == 1, (
-        title,
-        raylets(),
-        [process.info for process in psutil.process_iter(["pid", "ppid", "cmdline"])],
-    )
-    return found[0]
+    """The process of Ray with a title, of which there is one."""
+    (process,) = wait_for_descendants(raylets(), title)
+    return process
 
 
 def raylets() -> list[int]:
