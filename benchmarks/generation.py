@@ -106,12 +106,12 @@ def shared_prompt(settings: Settings) -> Message:
 def workload(settings: Settings, repeat: str, count: int) -> list[Row]:
     """Return the requests of one repeat: the same lengths in every repeat, but other prompts."""
     limits = [settings[f"answer_{name}"] for name in ("mean", "low", "high")]
-    draw_length, draw = random.Random("lengths"), random.Random(f"prompts/{repeat}")
+    lengths, draw = random.Random("lengths"), random.Random(f"prompts/{repeat}")
     return [
         {
             "id": f"{at:06}",
             "prompt": engines.words(draw, settings["user_tokens"], settings),
-            "max_tokens": harness.draw_length(draw_length, *limits),
+            "max_tokens": harness.draw_length(lengths, *limits),
         }
         for at in range(count)
     ]

@@ -112,14 +112,14 @@ def heads(settings: Settings) -> dict[str, Message]:
 def workload(settings: Settings, repeat: str, count: int, turns: int) -> list[Row]:
     """Return the requests of one repeat: the same lengths in every repeat, but other greetings."""
     limits = [settings[f"reply_{name}"] for name in ("mean", "low", "high")]
-    draw_length = random.Random("lengths")
+    lengths = random.Random("lengths")
     draw = random.Random(f"greetings/{repeat}")
     return [
         {
             "id": f"{at:06}",
             "kind": KINDS[at % 2],
             "lines": [engines.words(draw, settings["greeting_tokens"], settings) for _ in range(2)],
-            "lengths": [harness.draw_length(draw_length, *limits) for _ in range(turns)],
+            "lengths": [harness.draw_length(lengths, *limits) for _ in range(turns)],
         }
         for at in range(count)
     ]

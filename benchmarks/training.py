@@ -84,16 +84,13 @@ SUBJECT = harness.SUBJECT
 
 def pairs(settings: Settings, count: int) -> list[Example]:
     """Return random pairs with log-normal lengths, a quarter of which is the prompt."""
-    rng, longest = random.Random(17), settings["conversation"]["max"]
-    draw_length = partial(
-        harness.draw_length, rng, settings["conversation"]["mean"], SHORTEST, longest
-    )
+    rng, sizes = random.Random(17), settings["conversation"]
     words = range(len(harness.RESERVED), settings["shape"]["vocab_size"])
     examples = []
     for _ in range(count):
-        prompt = rng.choices(words, k=draw_length() // 4)
-        sides = [prompt + rng.choices(words, k=draw_length() * 3 // 4) for _ in range(2)]
-        sides = [ids[:longest] for ids in sides]
+        prompt = rng.choices(words, k=draw_length(rng, sizes) // 4)
+        sides = [prompt + rng.choices(words, k=draw_length(rng, sizes) * 3 // 4) for _ in range(2)]
+        sides = [ids[: sizes["max"]] for ids in sides]
         examples.append([Tokens(ids, list(range(len(prompt), len(ids)))) for ids in sides])
     return examples
 
@@ -102,9 +99,13 @@ def transcripts(settings: Settings, count: int) -> list[Example]:
     """Return random conversations with log-normal lengths; the second half of each has a loss."""
     rng = random.Random(17)
     words = range(len(harness.RESERVED), settings["shape"]["vocab_size"])
-    mean, longest = settings["transcript"]["mean"], settings["transcript"]["max"]
-    sizes = [harness.draw_length(rng, mean, SHORTEST, longest) for _ in range(count)]
-    return [[Tokens(rng.choices(words, k=n), list(range(n // 2, n)))] for n in sizes]
+    lengths = [draw_length(rng, settings["transcript"]) for _ in range(count)]
+    return [[Tokens(rng.choices(words, k=n), list(range(n // 2, n)))] for n in lengths]
+
+
+def draw_length(rng: random.Random, sizes: dict[str, int]) -> int:
+    """Draw the tokens of a conversation from the mean and the maximum of the settings."""
+    return harness.draw_length(rng, sizes["mean"], SHORTEST, sizes["max"])
 
 
 def model_of(settings: Settings, attention: str, precise: bool = False) -> Any:

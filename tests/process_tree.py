@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import time
 from collections.abc import Iterable
@@ -14,15 +13,15 @@ LOOKS = 3
 """How often processes are listed: one that runs was missing from a list now and then."""
 
 
-def descendants(pid: int | None = None, *titles: str) -> list[psutil.Process]:
-    """Return the processes below one (this one by default) that have one of the titles, or all.
+def descendants(pids: Iterable[int], *titles: str) -> list[psutil.Process]:
+    """Return the processes below some others that have one of the titles, or all.
 
     A title is a part of a process's name or command line.
     """
-    found = {}
+    ancestors, found = [psutil.Process(pid) for pid in pids], {}
     for look in range(LOOKS):
         time.sleep(0.05 * (look > 0))
-        for process in psutil.Process(pid or os.getpid()).children(recursive=True):
+        for process in (p for one in ancestors for p in one.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 line = process.name() + " ".join(process.cmdline())
                 if not titles or any(title in line for title in titles):
@@ -33,7 +32,7 @@ def descendants(pid: int | None = None, *titles: str) -> list[psutil.Process]:
 def wait_for_descendants(pids: Iterable[int], title: str, count: int = 1) -> list[psutil.Process]:
     """Return the processes with a title below some others, once there are at least `count`."""
     ancestors, deadline = [*pids], time.monotonic() + 20
-    while len(found := [p for pid in ancestors for p in descendants(pid, title)]) < count:
+    while len(found := descendants(ancestors, title)) < count:
         assert time.monotonic() < deadline, (
             title,
             [process.info for process in psutil.process_iter(["pid", "ppid", "cmdline"])],
@@ -43,7 +42,7 @@ def wait_for_descendants(pids: Iterable[int], title: str, count: int = 1) -> lis
 
 def kill_tree(process: subprocess.Popen) -> None:
     """Kill a process and all processes below it."""
-    for child in [*descendants(process.pid), psutil.Process(process.pid)]:
+    for each in [*descendants([process.pid]), process]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
+            each.kill()
     process.wait()

@@ -36,7 +36,7 @@ class RunningServer:
     def ray_logs(self) -> Path:
         """The log folder of the Ray session that the server started."""
         prefix = "--log_dir="
-        children = descendants(self.process.pid, prefix)
+        children = descendants([self.process.pid], prefix)
         arguments = (argument for child in children for argument in child.cmdline())
         return Path(next(a for a in arguments if a.startswith(prefix)).removeprefix(prefix))
 

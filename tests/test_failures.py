@@ -5,10 +5,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from process_tree import descendants, wait_for_descendants
@@ -100,11 +99,6 @@ def shard_files(folder: Path, dataset: str) -> list[Path]:
     return list((folder / "runs/tiny" / dataset / ".shards").glob("*.parquet"))
 
 
-def processes(title: str, ancestors: Iterable[int]) -> list[psutil.Process]:
-    """Descendants of some processes whose command line contains a title."""
-    return [process for pid in ancestors for process in descendants(pid, title)]
-
-
 def raylets(cluster) -> dict:
     """The process id of the raylet of each worker node; its workers are child processes."""
     return {node: raylet(node) for node in cluster.worker_nodes}
@@ -117,7 +111,7 @@ def raylet(node) -> int:
 def another_node(cluster):
     """A worker node other than the driver's, which is where the counters run."""
     return next(
-        n for n, pid in raylets(cluster).items() if not processes("ray::ProgressCounters", [pid])
+        n for n, pid in raylets(cluster).items() if not descendants([pid], "ray::ProgressCounters")
     )
 
 
@@ -186,11 +180,11 @@ def test_training_resumes_from_its_checkpoint_on_another_node(
     snapshot = storage / dataset / ".shards/train/checkpoint_manager_snapshot.json"
 
     process = start(folder, stages, "grown.yaml", str(storage), RAY_ADDRESS=cluster.address)
-    wait_for(lambda: processes("ray::ProgressCounters", [raylet(cluster.head_node)]), process, 60)
+    wait_for(lambda: descendants([raylet(cluster.head_node)], "ray::ProgressCounters"), process, 60)
     for _ in range(2):
         cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     wait_for(lambda: snapshot.is_file() and "checkpoint_" in snapshot.read_text(), process, 120)
-    (lost,) = (n for n, pid in raylets(cluster).items() if processes("RayTrainWorker", [pid]))
+    (lost,) = (n for n, pid in raylets(cluster).items() if descendants([pid], "RayTrainWorker"))
     cluster.remove_node(lost, allow_graceful=False)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output

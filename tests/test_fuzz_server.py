@@ -119,7 +119,7 @@ def check_client_requests(server: servers.RunningServer, model: str, tools: bool
 
 def replicas(server: servers.RunningServer) -> set[int]:
     """Return the process ids of the ingress, the models and their engines."""
-    return {p.pid for p in descendants(server.process.pid, "ServeReplica", "EngineCore")}
+    return {p.pid for p in descendants([server.process.pid], "ServeReplica", "EngineCore")}
 
 
 def memory_mb(server: servers.RunningServer) -> int:

@@ -6,6 +6,7 @@ A fresh engine is the reference: after a swap, an engine must generate the same 
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import torch
 import yaml
 from process_tree import descendants, wait_for_descendants
 from samples import embedded_recipe
-from test_failures import check_complete, processes, shard_files, start
+from test_failures import check_complete, shard_files, start
 from torch import nn
 
 from opencharacter import cache, lora, pipeline
@@ -227,7 +228,7 @@ def test_outputs_after_a_swap_equal_those_of_a_fresh_engine_even_if_one_is_kille
 
     # The engine hangs during the next swap, and its actor is killed.
     core, actor = only_process("EngineCore"), only_process("ray::EngineActor")
-    assert processes("VLLM::Worker", raylets()) == []  # the engine runs the model itself
+    assert descendants(raylets(), "VLLM::Worker") == []  # the engine runs the model itself
     core.suspend()
 
     def kill(preparation: str) -> None:
@@ -250,7 +251,11 @@ def only_process(title: str) -> psutil.Process:
 
 
 def raylets() -> list[int]:
-    return [process.pid for process in descendants(None, "raylet") if process.name() == "raylet"]
+    return [
+        process.pid
+        for process in descendants([os.getpid()], "raylet")
+        if process.name() == "raylet"
+    ]
 
 
 class Answering:

@@ -1,6 +1,7 @@
 """Training on Ray Train with PEFT, on a random model of two layers."""
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -296,7 +297,7 @@ def test_a_killed_worker_does_not_change_the_result(cpu_ray, jobs):
         )
         while not (snapshot.is_file() and "checkpoint_" in snapshot.read_text()):
             time.sleep(0.05)
-        for process in descendants(None, "RayTrainWorker"):
+        for process in descendants([os.getpid()], "RayTrainWorker"):
             killed.append(process.pid)
             process.kill()
 

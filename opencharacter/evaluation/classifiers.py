@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,15 @@ class Tfidf:
     """
 
     def __init__(self, texts: Iterable[str]):
+        self.row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+
+    @cached_property
+    def counts(self) -> Any:
+        """How often each n-gram is in each text, a sparse matrix of shape (texts, n-grams)."""
         from sklearn.feature_extraction.text import CountVectorizer
 
-        self.row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         ngrams = CountVectorizer(analyzer="char", ngram_range=(1, 4), lowercase=False)
-        self.counts: Any = ngrams.fit_transform(self.row_of) if self.row_of else None
+        return ngrams.fit_transform(self.row_of)
 
     def predict(
         self, train: Sequence[str], labels: Sequence[str], test: Sequence[str]
@@ -77,16 +82,12 @@ class Tfidf:
             self.counts[[self.row_of[text] for text in each]] for each in (train, test)
         )
         total = np.asarray(known.sum(axis=0)).ravel()
-        most_frequent = np.argsort(-total, kind="stable")[: min(FEATURES, np.count_nonzero(total))]
-        kept = np.sort(most_frequent)
+        num_kept = min(FEATURES, np.count_nonzero(total))
+        kept = np.sort(np.argsort(-total, kind="stable")[:num_kept])
         weights = TfidfTransformer(sublinear_tf=True)
         regression = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
         regression.fit(weights.fit_transform(known[:, kept]), labels)
         return [str(label) for label in regression.predict(weights.transform(unknown[:, kept]))]
-
-    def rows(self, texts: Sequence[str]) -> Any:
-        """Return the counts of some texts, a sparse matrix of shape (texts, n-grams)."""
-        return self.counts[[self.row_of[text] for text in texts]]
 
 
 def fine_tune(

@@ -184,13 +184,22 @@ def recognize(rows: list[Row], answers: list[Row], predict: Predict) -> list[lis
     Returns:
         One list per conversation; None for all if base or persona has no answers.
     """
-    training = [a for a in answers if a["condition"] in (BASE, FULL) and a["answer"]]
+    training, replies = training_answers(answers), all_replies(rows)
     labels = [answer["condition"] for answer in training]
-    replies = [text for row in rows for text in row["replies"] or []]
     if len(set(labels)) < 2 or not replies:
         return [None] * len(rows)
     guesses = iter(predict([answer["answer"] for answer in training], labels, replies))
     return [[next(guesses) == FULL for _ in row["replies"] or []] for row in rows]
+
+
+def training_answers(answers: list[Row]) -> list[Row]:
+    """The answers of the base model and the persona, without empty ones."""
+    return [a for a in answers if a["condition"] in (BASE, FULL) and a["answer"]]
+
+
+def all_replies(rows: list[Row]) -> list[str]:
+    """The replies of all conversations, one after another."""
+    return [text for row in rows for text in row["replies"] or []]
 
 
 def with_recognized(job: Job, table: pa.Table) -> pa.Table:
@@ -198,10 +207,7 @@ def with_recognized(job: Job, table: pa.Table) -> pa.Table:
     settings = job.recipe.evaluation.robustness
     seed = row_seed(job.recipe.seed, job.stage.name, "classifier")
     answers, rows = job.read("evaluation/answers").to_pylist(), table.to_pylist()
-    texts = chain(
-        (answer["answer"] for answer in answers if answer["answer"]),
-        (text for row in rows for text in row["replies"] or []),
-    )
+    texts = [*(answer["answer"] for answer in training_answers(answers)), *all_replies(rows)]
     predict = classifiers.classifier(settings, texts, job.placement.training.single, seed)
     workers = classifier_workers(job)
     with acquire(job.dataset, workers, job.placement.autoscaling_resources):
